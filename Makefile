@@ -1,0 +1,63 @@
+# Everything a contributor or CI runs. Needs make and Python >= 3.11; all else goes into .venv.
+#     make PYTHON=python3.12 setup     to choose the interpreter
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.setup-done
+EXTRAS := dev,demo
+CODE := eqat_mm llava_adapters kernels eval scripts benchmarks tests
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all test-gpu lint format types imports check bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv and install eqat-mm into it, editable (reruns only when needed)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "eqat-mm needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12 setup" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv." >&2; \
+	  rm -rf .venv; exit 1; }
+	@echo "Installing eqat-mm and PyTorch into .venv (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+	@echo "Ready: $(BIN)/eqat --help"
+
+demo: setup  ## quantize a real small model on the CPU and compare it with round-to-nearest
+	@$(BIN)/eqat demo
+
+test: setup  ## the default tests: offline, no GPU, a few minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+test-all: setup  ## the default and the slow tests (offline, no GPU)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network"
+
+test-gpu: setup  ## the tests that need a CUDA device
+	HF_HUB_OFFLINE=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n 0 -m gpu
+
+lint: setup  ## ruff: rules and format
+	$(BIN)/ruff check $(wildcard $(CODE))
+	$(BIN)/ruff format --check $(wildcard $(CODE))
+
+format: setup  ## apply ruff's fixes and format
+	$(BIN)/ruff check --fix $(wildcard $(CODE))
+	$(BIN)/ruff format $(wildcard $(CODE))
+
+types: setup  ## mypy, strict
+	$(BIN)/mypy
+
+imports: setup  ## the floors: who may import whom
+	$(BIN)/lint-imports --no-logo
+
+check: lint types imports test  ## everything CI runs
+
+bench: setup  ## time the kernels and one block
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove caches and build leftovers (keeps .venv and runs/)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""What an adapter declares about an architecture: data only, no forward of its own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from eqat_mm.errors import AdapterError
+
+Inputs = dict[str, Tensor]
+"""Keyword arguments of one model forward, batch first."""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One architecture as the walker sees it.
+
+    Attributes:
+        name: short name, as in `--adapter`.
+        model_types: values of `model_type` in a Hugging Face config.json that it serves.
+        auto_class: transformers class that builds the model from its config.
+        blocks: exact path of the `ModuleList` of decoder blocks.
+        stages: paths inside one block of the linears that are quantized, in the order data passes them;
+            linears of one stage read the same input and are fused by serving engines.
+        full_precision: exact paths of the parts that are never quantized.
+        tiny: returns a small random model and batches of inputs, for tests.
+        renames: (regular expression, replacement) pairs from checkpoint names to module names.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    auto_class: Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"]
+    blocks: str
+    stages: tuple[tuple[str, ...], ...]
+    full_precision: tuple[str, ...]
+    tiny: Callable[[], tuple[nn.Module, list[Inputs]]]
+    renames: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Paths of all quantized linears of one block."""
+        return tuple(path for stage in self.stages for path in stage)
+
+    def find_blocks(self, model: nn.Module) -> nn.ModuleList:
+        """Return the decoder blocks of `model`.
+
+        Raises:
+            AdapterError: a declared path does not exist, is not what it should be, or the parts overlap.
+        """
+        blocks = self.find(model, self.blocks)
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+            raise AdapterError(
+                where=f"adapter {self.name}: blocks={self.blocks!r}",
+                given=f"{type(blocks).__name__} with {len(list(blocks.children()))} children",
+                allowed="a ModuleList with at least one decoder block",
+                do="correct the path of the decoder blocks in the adapter",
+            )
+        for index, block in enumerate(blocks):
+            for path in self.linears:
+                self._require_linear(block, path, index)
+        for path in self.full_precision:
+            self.find(model, path)
+        return blocks
+
+    def find(self, root: nn.Module, path: str) -> nn.Module:
+        """Return the submodule at exactly `path`.
+
+        Raises:
+            AdapterError: no such module; lists near names.
+        """
+        names = dict(root.named_modules())
+        if path in names:
+            return names[path]
+        near = difflib.get_close_matches(path, names, n=4, cutoff=0.4)
+        raise AdapterError(
+            where=f"adapter {self.name}: module {path!r} of {type(root).__name__}",
+            given="no module of that name",
+            allowed=", ".join(near) if near else "one of model.named_modules()",
+            do="correct the path in the adapter, or choose another adapter with --adapter",
+        )
+
+    def named_linears(self, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (path inside the block, module) of every quantized linear, whatever its current type."""
+        for path in self.linears:
+            yield path, block.get_submodule(path)
+
+    def _require_linear(self, block: nn.Module, path: str, index: int) -> None:
+        module = self.find(block, path)
+        if not hasattr(module, "weight"):
+            raise AdapterError(
+                where=f"adapter {self.name}: {self.blocks}.{index}.{path}",
+                given=type(module).__name__,
+                allowed="a linear layer",
+                do="list only linear layers in the adapter's stages",
+            )
+
+
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the submodule at `path`."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+

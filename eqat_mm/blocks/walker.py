@@ -1,0 +1,187 @@
+"""The walker carries two streams of activations along the row of blocks.
+
+The FP stream passes the full-precision blocks and gives the targets; the quantized stream passes the blocks that
+are already quantized and gives the inputs, so a block can mend the errors of those before it. One block is in
+memory at a time. The walker knows no architecture and never calls anything but the blocks themselves.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from eqat_mm.blocks.arch import Inputs
+from eqat_mm.blocks.capture import BlockCall, Sample, capture, collate, signature
+from eqat_mm.blocks.source import OpenModel
+from eqat_mm.blocks.spool import Stream
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """One block whose turn it is.
+
+    Attributes:
+        index: position in the row.
+        name: full path in the model.
+        block: its module; full precision when the step begins, packed when it ends.
+        fp: the FP stream; at the block's input until `BlockWalker.advance_fp`, then at its output (the targets).
+        quantized: the quantized stream, at the block's input until `BlockWalker.advance_quantized`.
+        calls: how the model calls the block, one per sample.
+    """
+
+    index: int
+    name: str
+    block: nn.Module
+    fp: Stream
+    quantized: Stream
+    calls: tuple[BlockCall, ...]
+
+    def call(self, indices: Sequence[int]) -> BlockCall:
+        """Return the call for some samples together."""
+        return collate([self.calls[i] for i in indices])
+
+    def buckets(self, indices: Sequence[int]) -> list[list[int]]:
+        """Group samples that can be batched together, keeping their order."""
+        return _buckets(self.calls, self.quantized, indices)
+
+    def batches(self, indices: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+        """Yield samples in batches of about `batch_tokens` tokens that can be called together."""
+        for bucket in self.buckets(indices):
+            size = max(1, batch_tokens // self.quantized.read(bucket[0]).shape[:2].numel())
+            for at in range(0, len(bucket), size):
+                yield bucket[at : at + size]
+
+
+class BlockWalker:
+    """Walks the blocks of an opened model.
+
+    Args:
+        opened: the model.
+        samples: captured forwards; their hidden states go into the streams as they come.
+        device: where blocks are computed.
+        dtype: in which full-precision blocks are held and computed.
+        stream_dtype: in which activations are kept.
+        spool: folder for memory-mapped streams; None keeps them in RAM.
+        batch_tokens: tokens per forward when a stream is advanced.
+    """
+
+    def __init__(
+        self,
+        opened: OpenModel,
+        samples: Iterable[Sample],
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        stream_dtype: torch.dtype = torch.float32,
+        spool: Path | None = None,
+        batch_tokens: int = 2048,
+    ) -> None:
+        self.opened = opened
+        self.device = device
+        self.dtype = dtype
+        self.batch_tokens = batch_tokens
+        self._blocks = opened.blocks
+        self.fp = Stream(stream_dtype, None if spool is None else spool / "fp.bin")
+        self.quantized = Stream(stream_dtype, None if spool is None else spool / "quantized.bin")
+        per_sample = []
+        for sample in samples:
+            self.fp.append(sample.hidden)
+            self.quantized.append(sample.hidden)
+            per_sample.append(sample.calls)
+        self.fp.seal()
+        self.quantized.seal()
+        self._calls = list(zip(*per_sample, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def walk(self, start: int = 0) -> Iterator[BlockStep]:
+        """Yield the full-precision blocks from `start` on; both streams must stand at that block's input.
+
+        The caller passes both streams through the block, with `advance_fp` before it is changed and with
+        `advance_quantized` after; then it is freed.
+        """
+        for index in range(start, len(self)):
+            block = self.load_block(index)
+            name = self.opened.block_name(index)
+            yield BlockStep(index, name, block, self.fp, self.quantized, self._calls[index])
+            block.to("meta")
+
+    def load_block(self, index: int) -> nn.Module:
+        """Read block `index` from the checkpoint, full precision, frozen."""
+        block = self._blocks[index]
+        self.opened.source.materialise(block, self.opened.block_name(index) + ".", self.dtype, self.device)
+        return block.requires_grad_(False)
+
+    def advance_fp(self, step: BlockStep) -> None:
+        """Pass the FP stream through the block of `step`."""
+        self._pass(step, self.fp)
+
+    def advance_quantized(self, step: BlockStep) -> None:
+        """Pass the quantized stream through the block of `step`."""
+        self._pass(step, self.quantized)
+
+    @torch.no_grad()
+    def _pass(self, step: BlockStep, stream: Stream) -> None:
+        for indices in step.batches(range(len(stream)), self.batch_tokens):
+            output = call_on(step.block, step.call(indices), stream.gather(indices), self.device, self.dtype)
+            parts = output.split([step.calls[i].batch for i in indices])
+            for index, part in zip(indices, parts, strict=True):
+                stream.write(index, part)
+
+
+def call_on(
+    block: nn.Module, call: BlockCall, hidden: Tensor, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Run one recorded call with its tensors moved to `device` and the hidden states cast to `dtype`."""
+    moved_args, moved_kwargs = pytree.tree_map(
+        lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs)
+    )
+    return BlockCall(moved_args, moved_kwargs, call.batch).run(block, hidden.to(device, dtype))
+
+
+def capture_front(opened: OpenModel, batches: Iterable[Inputs], dtype: torch.dtype) -> Iterator[Sample]:
+    """Load what comes before the blocks, capture the calls of every batch, and free it again.
+
+    Everything but the blocks and an untied output head is read; on the CPU.
+    """
+    model, source = opened.model, opened.source
+    blocks = opened.blocks
+    inside = {id(parameter) for parameter in blocks.parameters()}
+    skipped = {id(parameter) for parameter in _untied_head(model)}
+    front = [
+        (name, tensor)
+        for name, tensor in model.named_parameters()
+        if id(tensor) not in inside and id(tensor) not in skipped
+    ]
+    for name, _ in front:
+        parent, _, leaf = name.rpartition(".")
+        value = source.read(name).to(dtype)
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+    try:
+        yield from capture(model, blocks, batches)
+    finally:
+        for name, tensor in front:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, tensor)
+
+
+def _untied_head(model: nn.Module) -> list[nn.Parameter]:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if head is None or head.weight is embedding.weight:
+        return []
+    return list(head.parameters())
+
+
+def _buckets(calls: Sequence[BlockCall], stream: Stream, indices: Sequence[int]) -> list[list[int]]:
+    groups: dict[object, list[int]] = defaultdict(list)
+    for index in indices:
+        groups[signature(calls[index], stream.read(index).shape)].append(index)
+    return list(groups.values())
+

@@ -1,0 +1,86 @@
+"""Is this folder a whole, unaltered checkpoint of ours? Its manifest `eqat.json` says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eqat_mm.errors import CheckpointError
+from eqat_mm.runtime.files import read_json, sha256_of, write_json
+
+MANIFEST = "eqat.json"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself; written last, so a folder without it is unfinished.
+
+    Attributes:
+        arch: adapter name.
+        spec: fields of the `QuantSpec`.
+        stage: what made it, `round-to-nearest`, `block-ap` or `e2e-qp`.
+        source: the full-precision model it was made from.
+        files: SHA-256 of every weight file.
+        provenance: command, configuration, seed and versions of every stage, first to last.
+        format_version: of this manifest.
+    """
+
+    arch: str
+    spec: dict[str, Any]
+    stage: str
+    source: str
+    files: dict[str, str]
+    provenance: list[dict[str, Any]]
+    format_version: int = _FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest; the checkpoint exists from here on."""
+        write_json(folder / MANIFEST, asdict(self))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: not a folder, not a checkpoint of ours, or an unfinished one.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        found = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
+        raise CheckpointError(
+            where=str(folder),
+            given=found,
+            allowed="a folder written by `eqat block-ap` or `eqat e2e-qp`",
+            do="check the path; an interrupted run is finished by starting the same command again",
+        )
+    try:
+        return Manifest(**read_json(path))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            where=str(path),
+            given=f"unreadable manifest ({error})",
+            allowed=f"JSON of format version {_FORMAT_VERSION}",
+            do="make the checkpoint again, or update eqat-mm if it was made by a newer version",
+        ) from error
+
+
+def verify_checkpoint(folder: Path) -> Manifest:
+    """Check that every weight file is there and has the recorded SHA-256; return the manifest.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or altered.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest.files.items():
+        path = folder / name
+        given = sha256_of(path) if path.is_file() else "no such file"
+        if given != expected:
+            raise CheckpointError(
+                where=str(path),
+                given=given if not path.is_file() else f"sha256 {given[:16]}...",
+                allowed=f"sha256 {expected[:16]}..., as recorded in {MANIFEST}",
+                do="the file was truncated or altered: copy or make the checkpoint again",
+            )
+    return manifest

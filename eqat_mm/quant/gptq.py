@@ -1,0 +1,76 @@
+"""GPTQ as a warm start: rounding that pushes each column's error onto the columns still to come.
+
+Source: Frantar et al., GPTQ (arXiv 2210.17323). Columns are visited in their stored order and each group's grid is
+made when its first column is reached, from the weight as compensated so far.
+
+Shape letters: O output rows, I inputs, G groups, g group size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+"""Added to the diagonal of the Hessian, as a fraction of its mean."""
+
+GroupGrid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(weights [O, 1, g], importance [1, g]) -> (s [O, 1], z [O, 1])"""
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor, hessian: Tensor, group: int, top: int, group_grid: GroupGrid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a grid and a weight whose plain rounding on it gives the GPTQ codes.
+
+    Column j of the returned weight is column j of W plus the compensation it had received when its turn came.
+
+    Args:
+        weight: W, float [O, I].
+        hessian: sum of x x^T over calibration tokens, float [I, I].
+        group: g.
+        top: largest code, 2^N - 1.
+        group_grid: makes the grid of one group.
+
+    Returns:
+        (W' float32 [O, I], s float32 [O, G], z float32 [O, G]).
+    """
+    w_OI = weight.float().clone()
+    importance_I = hessian.diagonal()
+    factor_II = _inverse_factor(hessian)
+    scales, zeros = [], []
+    for start in range(0, w_OI.shape[1], group):
+        end = start + group
+        s_O1, z_O1 = group_grid(w_OI[:, start:end].unsqueeze(1), importance_I[start:end].unsqueeze(0))
+        errors = _compensate_group(w_OI[:, start:end], factor_II[start:end, start:end], s_O1[:, 0], z_O1[:, 0], top)
+        w_OI[:, end:] -= errors @ factor_II[start:end, end:]
+        scales.append(s_O1)
+        zeros.append(z_O1)
+    return w_OI, torch.cat(scales, 1), torch.cat(zeros, 1)
+
+
+def _compensate_group(w_Og: Tensor, factor_gg: Tensor, s_O: Tensor, z_O: Tensor, top: int) -> Tensor:
+    """Compensate the columns of one group in place; return the scaled rounding errors [O, g]."""
+    errors = torch.empty_like(w_Og)
+    for j in range(w_Og.shape[1]):
+        w_O = w_Og[:, j]
+        rounded = (w_O / s_O).round_().add_(z_O).clamp_(0, top).sub_(z_O).mul_(s_O)
+        errors[:, j] = (w_O - rounded) / factor_gg[j, j]
+        w_Og[:, j + 1 :].addr_(errors[:, j], factor_gg[j, j + 1 :], alpha=-1)
+    return errors
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Hessian, computed in float64, returned in float32."""
+    damped = damp(hessian, DAMPING).double()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def damp(hessian: Tensor, fraction: float) -> Tensor:
+    """Return the Hessian with `fraction` of its mean diagonal added to the diagonal."""
+    mean = hessian.diagonal().mean().clamp(min=1e-12)
+    return hessian + torch.eye(len(hessian), device=hessian.device) * (fraction * mean)

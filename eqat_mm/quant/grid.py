@@ -1,0 +1,45 @@
+"""The grid equations (EfficientQAT, eqs. 1 and 2), without gradients.
+
+Shape letters: O output rows, I inputs, G groups, g group size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eqat_mm.quant.spec import QuantSpec
+
+SMALLEST_STEP = 1e-8
+"""Step sizes are kept at least this far from zero, so that W / s stays finite."""
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the codes clamp(round(W / s) + round(z), 0, 2^N - 1) (eq. 1).
+
+    Args:
+        weight: float [O, I].
+        scale: float [O, G].
+        zero_point: float [O, G].
+        spec: gives N.
+
+    Returns:
+        uint8 [O, I].
+    """
+    w_OGg = weight.unflatten(1, (scale.shape[1], -1))
+    codes = (w_OGg / scale.unsqueeze(-1)).round_().add_(zero_point.round().unsqueeze(-1))
+    return codes.clamp_(0, spec.top).to(torch.uint8).flatten(1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return (W_int - round(z)) * s (eq. 2), float [O, I], from codes uint8 [O, I]."""
+    c_OGg = codes.to(scale.dtype).unflatten(1, (scale.shape[1], -1)) - zero_point.round().unsqueeze(-1)
+    return (c_OGg * scale.unsqueeze(-1)).flatten(1)
+
+
+def away_from_zero(scale: Tensor, *, signed: bool) -> Tensor:
+    """Return `scale` with every entry at least `SMALLEST_STEP` from zero; positive unless `signed`."""
+    if not signed:
+        return scale.clamp(min=SMALLEST_STEP)
+    sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
+    return sign * scale.abs().clamp(min=SMALLEST_STEP)

@@ -1,0 +1,44 @@
+"""Progress bars with an ETA on everything long; in a log file a line every few seconds instead."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Iterate over `items` behind a bar named `what` that shows rate and ETA (on stderr)."""
+    interactive = sys.stderr.isatty()
+    return iter(
+        tqdm(
+            items,
+            desc=what,
+            total=total,
+            unit=unit,
+            leave=False,
+            dynamic_ncols=interactive,
+            mininterval=0.2 if interactive else 15.0,
+            file=sys.stderr,
+        )
+    )
+
+
+def say(line: str) -> None:
+    """Print one line for the user without tearing a progress bar that is on the screen."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as `42s`, `3m07s` or `2h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

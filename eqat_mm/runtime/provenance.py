@@ -1,0 +1,46 @@
+"""What produced a result: versions, source revision, seed and the resolved configuration."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("eqat-mm", "torch", "transformers", "accelerate", "deepspeed", "safetensors", "compressed-tensors")
+
+
+def provenance(command: str, config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Return a JSON-ready record of the run: command, configuration, seed, versions, revision, time."""
+    return {
+        "command": command,
+        "config": config,
+        "seed": seed,
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "revision": _revision(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """Commit of the source tree this package runs from; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,175 @@
+"""Block-AP (EfficientQAT): for block in walker: prepare, train, pack, commit.
+
+A committed block is the unit of resume: its shard, both activation streams, and last a small JSON. A run that is
+killed and started again gives the same weights as one that is not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from eqat_mm.blocks.arch import Inputs, set_submodule
+from eqat_mm.blocks.source import OpenModel
+from eqat_mm.blocks.spool import require_disk
+from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
+from eqat_mm.checkpoint.verify import Manifest
+from eqat_mm.checkpoint.write import CheckpointWriter
+from eqat_mm.quant.convert import to_fake, to_packed
+from eqat_mm.quant.fake_linear import FakeQuantLinear
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.memory import peak_bytes
+from eqat_mm.runtime.progress import duration, progress, say
+from eqat_mm.train.commit import RunState
+from eqat_mm.train.fit import FitConfig, FitReport, fit_block
+from eqat_mm.train.warm_start import WarmStartConfig, initial_grids
+
+STAGE = "block-ap"
+
+
+@dataclass(frozen=True)
+class BlockAPConfig:
+    """Block-AP without the model and the data.
+
+    Attributes:
+        quant: bits, group size, symmetry.
+        start: where the grids start.
+        fit: how each block is trained.
+        spool: keep the activation streams in RAM or in memory-mapped files.
+        stream_dtype: dtype of the activation streams.
+        batch_tokens: tokens per forward where nothing is trained.
+        seed: of the order of samples.
+    """
+
+    quant: QuantSpec = field(default_factory=QuantSpec)
+    start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    spool: Literal["ram", "disk"] = "ram"
+    stream_dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_tokens: int = 4096
+    seed: int = 0
+
+
+def run_block_ap(
+    opened: OpenModel,
+    batches: Sequence[Inputs],
+    config: BlockAPConfig,
+    folder: Path,
+    *,
+    device: torch.device,
+    source: str,
+    provenance: dict[str, Any],
+) -> Manifest:
+    """Quantize every block of `opened` and write the checkpoint to `folder/model`.
+
+    Args:
+        opened: the full-precision model.
+        batches: model inputs, one calibration sample each.
+        config: settings.
+        folder: run folder; a run of the same settings in it is continued.
+        device: where blocks are trained.
+        source: name of the model, for the manifest.
+        provenance: record of the run, for the manifest.
+
+    Raises:
+        ConfigError: the group size does not divide a layer, or the folder holds a run with other settings.
+        ResourceError: not enough disk for the activation streams.
+        TrainingError: a block whose loss stays non-finite.
+    """
+    check_groups(opened, config.quant)
+    state = RunState.open(folder, provenance["config"])
+    require_disk(folder, _disk_needed(opened, batches, config), "activation streams and checkpoint")
+    writer = CheckpointWriter(folder / "model", opened, config.quant)
+    captured = capture_front(opened, progress(batches, what="capture", unit="sample"), torch.float32)
+    walker = BlockWalker(
+        opened,
+        captured,
+        device=device,
+        stream_dtype=getattr(torch, config.stream_dtype),
+        spool=folder / "spool" if config.spool == "disk" else None,
+        batch_tokens=config.batch_tokens,
+    )
+    state.restore(walker)
+    console = _Console(len(walker), state.done, device)
+    for step in walker.walk(state.done):
+        report = quantize_block(walker, step, config)
+        writer.write_block(step.index, step.block)
+        state.commit(walker, console.record(step, report))
+    manifest = writer.finish(STAGE, source, provenance)
+    state.clean()
+    return manifest
+
+
+def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) -> FitReport:
+    """Turn the full-precision block of `step` into a trained and packed one and pass both streams through it."""
+    arch = walker.opened.arch
+    grids = initial_grids(walker, step, config.quant, config.start)
+    walker.advance_fp(step)
+    for path, linear in list(arch.named_linears(step.block)):
+        set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant))
+    report = fit_block(
+        step, config.fit, seed=config.seed, device=walker.device, batch_tokens=config.batch_tokens
+    )
+    for path, fake in list(arch.named_linears(step.block)):
+        assert isinstance(fake, FakeQuantLinear)
+        set_submodule(step.block, path, to_packed(fake))
+    step.block.requires_grad_(False)
+    walker.advance_quantized(step)
+    return report
+
+
+def check_groups(opened: OpenModel, spec: QuantSpec) -> None:
+    """Check that the group size divides every quantized linear.
+
+    Raises:
+        ConfigError: names the first layer where it does not.
+    """
+    for index, block in enumerate(opened.blocks):
+        for path, linear in opened.arch.named_linears(block):
+            spec.group_of(linear.weight.shape[1], f"{opened.block_name(index)}.{path}")
+
+
+def _disk_needed(opened: OpenModel, batches: Sequence[Inputs], config: BlockAPConfig) -> int:
+    """Bytes for two streams, twice (the old commit goes when the new one stands), live files and checkpoint."""
+    hidden = opened.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    stream = tokens * hidden * getattr(torch, config.stream_dtype).itemsize
+    weights = sum(parameter.numel() for parameter in opened.model.parameters())
+    return stream * (6 if config.spool == "disk" else 4) + weights * 2
+
+
+class _Console:
+    """One line per block, and the same as a record for metrics.jsonl."""
+
+    def __init__(self, total: int, done: int, device: torch.device) -> None:
+        self.total, self.first, self.device = total, done, device
+        self.started = self.last = time.monotonic()
+
+    def record(self, step: BlockStep, report: FitReport) -> dict[str, Any]:
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        target = torch.stack([step.fp.read(i).float().square().mean() for i in range(len(step.fp))])
+        relative = (report.loss_after / target.mean().item()) ** 0.5
+        finished = step.index + 1 - self.first
+        eta = (now - self.started) / finished * (self.total - step.index - 1)
+        memory = peak_bytes(self.device)
+        rate = report.tokens / seconds
+        say(
+            f"block {step.index + 1:>3}/{self.total}  loss {report.loss_before:.4g} -> {report.loss_after:.4g}"
+            f"  relative error {relative:.3f}  {rate:,.0f} tok/s  {memory / 2**30:.2f} GiB"
+            f"  {duration(seconds)}  eta {duration(eta)}"
+        )
+        return {
+            "block": step.index,
+            "name": step.name,
+            **asdict(report),
+            "relative_error": relative,
+            "tokens_per_second": rate,
+            "peak_bytes": memory,
+            "seconds": seconds,
+        }

@@ -1,0 +1,270 @@
+"""Fitting one block: W, s, z and norms against the full-precision block's output (EfficientQAT, Block-AP)."""
+
+from __future__ import annotations
+
+import math
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from eqat_mm.blocks.walker import BlockStep, call_on
+from eqat_mm.data.order import EpochOrder
+from eqat_mm.errors import TrainingError
+from eqat_mm.quant.fake_linear import FakeQuantLinear
+from eqat_mm.runtime.progress import progress, say
+from eqat_mm.runtime.seeding import derive_seed, generator
+from eqat_mm.train.losses import block_loss
+from eqat_mm.train.schedule import cosine_factor
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How one block is trained. The defaults are the paper's, for models of 7B parameters and up.
+
+    Attributes:
+        epochs: passes over the calibration samples; 0 leaves the block at its initialisation.
+        batch_size: samples per step.
+        lr_weight: peak learning rate of W (paper: 2e-5 at 2 bits, 1e-5 at 3 and 4).
+        lr_scale: peak learning rate of the step sizes s.
+        lr_zero_point: peak learning rate of the zero points z; null takes `lr_scale`.
+        lr_norm: peak learning rate of the block's norms; null takes `lr_weight`.
+        lr_floor: last learning rate as a fraction of the peak (cosine in between).
+        warmup: fraction of the steps over which the learning rate rises.
+        beta2: second-moment decay of AdamW.
+        weight_decay: of AdamW, on W only.
+        clip_norm: largest gradient norm; null does not clip.
+        validation_samples: calibration samples kept out of training, for the validation loss.
+        patience: stop after this many epochs without a better validation loss; null never stops.
+        autocast: dtype of the forward over float32 masters.
+        max_skipped: steps with a non-finite loss that are skipped before the block is rolled back.
+        max_retries: rollbacks, each with half the learning rates, before training ends with an error.
+    """
+
+    epochs: int = 2
+    batch_size: int = 2
+    lr_weight: float = 2e-5
+    lr_scale: float = 1e-4
+    lr_zero_point: float | None = None
+    lr_norm: float | None = None
+    lr_floor: float = 0.05
+    warmup: float = 0.0
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    validation_samples: int = 64
+    patience: int | None = None
+    autocast: Literal["float32", "bfloat16"] = "float32"
+    max_skipped: int = 8
+    max_retries: int = 3
+
+
+@dataclass
+class FitReport:
+    """What happened to one block.
+
+    Attributes:
+        loss_before: validation loss at initialisation.
+        loss_after: validation loss of the kept weights.
+        validation: validation loss after each epoch.
+        training: mean training loss of each epoch.
+        steps: optimizer steps.
+        tokens: tokens trained on.
+        skipped: steps with a non-finite loss.
+        retries: rollbacks.
+    """
+
+    loss_before: float = math.nan
+    loss_after: float = math.nan
+    validation: list[float] = field(default_factory=list)
+    training: list[float] = field(default_factory=list)
+    steps: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    retries: int = 0
+
+
+class _Diverged(Exception):  # noqa: N818 (a signal between two functions of this file)
+    """Too many steps with a non-finite loss."""
+
+
+def fit_block(
+    step: BlockStep, config: FitConfig, *, seed: int, device: torch.device, batch_tokens: int
+) -> FitReport:
+    """Train the fake-quantized block of `step` in place and keep its best weights by validation loss.
+
+    The FP stream must stand at the block's output, the quantized stream at its input.
+
+    A step whose loss or gradient is not finite is skipped; after `max_skipped` of them the block goes back to
+    its best weights and continues with half the learning rates.
+
+    Raises:
+        TrainingError: still not finite after `max_retries` rollbacks.
+    """
+    fit = _BlockFit(step, config, seed, device, batch_tokens)
+    for retry in range(config.max_retries + 1):
+        factor = 0.5**retry
+        try:
+            fit.run(factor)
+        except _Diverged:
+            fit.report.retries += 1
+            fit.restore_best()
+            say(f"{step.name}: loss not finite {config.max_skipped} times; back to the best weights, lr x {factor / 2:g}")
+        else:
+            fit.restore_best()
+            return fit.report
+    raise TrainingError(
+        where=f"{step.name}, optimizer step {fit.report.steps}",
+        given=f"a non-finite loss at lr_weight={config.lr_weight * factor:g}, lr_scale={config.lr_scale * factor:g}",
+        allowed=f"a finite loss within {config.max_retries} retries",
+        do="lower --fit.lr_weight and --fit.lr_scale, or train in float32 (--fit.autocast float32)",
+    )
+
+
+class _BlockFit:
+    """State of one `fit_block`: the split of the samples, the best weights so far, the report."""
+
+    def __init__(
+        self, step: BlockStep, config: FitConfig, seed: int, device: torch.device, batch_tokens: int
+    ) -> None:
+        self.step = step
+        self.config = config
+        self.seed = derive_seed(seed, "block", step.index)
+        self.device = device
+        self.batch_tokens = batch_tokens
+        held_out = min(config.validation_samples, len(step.quantized) // 4)
+        self.validation = list(range(held_out))
+        self.training = list(range(held_out, len(step.quantized)))
+        self.parameters = trainable_parameters(step.block, config)
+        self.projected = [module for module in step.block.modules() if isinstance(module, FakeQuantLinear)]
+        self.report = FitReport(loss_before=self.evaluate())
+        self.report.loss_after = self.report.loss_before
+        self.best = self._snapshot()
+
+    def run(self, lr_factor: float) -> None:
+        """Train all epochs with learning rates times `lr_factor`; raise `_Diverged` if it cannot."""
+        config = self.config
+        optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, config.beta2))
+        peaks = [group["lr"] * lr_factor for group in optimizer.param_groups]
+        epochs = [self._epoch(epoch) for epoch in range(config.epochs)]
+        total = sum(map(len, epochs))
+        taken, stale, skipped = 0, 0, 0
+        bar = progress(range(total), what=self.step.name, unit="step")
+        for batches in epochs:
+            losses = []
+            for indices in batches:
+                next(bar)
+                factor = cosine_factor(taken, total, warmup=round(config.warmup * total), floor=config.lr_floor)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+                taken += 1
+                loss = self._step(optimizer, indices)
+                if loss is None:
+                    self.report.skipped += 1
+                    skipped += 1
+                    if skipped > config.max_skipped:
+                        raise _Diverged
+                else:
+                    losses.append(loss)
+            self.report.training.append(sum(losses) / max(1, len(losses)))
+            stale = 0 if self._validate() else stale + 1
+            if config.patience is not None and stale >= config.patience:
+                return
+
+    def restore_best(self) -> None:
+        """Put the best weights back."""
+        with torch.no_grad():
+            for parameter, value in zip(self._all(), self.best, strict=True):
+                parameter.copy_(value)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss on the validation samples; on all samples where none are held out."""
+        losses = []
+        for indices in self.step.batches(self.validation or self.training, self.batch_tokens):
+            losses += [self._loss(indices).item()] * len(indices)
+        return sum(losses) / len(losses)
+
+    def _step(self, optimizer: torch.optim.Optimizer, indices: list[int]) -> float | None:
+        """One optimizer step; None if the loss or a gradient was not finite and nothing was changed."""
+        optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(indices)
+        loss.backward()  # type: ignore[no-untyped-call]
+        limit = self.config.clip_norm if self.config.clip_norm is not None else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._all(), limit)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            return None
+        optimizer.step()
+        for module in self.projected:
+            module.project()
+        self.report.steps += 1
+        self.report.tokens += sum(self.step.quantized.read(i).shape[:2].numel() for i in indices)
+        return loss.item()
+
+    def _loss(self, indices: list[int]) -> Tensor:
+        step = self.step
+        target = step.fp.gather(indices).to(self.device)
+        with self._autocast():
+            output = call_on(
+                step.block, step.call(indices), step.quantized.gather(indices), self.device, torch.float32
+            )
+        return block_loss(output, target)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.config.autocast == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _validate(self) -> bool:
+        loss = self.evaluate()
+        self.report.validation.append(loss)
+        better = loss < self.report.loss_after
+        if better:
+            self.report.loss_after = loss
+            self.best = self._snapshot()
+        return better
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """Batches of one epoch: shuffled within each bucket of equal calls, then among one another."""
+        batches = []
+        for number, bucket in enumerate(self.step.buckets(self.training)):
+            order = EpochOrder(len(bucket), self.config.batch_size, derive_seed(self.seed, "bucket", number))
+            batches += [[bucket[i] for i in indices.tolist()] for indices in order.batches(epoch)]
+        shuffled = torch.randperm(len(batches), generator=generator(self.seed, "batches", epoch))
+        return [batches[i] for i in shuffled.tolist()]
+
+    def _all(self) -> list[nn.Parameter]:
+        return [parameter for group in self.parameters for parameter in group["params"]]
+
+    def _snapshot(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self._all()]
+
+
+def trainable_parameters(block: nn.Module, config: FitConfig) -> list[dict[str, object]]:
+    """Return AdamW parameter groups of a fake-quantized block and make exactly these trainable.
+
+    Each quantized linear names its own W, s and z; what else the block owns (norms) is a group of its own.
+    """
+    linears = [module for module in block.modules() if isinstance(module, FakeQuantLinear)]
+    owned = {id(parameter) for module in linears for parameter in module.parameters()}
+    groups: list[tuple[list[nn.Parameter], float, float]] = [
+        ([p for m in linears for p in m.weight_parameters()], config.lr_weight, config.weight_decay),
+        ([p for m in linears for p in m.scale_parameters()], config.lr_scale, 0.0),
+        ([p for m in linears for p in m.zero_point_parameters()], _or(config.lr_zero_point, config.lr_scale), 0.0),
+        ([p for p in block.parameters() if id(p) not in owned], _or(config.lr_norm, config.lr_weight), 0.0),
+    ]
+    block.requires_grad_(False)
+    trained = [(params, lr, decay) for params, lr, decay in groups if params and lr > 0]
+    for params, _, _ in trained:
+        for parameter in params:
+            parameter.requires_grad_(True)
+    return [{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in trained]
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+

@@ -1,0 +1,41 @@
+"""Round-to-nearest: the same row of blocks without calibration or training, the baseline of every table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eqat_mm.blocks.arch import set_submodule
+from eqat_mm.blocks.source import OpenModel
+from eqat_mm.checkpoint.verify import Manifest
+from eqat_mm.checkpoint.write import CheckpointWriter
+from eqat_mm.quant.convert import to_fake, to_packed
+from eqat_mm.quant.init import initial_grid
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.progress import progress
+from eqat_mm.train.block_ap import check_groups
+
+STAGE = "round-to-nearest"
+
+
+def run_rtn(
+    opened: OpenModel, spec: QuantSpec, folder: Path, *, source: str, provenance: dict[str, Any]
+) -> Manifest:
+    """Round every block to its min-max grid and write the checkpoint to `folder/model`.
+
+    Raises:
+        ConfigError: the group size does not divide a layer.
+    """
+    check_groups(opened, spec)
+    writer = CheckpointWriter(folder / "model", opened, spec)
+    for index, block in enumerate(progress(opened.blocks, what="round to nearest", unit="block")):
+        name = opened.block_name(index)
+        opened.source.materialise(block, name + ".", torch.float32, torch.device("cpu"))
+        for path, linear in list(opened.arch.named_linears(block)):
+            grid = initial_grid(linear.weight, spec, layer=f"{name}.{path}", init="minmax")
+            set_submodule(block, path, to_packed(to_fake(linear, grid, spec)))
+        writer.write_block(index, block)
+        block.to("meta")
+    return writer.finish(STAGE, source, provenance)

@@ -1,0 +1,229 @@
+"""Text from a model, with the sampling the caller asked for and nothing the checkpoint adds to it.
+
+`generation_config.json` of many chat models sets top-k, temperature and a repetition penalty. Here
+they are switched off unless asked for: a penalty would hide the very loops we look for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from eqat_eval.inference import inference
+from eqat_eval.prompts import encode_prompt
+from eqat_eval.repetition import Repetition, repetition
+from eqat_eval.windows import check_positive
+from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.runtime.progress import progress
+from eqat_mm.runtime.seeding import derive_seed
+
+__all__ = ["GeneratedText", "GenerationJudgement", "generate_text", "judge_generation", "repetition"]
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """A continuation.
+
+    Attributes:
+        text: the continuation without the prompt and without special tokens.
+        token_ids: its token ids, the closing end-of-text token included.
+        seconds: wall time of prompt processing and generation.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Number of generated tokens."""
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second, prompt processing included."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class GenerationJudgement:
+    """Means over prompts; texts too short for an n-gram are left out of that mean.
+
+    Attributes:
+        repetition: mean repeated 4-grams and distinct 2-grams; None where no text was long enough.
+        tokens: mean number of generated tokens; far below the limit may be a model that gives up.
+        tokens_per_second: all tokens over all seconds.
+        samples: every text, to be read.
+    """
+
+    repetition: Repetition
+    tokens: float
+    tokens_per_second: float
+    samples: tuple[GeneratedText, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready record: the means by name and the texts, without token ids."""
+        return {
+            "prompts": len(self.samples),
+            **asdict(self.repetition),
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "texts": [sample.text for sample in self.samples],
+        }
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    stream: bool = False,
+) -> GeneratedText:
+    """Continue one prompt.
+
+    The global random state is left as it was; the same seed gives the same text on the same machine.
+
+    Args:
+        model: a causal LM; runs in eval mode, its training flags are restored.
+        tokenizer: its tokenizer.
+        prompt: the text to continue, or with `chat` the user's message.
+        max_new_tokens: upper bound; generation ends earlier at an end-of-text token.
+        temperature: 0 for greedy decoding, above 0 for sampling.
+        top_p: sample from the smallest set of tokens with this total probability; 1 for all.
+        seed: of the sampling; greedy decoding ignores it.
+        chat: wrap the prompt in the tokenizer's chat template.
+        stream: print the text on stdout as it is generated.
+
+    Raises:
+        ConfigError: an option out of range, or `chat` with a tokenizer that has no chat template.
+        DataError: a prompt without a token.
+    """
+    check_positive("max_new_tokens", max_new_tokens)
+    sampling = _sampling(temperature, top_p)
+    prompt_1T = encode_prompt(tokenizer, prompt, chat=chat).to(model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    generator: Any = model  # transformers adds `generate` by a mixin its types do not show
+    started = time.perf_counter()
+    with inference(model), _seeded(derive_seed(seed, "generation")):
+        tokens_1T = generator.generate(
+            input_ids=prompt_1T,
+            attention_mask=torch.ones_like(prompt_1T),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            **sampling,
+            **_ending(model, tokenizer),
+        )
+    new = tuple(tokens_1T[0, prompt_1T.shape[1] :].tolist())
+    seconds = time.perf_counter() - started
+    return GeneratedText(str(tokenizer.decode(list(new), skip_special_tokens=True)), new, seconds)
+
+
+def judge_generation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> GenerationJudgement:
+    """Continue every prompt and average the repetition; arguments as in `generate_text`.
+
+    Each prompt samples with its own seed, derived from `seed` and its place in the list.
+
+    Raises:
+        ConfigError: as in `generate_text`.
+        DataError: no prompts, or one without a token.
+    """
+    if not prompts:
+        raise DataError("prompts", "an empty list", "at least one prompt", "pass the prompts to continue")
+    samples = tuple(
+        generate_text(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=derive_seed(seed, "prompt", index),
+            chat=chat,
+        )
+        for index, prompt in enumerate(
+            progress(prompts, what="generation", total=len(prompts), unit="prompt")
+        )
+    )
+    return _mean(samples)
+
+
+def _mean(samples: tuple[GeneratedText, ...]) -> GenerationJudgement:
+    scores = [repetition(sample.token_ids) for sample in samples]
+    tokens = sum(sample.tokens for sample in samples)
+    return GenerationJudgement(
+        repetition=Repetition(
+            repeated_4grams=_mean_of_known([score.repeated_4grams for score in scores]),
+            distinct_2=_mean_of_known([score.distinct_2 for score in scores]),
+        ),
+        tokens=tokens / len(samples),
+        tokens_per_second=tokens / sum(sample.seconds for sample in samples),
+        samples=samples,
+    )
+
+
+def _mean_of_known(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    """Return arguments of `generate` that leave nothing to the model's own generation config.
+
+    Greedy decoding wants the sampling options absent: None, or transformers warns about them.
+    """
+    if not (temperature >= 0.0 and 0.0 < top_p <= 1.0):
+        raise ConfigError(
+            where="sampling",
+            given=f"temperature={temperature}, top_p={top_p}",
+            allowed="temperature >= 0 (0 is greedy) and 0 < top_p <= 1",
+            do="correct the option that is out of range",
+        )
+    greedy = temperature == 0.0
+    return {
+        "do_sample": not greedy,
+        "temperature": None if greedy else temperature,
+        "top_p": None if greedy else top_p,
+        "top_k": None if greedy else 0,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+    }
+
+
+def _ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return end and padding ids: the model's own end ids (a chat model has several), or the tokenizer's."""
+    config = model.generation_config
+    end = config.eos_token_id if config is not None else None
+    end = tokenizer.eos_token_id if end is None else end
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {"eos_token_id": end, "pad_token_id": pad}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generators, the only ones `generate` draws from, and restore them afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,22 @@
+"""The kernel layer that training and serving share; it knows tensors, not models.
+
+Every op has a readable torch `reference`, which is the specification, and one entry point here that
+picks an implementation (`dispatch.select`). Importing this package needs torch only.
+"""
+
+from eqat_kernels.dequant import dequantize
+from eqat_kernels.dispatch import IMPLEMENTATIONS, select
+from eqat_kernels.fake_quant import fake_quantize
+from eqat_kernels.packing import PackedLayout, pack, unpack
+from eqat_kernels.quant_linear import quant_linear
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PackedLayout",
+    "dequantize",
+    "fake_quantize",
+    "pack",
+    "quant_linear",
+    "select",
+    "unpack",
+]

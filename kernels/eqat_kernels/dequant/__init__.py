@@ -1,0 +1,41 @@
+"""Packed codes to a dense weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eqat_kernels.dequant import reference
+from eqat_kernels.dispatch import select
+from eqat_kernels.packing import PackedLayout
+
+_RUN = {"reference": reference.dequantize}
+
+
+def dequantize(
+    words: Tensor,
+    scale: Tensor,
+    zero_words: Tensor | None,
+    layout: PackedLayout,
+    dtype: torch.dtype = torch.float32,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Return the dense weight of a packed one.
+
+    Args:
+        words: packed codes, int32 [O, ceil(I*N/32)].
+        scale: s, float [O, G].
+        zero_words: zero points packed along the output rows, int32 [ceil(O*N/32), G]; None for the symmetric
+            grid, whose zero point is 2^(N-1).
+        layout: shape and bit width.
+        dtype: of the result.
+        impl: implementation, see `eqat_kernels.dispatch`.
+
+    Returns:
+        W_hat, [O, I].
+    """
+    return _RUN[select("dequantize", impl, words)](words, scale, zero_words, layout, dtype)
+
+
+__all__ = ["dequantize"]

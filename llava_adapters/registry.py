@@ -1,0 +1,124 @@
+"""Which adapter serves which model, and the short names of models.
+
+A new architecture is one file beside this one and one entry in `_BUILT_IN`. Other packages register an `Arch`
+under the entry-point group `eqat_mm.adapters`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from eqat_mm.blocks.arch import Arch
+from eqat_mm.errors import AdapterError, CheckpointError
+from llava_adapters import llama, mistral
+
+GROUP = "eqat_mm.adapters"
+
+_BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH)
+
+ALIASES: dict[str, str] = {
+    "smollm2-135m": "asset:smollm2-135m",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "vicuna-7b": "lmsys/vicuna-7b-v1.5",
+    "vicuna-13b": "lmsys/vicuna-13b-v1.5",
+}
+"""Short name -> hub repository, or `asset:NAME` for a model that the tool fetches and converts itself."""
+
+
+@lru_cache(maxsize=1)
+def known_archs() -> dict[str, Arch]:
+    """Return every registered architecture by name: built in, then from other packages.
+
+    Raises:
+        AdapterError: an entry point that does not hold an `Arch`.
+    """
+    archs = {arch.name: arch for arch in _BUILT_IN}
+    for entry in entry_points(group=GROUP):
+        arch = entry.load()
+        if not isinstance(arch, Arch):
+            raise AdapterError(
+                where=f"entry point {entry.value} of group {GROUP}",
+                given=type(arch).__name__,
+                allowed="an instance of eqat_mm.blocks.Arch",
+                do="correct the package that registers it",
+            )
+        archs[arch.name] = arch
+    return archs
+
+
+def arch_for(name: str) -> Arch:
+    """Return the architecture called `name`.
+
+    Raises:
+        AdapterError: unknown name; lists near ones.
+    """
+    archs = known_archs()
+    if name in archs:
+        return archs[name]
+    raise AdapterError(
+        where="--adapter",
+        given=repr(name),
+        allowed=", ".join(sorted(archs)),
+        do="choose one of these, or add an adapter (docs/adding_a_model.md)",
+    )
+
+
+def arch_of_folder(folder: Path, adapter: str | None = None) -> Arch:
+    """Return the architecture of the model in `folder`, by its config.json, or the one named `adapter`.
+
+    Raises:
+        CheckpointError: `folder` is not a model folder.
+        AdapterError: no adapter serves its model type.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            where=str(folder),
+            given="no config.json",
+            allowed="a Hugging Face model folder",
+            do="check the path",
+        )
+    if adapter is not None:
+        return arch_for(adapter)
+    model_type = AutoConfig.from_pretrained(folder).model_type
+    for arch in known_archs().values():
+        if model_type in arch.model_types:
+            return arch
+    served = sorted({kind for arch in known_archs().values() for kind in arch.model_types})
+    raise AdapterError(
+        where=f"{folder / 'config.json'}: model_type",
+        given=repr(model_type),
+        allowed=", ".join(served),
+        do="write an adapter for it (docs/adding_a_model.md), or name one that fits with --adapter",
+    )
+
+
+def resolve_alias(model: str) -> str:
+    """Return what `model` stands for: a folder as it is, an alias expanded, a hub repository as it is.
+
+    Raises:
+        AdapterError: neither an existing folder, nor an alias, nor of the form `owner/name`.
+    """
+    if Path(model).is_dir():
+        return model
+    if model in ALIASES:
+        return ALIASES[model]
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return model
+    near = difflib.get_close_matches(model, ALIASES, n=4, cutoff=0.4)
+    raise AdapterError(
+        where="--model",
+        given=repr(model),
+        allowed=f"a model folder, a hub repository owner/name, or an alias: {', '.join(near or sorted(ALIASES))}",
+        do="check the spelling; `eqat assets` lists what can be fetched without a hub",
+    )

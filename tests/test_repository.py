@@ -1,0 +1,183 @@
+"""The repository itself: what a reader relies on and no other check sees."""
+
+from __future__ import annotations
+
+import ast
+import importlib.resources
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "eqat_mm": ROOT / "eqat_mm",
+    "llava_adapters": ROOT / "llava_adapters",
+    "eqat_kernels": ROOT / "kernels" / "eqat_kernels",
+    "eqat_eval": ROOT / "eval" / "eqat_eval",
+}
+SOURCES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+LONGEST_FILE = 400  # lines
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@cache
+def repository_files() -> tuple[Path, ...]:
+    """Files git tracks or would track; without git, those outside hidden and built folders."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        skipped = {"build", "dist", "runs", "__pycache__"}
+        found = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+        listed = [
+            str(path)
+            for path in found
+            if not any(part in skipped or part.startswith(".") for part in path.parts[:-1])
+        ]
+    return tuple(ROOT / name for name in listed if name and (ROOT / name).is_file())
+
+
+# ---- sources --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_source_file_is_documented_and_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), f"{name_of(path)} has no module docstring"
+    assert len(text.splitlines()) <= LONGEST_FILE, f"{name_of(path)} is longer than {LONGEST_FILE} lines"
+
+
+def test_pyproject_lists_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    found = {
+        ".".join((package, *init.parent.relative_to(folder).parts))
+        for package, folder in PACKAGES.items()
+        for init in folder.rglob("__init__.py")
+    }
+    assert found == set(listed) - {"eqat_configs"}
+
+
+def test_folders_that_must_not_be_packages() -> None:
+    for folder in ("kernels", "eval"):
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+# ---- data -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_recipe_is_a_yaml_mapping(path: Path) -> None:
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(recipe, dict)
+    assert recipe
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.json")), ids=name_of)
+def test_config_is_json(path: Path) -> None:
+    assert isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+
+
+def test_installed_package_finds_the_recipes() -> None:
+    folder = importlib.resources.files("eqat_configs") / "recipes"
+    assert {entry.name for entry in folder.iterdir()} >= {path.name for path in RECIPES}
+
+
+# ---- README ---------------------------------------------------------------------------------------
+
+
+def paths_named_in(markdown: str) -> set[str]:
+    """Repository paths in a Markdown text: link targets and names that begin with a top-level folder."""
+    folders = "|".join(
+        sorted(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
+    )
+    names = set(re.findall(rf"(?<![\w./-])(?:{folders})/[\w./*-]*", markdown))
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", markdown)}
+    names |= {link for link in links if link and not urlsplit(link).scheme}
+    return {name.rstrip(".") for name in names if not name.startswith("runs/")}
+
+
+def paths_in_file_map(markdown: str) -> set[str]:
+    """Paths in the fenced block under the heading that contains `map`: two spaces of indent per level."""
+    section = re.search(
+        r"^#+ .*\bmap\b.*\n(?:(?!#)(?!```).*\n)*```\w*\n(.*?)^```", markdown, re.M | re.S | re.I
+    )
+    found, parents = set(), [""]
+    for line in section.group(1).splitlines() if section else []:
+        plain = re.sub("[│├└─]", " ", line)
+        if not (name := plain.split(maxsplit=1)[0:1]):
+            continue
+        depth = (len(plain) - len(plain.lstrip())) // 2
+        if depth >= len(parents):  # the continuation of a description
+            continue
+        found.add(path := parents[depth] + name[0])
+        if path.endswith("/"):
+            parents[depth + 1 :] = [path]
+    return found
+
+
+def test_file_map_is_read_as_a_tree() -> None:
+    tree = "a/        one\n  b/      two\n    c.py  three\n  d.py    four\ne.md      five\n"
+    text = f"## File map\n\nWords.\n\n```text\n{tree}```\n"
+    assert paths_in_file_map(text) == {"a/", "a/b/", "a/b/c.py", "a/d.py", "e.md"}
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_paths_named_in_the_documents_exist(document: str) -> None:
+    if not (ROOT / document).exists():
+        pytest.skip(f"no {document}")
+    text = (ROOT / document).read_text(encoding="utf-8")
+    missing = [
+        name
+        for name in paths_named_in(text) | paths_in_file_map(text)
+        if not list(ROOT.glob(name.rstrip("/")))
+    ]
+    assert not missing, f"{document} names what does not exist: {sorted(missing)}"
+
+
+# ---- nothing of the machine it was written on -----------------------------------------------------
+
+HOME_OR_WORKSPACE = re.compile(r"(?<![\w.~*-])/(?:work|root|workspace|home/[\w-]+|Users/[\w-]+)/")
+PUBLIC_HOSTS = {"localhost", ""}
+
+
+def package_sources() -> set[str]:
+    """Hosts and folders this machine installs packages from, besides the public ones."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    configured = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    configured += "\n".join(value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_")))
+    hosts = {
+        urlsplit(url).hostname or "" for url in re.findall(r"\w+://[^\s'\"]+", configured)
+    } - PUBLIC_HOSTS
+    folders = set(re.findall(r"(?:file://|(?<=['\"]))(/(?:opt|srv|mnt|data)/[\w.-]+)", configured))
+    return hosts | folders
+
+
+def test_no_file_names_this_machine() -> None:
+    words = package_sources()
+    if len(ROOT.parts) > 2:  # not for a checkout in /app or /src: too common a word
+        words.add(str(ROOT))
+    found = []
+    for path in repository_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # a binary file
+            continue
+        for number, line in enumerate(text.splitlines(), start=1):
+            if HOME_OR_WORKSPACE.search(line) or any(word in line for word in words):
+                found.append(f"{name_of(path)}:{number}")
+    assert not found, f"lines with a path or host of one machine: {found}"
