@@ -43,9 +43,7 @@ def repository_files() -> tuple[Path, ...]:
         skipped = {"build", "dist", "runs", "__pycache__"}
         found = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
         listed = [
-            str(path)
-            for path in found
-            if not any(part in skipped or part.startswith(".") for part in path.parts[:-1])
+            str(path) for path in found if not any(part in skipped or part.startswith(".") for part in path.parts[:-1])
         ]
     return tuple(ROOT / name for name in listed if name and (ROOT / name).is_file())
 
@@ -61,9 +59,7 @@ def test_source_file_is_documented_and_short(path: Path) -> None:
 
 
 def test_pyproject_lists_every_package() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
-        "packages"
-    ]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     found = {
         ".".join((package, *init.parent.relative_to(folder).parts))
         for package, folder in PACKAGES.items()
@@ -102,9 +98,7 @@ def test_installed_package_finds_the_recipes() -> None:
 
 def paths_named_in(markdown: str) -> set[str]:
     """Repository paths in a Markdown text: link targets and names that begin with a top-level folder."""
-    folders = "|".join(
-        sorted(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
-    )
+    folders = "|".join(sorted(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."))
     names = set(re.findall(rf"(?<![\w./-])(?:{folders})/[\w./*-]*", markdown))
     links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", markdown)}
     names |= {link for link in links if link and not urlsplit(link).scheme}
@@ -113,9 +107,7 @@ def paths_named_in(markdown: str) -> set[str]:
 
 def paths_in_file_map(markdown: str) -> set[str]:
     """Paths in the fenced block under the heading that contains `map`: two spaces of indent per level."""
-    section = re.search(
-        r"^#+ .*\bmap\b.*\n(?:(?!#)(?!```).*\n)*```\w*\n(.*?)^```", markdown, re.M | re.S | re.I
-    )
+    section = re.search(r"^#+ .*\bmap\b.*\n(?:(?!#)(?!```).*\n)*```\w*\n(.*?)^```", markdown, re.M | re.S | re.I)
     found, parents = set(), [""]
     for line in section.group(1).splitlines() if section else []:
         plain = re.sub("[│├└─]", " ", line)
@@ -141,11 +133,7 @@ def test_paths_named_in_the_documents_exist(document: str) -> None:
     if not (ROOT / document).exists():
         pytest.skip(f"no {document}")
     text = (ROOT / document).read_text(encoding="utf-8")
-    missing = [
-        name
-        for name in paths_named_in(text) | paths_in_file_map(text)
-        if not list(ROOT.glob(name.rstrip("/")))
-    ]
+    missing = [name for name in paths_named_in(text) | paths_in_file_map(text) if not list(ROOT.glob(name.rstrip("/")))]
     assert not missing, f"{document} names what does not exist: {sorted(missing)}"
 
 
@@ -160,9 +148,7 @@ def package_sources() -> set[str]:
     command = [sys.executable, "-m", "pip", "config", "list"]
     configured = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     configured += "\n".join(value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_")))
-    hosts = {
-        urlsplit(url).hostname or "" for url in re.findall(r"\w+://[^\s'\"]+", configured)
-    } - PUBLIC_HOSTS
+    hosts = {urlsplit(url).hostname or "" for url in re.findall(r"\w+://[^\s'\"]+", configured)} - PUBLIC_HOSTS
     folders = set(re.findall(r"(?:file://|(?<=['\"]))(/(?:opt|srv|mnt|data)/[\w.-]+)", configured))
     return hosts | folders
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,7 +51,7 @@ class Arch:
         Raises:
             AdapterError: a declared path does not exist, is not what it should be, or the parts overlap.
         """
-        blocks = self.find(model, self.blocks)
+        blocks: nn.Module = self.find(model, self.blocks)
         if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
             raise AdapterError(
                 where=f"adapter {self.name}: blocks={self.blocks!r}",
@@ -72,7 +72,7 @@ class Arch:
         Raises:
             AdapterError: no such module; lists near names.
         """
-        names = dict(root.named_modules())
+        names: dict[str, nn.Module] = dict(root.named_modules())
         if path in names:
             return names[path]
         near = difflib.get_close_matches(path, names, n=4, cutoff=0.4)
@@ -83,14 +83,18 @@ class Arch:
             do="correct the path in the adapter, or choose another adapter with --adapter",
         )
 
-    def named_linears(self, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (path inside the block, module) of every quantized linear, whatever its current type."""
+    def named_linears(self, block: nn.Module) -> list[tuple[str, nn.Linear]]:
+        """Return (path inside the block, module) of every linear to be quantized, in the order data passes them."""
+        pairs = []
         for path in self.linears:
-            yield path, block.get_submodule(path)
+            module = block.get_submodule(path)
+            assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}"
+            pairs.append((path, module))
+        return pairs
 
     def _require_linear(self, block: nn.Module, path: str, index: int) -> None:
         module = self.find(block, path)
-        if not hasattr(module, "weight"):
+        if not isinstance(module, nn.Linear):
             raise AdapterError(
                 where=f"adapter {self.name}: {self.blocks}.{index}.{path}",
                 given=type(module).__name__,
@@ -103,5 +107,3 @@ def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """Replace the submodule at `path`."""
     parent, _, leaf = path.rpartition(".")
     setattr(root.get_submodule(parent), leaf, module)
-
-

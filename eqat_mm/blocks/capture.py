@@ -35,11 +35,6 @@ class BlockCall:
     kwargs: dict[str, Any]
     batch: int
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call `block` on `hidden` with these arguments and return its hidden states."""
-        output = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -54,7 +49,7 @@ class Sample:
     calls: tuple[BlockCall, ...]
 
 
-class _LastBlockReached(Exception):  # noqa: N818 (a signal, not an error)
+class _LastBlockReached(Exception):
     """Ends a forward once every block has been recorded."""
 
 
@@ -155,7 +150,7 @@ def signature(call: BlockCall, hidden_shape: torch.Size) -> tuple[Any, ...]:
     Leaves that carry the batch count by shape and dtype, others by identity or value.
     """
     leaves, structure = pytree.tree_flatten((call.args, call.kwargs))
-    described = []
+    described: list[Any] = []
     for leaf in leaves:
         if _carries_batch(leaf, call.batch):
             described.append((leaf.shape[1:], leaf.dtype))

@@ -76,7 +76,13 @@ class WeightSource:
             return list(reader.keys())
 
     def materialise(
-        self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device, *, recurse: bool = True
+        self,
+        module: nn.Module,
+        prefix: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        recurse: bool = True,
     ) -> None:
         """Replace every meta parameter and buffer of `module` by the stored tensor `prefix + name`.
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from eqat_mm.blocks.arch import Inputs
 from eqat_mm.blocks.capture import BlockCall, Sample, capture, collate, signature
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.blocks.spool import Stream
+from eqat_mm.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class BlockWalker:
         opened: the model.
         samples: captured forwards; their hidden states go into the streams as they come.
         device: where blocks are computed.
-        dtype: in which full-precision blocks are held and computed.
+        precision: `float32`, or `bfloat16` for matrix products under autocast; weights are held in float32.
         stream_dtype: in which activations are kept.
         spool: folder for memory-mapped streams; None keeps them in RAM.
         batch_tokens: tokens per forward when a stream is advanced.
@@ -77,14 +79,14 @@ class BlockWalker:
         samples: Iterable[Sample],
         *,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
+        precision: Literal["float32", "bfloat16"] = "float32",
         stream_dtype: torch.dtype = torch.float32,
         spool: Path | None = None,
         batch_tokens: int = 2048,
     ) -> None:
         self.opened = opened
         self.device = device
-        self.dtype = dtype
+        self.precision = precision
         self.batch_tokens = batch_tokens
         self._blocks = opened.blocks
         self.fp = Stream(stream_dtype, None if spool is None else spool / "fp.bin")
@@ -116,7 +118,7 @@ class BlockWalker:
     def load_block(self, index: int) -> nn.Module:
         """Read block `index` from the checkpoint, full precision, frozen."""
         block = self._blocks[index]
-        self.opened.source.materialise(block, self.opened.block_name(index) + ".", self.dtype, self.device)
+        self.opened.source.materialise(block, self.opened.block_name(index) + ".", torch.float32, self.device)
         return block.requires_grad_(False)
 
     def advance_fp(self, step: BlockStep) -> None:
@@ -127,23 +129,23 @@ class BlockWalker:
         """Pass the quantized stream through the block of `step`."""
         self._pass(step, self.quantized)
 
+    def run(self, block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
+        """Return the output [B, T, H] of `block` for a recorded call, on the walker's device and in its precision."""
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs)
+        )
+        with autocast(self.precision, self.device):
+            output = block(hidden.to(self.device, torch.float32), *args, **kwargs)
+        hidden_states: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden_states
+
     @torch.no_grad()
     def _pass(self, step: BlockStep, stream: Stream) -> None:
         for indices in step.batches(range(len(stream)), self.batch_tokens):
-            output = call_on(step.block, step.call(indices), stream.gather(indices), self.device, self.dtype)
+            output = self.run(step.block, step.call(indices), stream.gather(indices))
             parts = output.split([step.calls[i].batch for i in indices])
             for index, part in zip(indices, parts, strict=True):
                 stream.write(index, part)
-
-
-def call_on(
-    block: nn.Module, call: BlockCall, hidden: Tensor, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Run one recorded call with its tensors moved to `device` and the hidden states cast to `dtype`."""
-    moved_args, moved_kwargs = pytree.tree_map(
-        lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs)
-    )
-    return BlockCall(moved_args, moved_kwargs, call.batch).run(block, hidden.to(device, dtype))
 
 
 def capture_front(opened: OpenModel, batches: Iterable[Inputs], dtype: torch.dtype) -> Iterator[Sample]:
@@ -184,4 +186,3 @@ def _buckets(calls: Sequence[BlockCall], stream: Stream, indices: Sequence[int])
     for index in indices:
         groups[signature(calls[index], stream.read(index).shape)].append(index)
     return list(groups.values())
-

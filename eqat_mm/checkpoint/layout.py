@@ -43,7 +43,12 @@ def quantization_config(spec: QuantSpec, ignore: Sequence[str]) -> dict[str, Any
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": None,
+                "output_activations": None,
+            }
         },
         "ignore": list(ignore),
         "kv_cache_scheme": None,
@@ -73,7 +78,9 @@ def spec_of_config(config: dict[str, Any], scale_dtype: torch.dtype, where: str)
     if entry is None or entry.get("format") != FORMAT or len(groups) != 1:
         raise CheckpointError(
             where=where,
-            given="no quantization_config" if entry is None else f"format {entry.get('format')!r}, {len(groups)} groups",
+            given="no quantization_config"
+            if entry is None
+            else f"format {entry.get('format')!r}, {len(groups)} groups",
             allowed=f"compressed-tensors {FORMAT!r} with one group",
             do="give a folder written by `eqat block-ap` or `eqat e2e-qp`",
         )

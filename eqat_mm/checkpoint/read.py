@@ -62,8 +62,9 @@ def load(
         if isinstance(module, PackedLinear):
             for parameter in module.scale_parameters():
                 parameter.requires_grad_(True)
-    model.to(device)
-    return model.eval()
+    nn.Module.to(model, device)
+    model.eval()
+    return model
 
 
 def _skeleton(folder: Path, raw: dict[str, object]) -> PreTrainedModel:

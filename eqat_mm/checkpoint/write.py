@@ -103,9 +103,7 @@ def save_like(model: nn.Module, folder: Path, base: Path, stage: str, provenance
     copy_companions(base, partial)
     config = read_json(base / "config.json")
     spec = QuantSpec(**before.spec)
-    manifest = _seal(
-        partial, files, config, before.arch, spec, stage, before.source, [*before.provenance, provenance]
-    )
+    manifest = _seal(partial, files, config, before.arch, spec, stage, before.source, [*before.provenance, provenance])
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return manifest
@@ -149,5 +147,3 @@ def _seal(
     manifest = Manifest(arch, spec.as_dict(), stage, source, digests, provenance)
     manifest.write(folder)
     return manifest
-
-

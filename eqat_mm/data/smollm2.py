@@ -76,9 +76,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         DataError: what was written does not load back as the same model and tokenizer.
     """
     _require_gguf()
-    model = _plain(
-        AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    )
+    model = _plain(AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32))
     tokenizer = _restored(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), model.config)
     model.generation_config.update(
         eos_token_id=tokenizer.eos_token_id,

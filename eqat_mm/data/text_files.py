@@ -87,9 +87,7 @@ def _parse_json(line: str, where: str) -> Any:
 
 def _text_of(record: Any, where: str) -> str:
     if not isinstance(record, dict):
-        raise DataError(
-            where, f"a JSON {type(record).__name__}", "an object with field text", "mend the line"
-        )
+        raise DataError(where, f"a JSON {type(record).__name__}", "an object with field text", "mend the line")
     require_column(list(record), where)
     return require_text(record["text"], where)
 

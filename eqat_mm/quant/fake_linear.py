@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from eqat_kernels import fake_quantize
 from torch import Tensor, nn
 
+from eqat_kernels import fake_quantize
 from eqat_mm.quant.grid import away_from_zero
 from eqat_mm.quant.spec import QuantSpec
 

@@ -21,9 +21,7 @@ GroupGrid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def gptq(
-    weight: Tensor, hessian: Tensor, group: int, top: int, group_grid: GroupGrid
-) -> tuple[Tensor, Tensor, Tensor]:
+def gptq(weight: Tensor, hessian: Tensor, group: int, top: int, group_grid: GroupGrid) -> tuple[Tensor, Tensor, Tensor]:
     """Return a grid and a weight whose plain rounding on it gives the GPTQ codes.
 
     Column j of the returned weight is column j of W plus the compensation it had received when its turn came.
@@ -67,7 +65,8 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian, computed in float64, returned in float32."""
     damped = damp(hessian, DAMPING).double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    return factor
 
 
 def damp(hessian: Tensor, fraction: float) -> Tensor:

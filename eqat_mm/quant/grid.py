@@ -28,13 +28,15 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
     """
     w_OGg = weight.unflatten(1, (scale.shape[1], -1))
     codes = (w_OGg / scale.unsqueeze(-1)).round_().add_(zero_point.round().unsqueeze(-1))
-    return codes.clamp_(0, spec.top).to(torch.uint8).flatten(1)
+    flat: Tensor = codes.clamp_(0, spec.top).to(torch.uint8).flatten(1)
+    return flat
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Return (W_int - round(z)) * s (eq. 2), float [O, I], from codes uint8 [O, I]."""
     c_OGg = codes.to(scale.dtype).unflatten(1, (scale.shape[1], -1)) - zero_point.round().unsqueeze(-1)
-    return (c_OGg * scale.unsqueeze(-1)).flatten(1)
+    weight: Tensor = (c_OGg * scale.unsqueeze(-1)).flatten(1)
+    return weight
 
 
 def away_from_zero(scale: Tensor, *, signed: bool) -> Tensor:

@@ -7,10 +7,10 @@ packed model is its checkpoint.
 from __future__ import annotations
 
 import torch
-from eqat_kernels import PackedLayout, pack, quant_linear
-from eqat_kernels import dequantize as dequantize_packed
 from torch import Tensor, nn
 
+from eqat_kernels import PackedLayout, pack, quant_linear
+from eqat_kernels import dequantize as dequantize_packed
 from eqat_mm.quant.spec import QuantSpec
 
 
@@ -33,14 +33,22 @@ class PackedLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, spec: QuantSpec, *, bias: bool = False, layer: str = "layer"
+        self,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        *,
+        bias: bool = False,
+        layer: str = "layer",
     ) -> None:
         super().__init__()
         group = spec.group_of(in_features, layer)
         self.spec = spec
         self.layout = PackedLayout(spec.bits, group, out_features, in_features)
         groups, words = self.layout.groups, -(-in_features * spec.bits // 32)
-        zero_words = None if spec.symmetric else torch.zeros(-(-out_features * spec.bits // 32), groups, dtype=torch.int32)
+        zero_words = (
+            None if spec.symmetric else torch.zeros(-(-out_features * spec.bits // 32), groups, dtype=torch.int32)
+        )
         self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
         self.register_buffer("weight_zero_point", zero_words)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))

@@ -11,9 +11,14 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
+def interactive() -> bool:
+    """Whether progress goes to a terminal."""
+    return sys.stderr.isatty()
+
+
 def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Iterate over `items` behind a bar named `what` that shows rate and ETA (on stderr)."""
-    interactive = sys.stderr.isatty()
+    terminal = interactive()
     return iter(
         tqdm(
             items,
@@ -21,8 +26,8 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: s
             total=total,
             unit=unit,
             leave=False,
-            dynamic_ncols=interactive,
-            mininterval=0.2 if interactive else 15.0,
+            dynamic_ncols=terminal,
+            mininterval=0.2 if terminal else 15.0,
             file=sys.stderr,
         )
     )

@@ -9,7 +9,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("eqat-mm", "torch", "transformers", "accelerate", "deepspeed", "safetensors", "compressed-tensors")
+_PACKAGES = (
+    "eqat-mm",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "safetensors",
+    "compressed-tensors",
+)
 
 
 def provenance(command: str, config: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.fake_linear import FakeQuantLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.memory import peak_bytes
+from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.train.commit import RunState
 from eqat_mm.train.fit import FitConfig, FitReport, fit_block
@@ -42,6 +43,7 @@ class BlockAPConfig:
         fit: how each block is trained.
         spool: keep the activation streams in RAM or in memory-mapped files.
         stream_dtype: dtype of the activation streams.
+        precision: of matrix products; `auto` takes bfloat16 where it is faster (see `runtime.precision`).
         batch_tokens: tokens per forward where nothing is trained.
         seed: of the order of samples.
     """
@@ -51,6 +53,7 @@ class BlockAPConfig:
     fit: FitConfig = field(default_factory=FitConfig)
     spool: Literal["ram", "disk"] = "ram"
     stream_dtype: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "auto"
     batch_tokens: int = 4096
     seed: int = 0
 
@@ -90,6 +93,7 @@ def run_block_ap(
         opened,
         captured,
         device=device,
+        precision=resolve(config.precision, device),
         stream_dtype=getattr(torch, config.stream_dtype),
         spool=folder / "spool" if config.spool == "disk" else None,
         batch_tokens=config.batch_tokens,
@@ -110,12 +114,11 @@ def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) 
     arch = walker.opened.arch
     grids = initial_grids(walker, step, config.quant, config.start)
     walker.advance_fp(step)
-    for path, linear in list(arch.named_linears(step.block)):
+    for path, linear in arch.named_linears(step.block):
         set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant))
-    report = fit_block(
-        step, config.fit, seed=config.seed, device=walker.device, batch_tokens=config.batch_tokens
-    )
-    for path, fake in list(arch.named_linears(step.block)):
+    report = fit_block(walker, step, config.fit, seed=config.seed)
+    for path in arch.linears:
+        fake = step.block.get_submodule(path)
         assert isinstance(fake, FakeQuantLinear)
         set_submodule(step.block, path, to_packed(fake))
     step.block.requires_grad_(False)
@@ -131,14 +134,14 @@ def check_groups(opened: OpenModel, spec: QuantSpec) -> None:
     """
     for index, block in enumerate(opened.blocks):
         for path, linear in opened.arch.named_linears(block):
-            spec.group_of(linear.weight.shape[1], f"{opened.block_name(index)}.{path}")
+            spec.group_of(linear.in_features, f"{opened.block_name(index)}.{path}")
 
 
 def _disk_needed(opened: OpenModel, batches: Sequence[Inputs], config: BlockAPConfig) -> int:
     """Bytes for two streams, twice (the old commit goes when the new one stands), live files and checkpoint."""
     hidden = opened.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    stream = tokens * hidden * getattr(torch, config.stream_dtype).itemsize
+    stream: int = tokens * hidden * getattr(torch, config.stream_dtype).itemsize
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
     return stream * (6 if config.spool == "disk" else 4) + weights * 2
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eqat_mm.blocks.walker import BlockStep, call_on
+from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.data.order import EpochOrder
 from eqat_mm.errors import TrainingError
 from eqat_mm.quant.fake_linear import FakeQuantLinear
@@ -39,7 +37,6 @@ class FitConfig:
         clip_norm: largest gradient norm; null does not clip.
         validation_samples: calibration samples kept out of training, for the validation loss.
         patience: stop after this many epochs without a better validation loss; null never stops.
-        autocast: dtype of the forward over float32 masters.
         max_skipped: steps with a non-finite loss that are skipped before the block is rolled back.
         max_retries: rollbacks, each with half the learning rates, before training ends with an error.
     """
@@ -57,7 +54,6 @@ class FitConfig:
     clip_norm: float | None = 1.0
     validation_samples: int = 64
     patience: int | None = None
-    autocast: Literal["float32", "bfloat16"] = "float32"
     max_skipped: int = 8
     max_retries: int = 3
 
@@ -87,13 +83,11 @@ class FitReport:
     retries: int = 0
 
 
-class _Diverged(Exception):  # noqa: N818 (a signal between two functions of this file)
+class _Diverged(Exception):
     """Too many steps with a non-finite loss."""
 
 
-def fit_block(
-    step: BlockStep, config: FitConfig, *, seed: int, device: torch.device, batch_tokens: int
-) -> FitReport:
+def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: int) -> FitReport:
     """Train the fake-quantized block of `step` in place and keep its best weights by validation loss.
 
     The FP stream must stand at the block's output, the quantized stream at its input.
@@ -104,7 +98,7 @@ def fit_block(
     Raises:
         TrainingError: still not finite after `max_retries` rollbacks.
     """
-    fit = _BlockFit(step, config, seed, device, batch_tokens)
+    fit = _BlockFit(walker, step, config, seed)
     for retry in range(config.max_retries + 1):
         factor = 0.5**retry
         try:
@@ -112,7 +106,9 @@ def fit_block(
         except _Diverged:
             fit.report.retries += 1
             fit.restore_best()
-            say(f"{step.name}: loss not finite {config.max_skipped} times; back to the best weights, lr x {factor / 2:g}")
+            say(
+                f"{step.name}: loss not finite {config.max_skipped} times; back to the best weights, lr x {factor / 2:g}"
+            )
         else:
             fit.restore_best()
             return fit.report
@@ -120,21 +116,18 @@ def fit_block(
         where=f"{step.name}, optimizer step {fit.report.steps}",
         given=f"a non-finite loss at lr_weight={config.lr_weight * factor:g}, lr_scale={config.lr_scale * factor:g}",
         allowed=f"a finite loss within {config.max_retries} retries",
-        do="lower --fit.lr_weight and --fit.lr_scale, or train in float32 (--fit.autocast float32)",
+        do="lower --fit.lr_weight and --fit.lr_scale, or train in float32 (--precision float32)",
     )
 
 
 class _BlockFit:
     """State of one `fit_block`: the split of the samples, the best weights so far, the report."""
 
-    def __init__(
-        self, step: BlockStep, config: FitConfig, seed: int, device: torch.device, batch_tokens: int
-    ) -> None:
+    def __init__(self, walker: BlockWalker, step: BlockStep, config: FitConfig, seed: int) -> None:
+        self.walker = walker
         self.step = step
         self.config = config
         self.seed = derive_seed(seed, "block", step.index)
-        self.device = device
-        self.batch_tokens = batch_tokens
         held_out = min(config.validation_samples, len(step.quantized) // 4)
         self.validation = list(range(held_out))
         self.training = list(range(held_out, len(step.quantized)))
@@ -184,7 +177,7 @@ class _BlockFit:
     def evaluate(self) -> float:
         """Mean loss on the validation samples; on all samples where none are held out."""
         losses = []
-        for indices in self.step.batches(self.validation or self.training, self.batch_tokens):
+        for indices in self.step.batches(self.validation or self.training, self.walker.batch_tokens):
             losses += [self._loss(indices).item()] * len(indices)
         return sum(losses) / len(losses)
 
@@ -192,7 +185,7 @@ class _BlockFit:
         """One optimizer step; None if the loss or a gradient was not finite and nothing was changed."""
         optimizer.zero_grad(set_to_none=True)
         loss = self._loss(indices)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         limit = self.config.clip_norm if self.config.clip_norm is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._all(), limit)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -206,17 +199,9 @@ class _BlockFit:
 
     def _loss(self, indices: list[int]) -> Tensor:
         step = self.step
-        target = step.fp.gather(indices).to(self.device)
-        with self._autocast():
-            output = call_on(
-                step.block, step.call(indices), step.quantized.gather(indices), self.device, torch.float32
-            )
+        target = step.fp.gather(indices).to(self.walker.device)
+        output = self.walker.run(step.block, step.call(indices), step.quantized.gather(indices))
         return block_loss(output, target)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.config.autocast == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _validate(self) -> bool:
         loss = self.evaluate()
@@ -243,7 +228,7 @@ class _BlockFit:
         return [parameter.detach().clone() for parameter in self._all()]
 
 
-def trainable_parameters(block: nn.Module, config: FitConfig) -> list[dict[str, object]]:
+def trainable_parameters(block: nn.Module, config: FitConfig) -> list[dict[str, Any]]:
     """Return AdamW parameter groups of a fake-quantized block and make exactly these trainable.
 
     Each quantized linear names its own W, s and z; what else the block owns (norms) is a group of its own.
@@ -253,7 +238,11 @@ def trainable_parameters(block: nn.Module, config: FitConfig) -> list[dict[str, 
     groups: list[tuple[list[nn.Parameter], float, float]] = [
         ([p for m in linears for p in m.weight_parameters()], config.lr_weight, config.weight_decay),
         ([p for m in linears for p in m.scale_parameters()], config.lr_scale, 0.0),
-        ([p for m in linears for p in m.zero_point_parameters()], _or(config.lr_zero_point, config.lr_scale), 0.0),
+        (
+            [p for m in linears for p in m.zero_point_parameters()],
+            _or(config.lr_zero_point, config.lr_scale),
+            0.0,
+        ),
         ([p for p in block.parameters() if id(p) not in owned], _or(config.lr_norm, config.lr_weight), 0.0),
     ]
     block.requires_grad_(False)
@@ -266,5 +255,3 @@ def trainable_parameters(block: nn.Module, config: FitConfig) -> list[dict[str, 
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
-
-

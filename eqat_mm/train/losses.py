@@ -33,7 +33,9 @@ def next_token_cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | flo
     return total / (keep.sum() if count is None else count)
 
 
-def next_token_kl(logits: Tensor, teacher_logits: Tensor, labels: Tensor, count: Tensor | float | None = None) -> Tensor:
+def next_token_kl(
+    logits: Tensor, teacher_logits: Tensor, labels: Tensor, count: Tensor | float | None = None
+) -> Tensor:
     """Return the mean KL(teacher || student) over the vocabulary, in nats per predicted token.
 
     Args:

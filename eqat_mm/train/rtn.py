@@ -20,9 +20,7 @@ from eqat_mm.train.block_ap import check_groups
 STAGE = "round-to-nearest"
 
 
-def run_rtn(
-    opened: OpenModel, spec: QuantSpec, folder: Path, *, source: str, provenance: dict[str, Any]
-) -> Manifest:
+def run_rtn(opened: OpenModel, spec: QuantSpec, folder: Path, *, source: str, provenance: dict[str, Any]) -> Manifest:
     """Round every block to its min-max grid and write the checkpoint to `folder/model`.
 
     Raises:
@@ -33,7 +31,7 @@ def run_rtn(
     for index, block in enumerate(progress(opened.blocks, what="round to nearest", unit="block")):
         name = opened.block_name(index)
         opened.source.materialise(block, name + ".", torch.float32, torch.device("cpu"))
-        for path, linear in list(opened.arch.named_linears(block)):
+        for path, linear in opened.arch.named_linears(block):
             grid = initial_grid(linear.weight, spec, layer=f"{name}.{path}", init="minmax")
             set_submodule(block, path, to_packed(to_fake(linear, grid, spec)))
         writer.write_block(index, block)

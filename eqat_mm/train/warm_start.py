@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eqat_mm.blocks.walker import BlockStep, BlockWalker, call_on
+from eqat_mm.blocks.capture import BlockCall
+from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.quant.gptq import damp
 from eqat_mm.quant.grid import dequantize, quantize
 from eqat_mm.quant.init import Grid, Init, initial_grid
@@ -42,9 +42,7 @@ class WarmStartConfig:
 
 
 @torch.no_grad()
-def initial_grids(
-    walker: BlockWalker, step: BlockStep, spec: QuantSpec, config: WarmStartConfig
-) -> dict[str, Grid]:
+def initial_grids(walker: BlockWalker, step: BlockStep, spec: QuantSpec, config: WarmStartConfig) -> dict[str, Grid]:
     """Return the initial grid of every linear of the full-precision block of `step`, by path inside the block.
 
     Both streams must stand at the block's input. The block is not changed.
@@ -60,10 +58,14 @@ def initial_grids(
             hessian, shift = _statistics(walker, step, working, stage[0], config.samples)
         for path in stage:
             linear = working.get_submodule(path)
-            weight = linear.weight
+            assert isinstance(linear, nn.Linear)
+            weight: Tensor = linear.weight
             if config.init == "gptq":
-                assert hessian is not None and shift is not None
-                weight = weight + weight @ torch.linalg.solve(damp(hessian, config.correction_damping), shift, left=False)
+                assert hessian is not None
+                assert shift is not None
+                weight = weight + weight @ torch.linalg.solve(
+                    damp(hessian, config.correction_damping), shift, left=False
+                )
             grid = initial_grid(weight, spec, layer=f"{step.name}.{path}", init=config.init, hessian=hessian)
             if config.init != "minmax":
                 rounded = weight if grid.weight is None else grid.weight
@@ -73,7 +75,7 @@ def initial_grids(
     return grids
 
 
-class _Reached(Exception):  # noqa: N818 (a signal, not an error)
+class _Reached(Exception):
     """Ends a block's forward at the layer whose input was wanted."""
 
 
@@ -92,11 +94,12 @@ def _statistics(
         h, c = x_q.T @ x_q, (x_fp - x_q).T @ x_q
         hessian = h if hessian is None else hessian.add_(h)
         shift = c if shift is None else shift.add_(c)
-    assert hessian is not None and shift is not None
+    assert hessian is not None
+    assert shift is not None
     return hessian, shift
 
 
-def _input_of(block: nn.Module, path: str, walker: BlockWalker, call: Any, hidden: Tensor) -> Tensor:
+def _input_of(block: nn.Module, path: str, walker: BlockWalker, call: BlockCall, hidden: Tensor) -> Tensor:
     """Return the input [T, I] of the linear at `path` when `block` is called on `hidden`."""
     seen: list[Tensor] = []
 
@@ -106,7 +109,7 @@ def _input_of(block: nn.Module, path: str, walker: BlockWalker, call: Any, hidde
 
     handle = block.get_submodule(path).register_forward_pre_hook(hook)
     try:
-        call_on(block, call, hidden, walker.device, walker.dtype)
+        walker.run(block, call, hidden)
     except _Reached:
         pass
     finally:

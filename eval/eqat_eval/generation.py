@@ -162,9 +162,7 @@ def judge_generation(
             seed=derive_seed(seed, "prompt", index),
             chat=chat,
         )
-        for index, prompt in enumerate(
-            progress(prompts, what="generation", total=len(prompts), unit="prompt")
-        )
+        for index, prompt in enumerate(progress(prompts, what="generation", total=len(prompts), unit="prompt"))
     )
     return _mean(samples)
 

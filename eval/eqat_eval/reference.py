@@ -168,9 +168,7 @@ def _record(model: PreTrainedModel, windows_NT: Tensor, batch_size: int, *, keep
             cached = torch.empty((*windows_NT.shape, rows.shape[-1]), dtype=rows.dtype)
             if not keep_hidden:
                 gib = cached.nbytes / 2**30
-                say(
-                    f"reference: the output head alone does not give the logits; keeping them ({gib:.1f} GiB)"
-                )
+                say(f"reference: the output head alone does not give the logits; keeping them ({gib:.1f} GiB)")
         cached[index * batch_size : index * batch_size + len(batch_BT)] = rows
     assert cached is not None
     return cached

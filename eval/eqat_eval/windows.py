@@ -37,9 +37,7 @@ def check_windows(windows_NT: Tensor, model: PreTrainedModel) -> None:
 def check_positive(name: str, value: int) -> None:
     """Raise `ConfigError` unless the count `value` of option `name` is at least 1."""
     if value < 1:
-        raise ConfigError(
-            where=name, given=str(value), allowed="an integer >= 1", do=f"set {name} to 1 or more"
-        )
+        raise ConfigError(where=name, given=str(value), allowed="an integer >= 1", do=f"set {name} to 1 or more")
 
 
 def row_spans(rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:

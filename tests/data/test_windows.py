@@ -107,9 +107,7 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerFas
 
 
 @pytest.mark.parametrize(("length", "count"), [(0, None), (4, 0), (-1, 1)])
-def test_sizes_below_one_are_refused(
-    tokenizer: PreTrainedTokenizerFast, length: int, count: int | None
-) -> None:
+def test_sizes_below_one_are_refused(tokenizer: PreTrainedTokenizerFast, length: int, count: int | None) -> None:
     with pytest.raises(ConfigError, match="1 or more"):
         pack_windows(tokenizer, DOCUMENTS, length, count, seed=0)
 

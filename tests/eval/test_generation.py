@@ -28,9 +28,7 @@ def argmax_continuation(model: LlamaForCausalLM, tokens_1T: Tensor, steps: int) 
     return tuple(tokens_1T[0, length:].tolist())
 
 
-def test_greedy_takes_the_most_likely_token(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_greedy_takes_the_most_likely_token(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     made = generate_text(model, tokenizer, PROMPT, 12)
     expected = argmax_continuation(model, torch.tensor([[5, 17, 42]]), 12)
     expected = expected[: expected.index(1) + 1] if 1 in expected else expected
@@ -41,9 +39,7 @@ def test_greedy_takes_the_most_likely_token(
     assert generate_text(model, tokenizer, PROMPT, 12).token_ids == made.token_ids
 
 
-def test_sampling_is_determined_by_its_seed(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_sampling_is_determined_by_its_seed(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     def sample(seed: int) -> tuple[int, ...]:
         return generate_text(model, tokenizer, PROMPT, 16, temperature=1.5, top_p=0.95, seed=seed).token_ids
 
@@ -53,9 +49,7 @@ def test_sampling_is_determined_by_its_seed(
     assert sample(4) != first
 
 
-def test_the_global_random_state_is_left_alone(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_global_random_state_is_left_alone(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     before = torch.get_rng_state()
     generate_text(model, tokenizer, PROMPT, 4, temperature=1.0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -66,9 +60,7 @@ def test_a_tiny_top_p_is_greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTo
     assert sampled.token_ids == generate_text(model, tokenizer, PROMPT, 12).token_ids
 
 
-def test_the_checkpoint_cannot_hide_repetition(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_checkpoint_cannot_hide_repetition(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     plain = generate_text(model, tokenizer, PROMPT, 16).token_ids
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, temperature=3.0, top_k=5, repetition_penalty=9.0, no_repeat_ngram_size=1
@@ -76,9 +68,7 @@ def test_the_checkpoint_cannot_hide_repetition(
     assert generate_text(model, tokenizer, PROMPT, 16).token_ids == plain
 
 
-def test_generation_ends_at_the_models_own_end(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_generation_ends_at_the_models_own_end(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     third = generate_text(model, tokenizer, PROMPT, 12).token_ids[2]
     model.generation_config.eos_token_id = [96, third]
     made = generate_text(model, tokenizer, PROMPT, 12)
@@ -107,9 +97,7 @@ def test_chat_uses_the_template(model: LlamaForCausalLM, tokenizer: PreTrainedTo
     assert generate_text(model, tokenizer, PROMPT, 8, chat=True).token_ids == by_hand.token_ids
 
 
-def test_chat_without_a_template_is_refused(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_chat_without_a_template_is_refused(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match="chat template"):
         generate_text(model, tokenizer, PROMPT, 8, chat=True)
 
@@ -137,9 +125,7 @@ def test_an_empty_prompt_is_refused(model: LlamaForCausalLM, tokenizer: PreTrain
         generate_text(model, tokenizer, "  ")
 
 
-def test_judgement_is_the_mean_over_prompts(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_judgement_is_the_mean_over_prompts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = [PROMPT, "w8 w9", "w60"]
     verdict = judge_generation(model, tokenizer, prompts, 20)
     scores = [repetition(generate_text(model, tokenizer, prompt, 20).token_ids) for prompt in prompts]
@@ -150,9 +136,7 @@ def test_judgement_is_the_mean_over_prompts(
     assert verdict.tokens == sum(sample.tokens for sample in verdict.samples) / 3
 
 
-def test_judgement_without_long_texts_is_unknown(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_judgement_without_long_texts_is_unknown(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     record = judge_generation(model, tokenizer, [PROMPT, "w60"], 1).as_dict()
     assert record["repeated_4grams"] is None
     assert record["distinct_2"] is None

@@ -37,9 +37,7 @@ class SoftCappedLlama(LlamaForCausalLM):  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head_inputs_rebuild_the_logits(
-    model: LlamaForCausalLM, windows_NT: Tensor, dtype: torch.dtype
-) -> None:
+def test_head_inputs_rebuild_the_logits(model: LlamaForCausalLM, windows_NT: Tensor, dtype: torch.dtype) -> None:
     nn.Module.to(model, dtype)
     reference = ReferenceOutputs.record(model, windows_NT, batch_size=2)
     with torch.no_grad():

@@ -27,7 +27,5 @@ def test_known_sequences(token_ids: list[int], repeated_4grams: float, distinct_
     ("token_ids", "expected"),
     [([], (None, None)), ([1], (None, None)), ([1, 1], (None, 1.0)), ([1, 1, 1], (None, 0.5))],
 )
-def test_too_short_is_unknown_and_not_good(
-    token_ids: list[int], expected: tuple[float | None, float | None]
-) -> None:
+def test_too_short_is_unknown_and_not_good(token_ids: list[int], expected: tuple[float | None, float | None]) -> None:
     assert repetition(token_ids) == Repetition(*expected)

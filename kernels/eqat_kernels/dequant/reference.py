@@ -13,7 +13,8 @@ def dequantize(
 ) -> Tensor:
     """See `eqat_kernels.dequantize`."""
     c_OGg = centred_codes(words, zero_words, layout, dtype)
-    return c_OGg.mul_(scale.to(dtype).unsqueeze(-1)).flatten(1)
+    weight: Tensor = c_OGg.mul_(scale.to(dtype).unsqueeze(-1)).flatten(1)
+    return weight
 
 
 def centred_codes(words: Tensor, zero_words: Tensor | None, layout: PackedLayout, dtype: torch.dtype) -> Tensor:

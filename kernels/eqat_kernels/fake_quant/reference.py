@@ -25,7 +25,7 @@ from torch import Tensor
 
 def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """See `eqat_kernels.fake_quantize`."""
-    return _FakeQuantize.apply(weight, scale, zero_point, bits)  # type: ignore[no-untyped-call, no-any-return]
+    return _FakeQuantize.apply(weight, scale, zero_point, bits)  # type: ignore[no-any-return]
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _FakeQuantize(torch.autograd.Function):
         return q_OGg.sub_(z_OG1).mul_(s_OG1).view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
         weight, scale, zero_point = ctx.saved_tensors
         w_OGg, s_OG1, z_OG1 = _grouped(weight, scale, zero_point)
         grad_OGg = grad.reshape(w_OGg.shape)

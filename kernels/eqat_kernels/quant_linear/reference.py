@@ -19,10 +19,15 @@ from eqat_kernels.packing import PackedLayout
 
 
 def quant_linear(
-    x: Tensor, words: Tensor, scale: Tensor, zero_words: Tensor | None, layout: PackedLayout, bias: Tensor | None
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor,
+    zero_words: Tensor | None,
+    layout: PackedLayout,
+    bias: Tensor | None,
 ) -> Tensor:
     """See `eqat_kernels.quant_linear`."""
-    y = _QuantLinear.apply(x, words, scale, zero_words, layout)  # type: ignore[no-untyped-call]
+    y: Tensor = _QuantLinear.apply(x, words, scale, zero_words, layout)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -36,7 +41,7 @@ class _QuantLinear(torch.autograd.Function):
         return torch.nn.functional.linear(x, dequantize(words, scale, zero_words, layout, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         x, words, scale, zero_words = ctx.saved_tensors
         c_OGg = centred_codes(words, zero_words, ctx.layout, grad.dtype)
         grad_x = grad_s_OG = None

@@ -1,0 +1,170 @@
+"""`eqat`: one command per job. Options come from the jobs' dataclasses, YAML recipes and flags, in that order."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse._actions import ActionConfigFile
+
+from eqat_mm import __version__
+from eqat_mm.errors import ConfigError, EqatError
+
+__all__ = ["main", "run_command"]
+
+
+@dataclass(frozen=True)
+class _Command:
+    help: str
+    load: Callable[[], tuple[type[Any], Callable[[Any], Any]]]
+
+
+def _block_ap() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.quantize import BlockAPJob, block_ap
+
+    return BlockAPJob, block_ap
+
+
+def _rtn() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.quantize import RTNJob, rtn
+
+    return RTNJob, rtn
+
+
+def _e2e_qp() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.tune import E2EQPJob, e2e_qp
+
+    return E2EQPJob, e2e_qp
+
+
+def _eval() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.evaluate import EvalJob, evaluate
+
+    return EvalJob, evaluate
+
+
+def _generate() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.evaluate import GenerateJob, generate
+
+    return GenerateJob, generate
+
+
+def _demo() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.ladder import LadderJob, ladder
+
+    return LadderJob, ladder
+
+
+def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.assets import AssetsJob, assets
+
+    return AssetsJob, assets
+
+
+COMMANDS: dict[str, _Command] = {
+    "demo": _Command("quantize SmolLM2-135M to 2 bits and print the ladder of stages", _demo),
+    "block-ap": _Command("train W, s, z of one block at a time and write a packed checkpoint", _block_ap),
+    "e2e-qp": _Command("train the step sizes of a packed checkpoint end to end", _e2e_qp),
+    "rtn": _Command("round to nearest: the baseline", _rtn),
+    "eval": _Command("perplexity on held-out text, KL and agreement with a reference", _eval),
+    "generate": _Command("write text with a packed or full-precision model", _generate),
+    "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `eqat`; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        print(__version__)
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    return run_command(arguments[0], arguments[1:])
+
+
+def run_command(name: str, argv: Sequence[str]) -> int:
+    """Run one command with its own arguments; returns the exit status."""
+    warnings.showwarning = _show_warning
+    try:
+        if name not in COMMANDS:
+            raise ConfigError(f"eqat {name}", repr(name), ", ".join(COMMANDS), "choose one of these commands")
+        job_class, function = COMMANDS[name].load()
+        job = parse_job(name, job_class, argv)
+        function(job)
+    except EqatError as error:
+        print(f"{type(error).__name__}\n{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
+    """Return the job that recipes and flags describe.
+
+    Raises:
+        ConfigError: unknown option, or a value of the wrong type.
+        SystemExit: after --help or --print_config.
+    """
+    parser = ArgumentParser(prog=f"eqat {name}", description=COMMANDS[name].help, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file or name of a shipped recipe")
+    parser.add_class_arguments(job_class)
+    try:
+        parsed = parser.parse_args(_with_recipe_paths(argv))
+        values: Namespace = parser.instantiate_classes(parsed)
+    except ArgumentError as error:
+        raise _config_error(name, error) from error
+    return job_class(**{key: value for key, value in vars(values).items() if key != "config"})
+
+
+def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
+    """Replace the names of shipped recipes after --config by their paths."""
+    from eqat_mm.commands.recipes import recipe_path
+
+    result: list[str] = []
+    for argument in argv:
+        if result and result[-1] == "--config":
+            argument = str(recipe_path(argument))
+        elif argument.startswith("--config="):
+            argument = f"--config={recipe_path(argument.removeprefix('--config='))}"
+        result.append(argument)
+    return result
+
+
+def _config_error(name: str, error: ArgumentError) -> EqatError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, EqatError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    message = " ".join(str(error).split())
+    return ConfigError(
+        where=f"eqat {name}",
+        given=message,
+        allowed=f"the options of `eqat {name} --help`",
+        do=f"correct it; `eqat {name} --print_config` shows every option with its value",
+    )
+
+
+def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    print(f"{category.__name__}: {message}", file=sys.stderr)
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
+    return (
+        "usage: eqat COMMAND [--config RECIPE] [--option VALUE ...]\n\n"
+        f"{rows}\n\n"
+        "eqat COMMAND --help lists its options; --print_config shows their values."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

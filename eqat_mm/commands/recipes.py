@@ -1,0 +1,51 @@
+"""Shipped recipes: which there are, and for which models they were tuned."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from eqat_mm.errors import ConfigError
+
+
+def recipes() -> dict[str, Path]:
+    """Return the shipped recipes by name."""
+    folder = Path(str(files("eqat_configs"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file of a recipe, given its path or the name of a shipped one.
+
+    Raises:
+        ConfigError: neither a file nor a shipped recipe.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = recipes()
+    if name in shipped:
+        return shipped[name]
+    raise ConfigError(
+        where="--config",
+        given=repr(name),
+        allowed=f"a YAML file, or a shipped recipe: {', '.join(shipped)}",
+        do="check the path, or choose one of these",
+    )
+
+
+def warn_without_recipe(model: str, recipe_for: tuple[str, ...], command: str) -> None:
+    """Warn when the settings were not tuned for this model: learning rates do not carry over between families."""
+    if model in recipe_for:
+        return
+    fitting = [
+        name for name, path in recipes().items() if model in (yaml.safe_load(path.read_text()).get("recipe_for") or ())
+    ]
+    fitting = [name for name in fitting if command in name]
+    advice = (
+        f"use --config {fitting[0]}" if fitting else "watch the loss of the first blocks and tune the learning rates"
+    )
+    origin = f"tuned for {', '.join(recipe_for)}" if recipe_for else "the paper's, tuned for Llama-2 7B and up"
+    warnings.warn(f"{command}: these settings are {origin}, not for {model}; {advice}", stacklevel=2)
