@@ -10,12 +10,15 @@ STAGES = (
     ("mlp.down_proj",),
 )
 
+SUMS = (("self_attn.o_proj", "post_attention_layernorm"), ("mlp.down_proj", ""))
+
 ARCH = Arch(
     name="llama",
     model_types=("llama",),
     auto_class="AutoModelForCausalLM",
     blocks="model.layers",
     stages=STAGES,
+    sums=SUMS,
     full_precision=("model.embed_tokens", "model.norm", "lm_head"),
     tiny=lambda: tiny_causal_lm("llama"),
 )

@@ -11,10 +11,9 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import AdapterError, CheckpointError
+from eqat_mm.runtime.files import read_json
 from llava_adapters import llama, mistral
 
 GROUP = "eqat_mm.adapters"
@@ -90,7 +89,7 @@ def arch_of_folder(folder: Path, adapter: str | None = None) -> Arch:
         )
     if adapter is not None:
         return arch_for(adapter)
-    model_type = AutoConfig.from_pretrained(folder).model_type
+    model_type = read_json(folder / "config.json").get("model_type")
     for arch in known_archs().values():
         if model_type in arch.model_types:
             return arch

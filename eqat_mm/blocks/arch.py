@@ -26,6 +26,8 @@ class Arch:
         blocks: exact path of the `ModuleList` of decoder blocks.
         stages: paths inside one block of the linears that are quantized, in the order data passes them;
             linears of one stage read the same input and are fused by serving engines.
+        sums: (path of a linear, path of a module) pairs: the linear's output is added to the residual stream, and the
+            sum is the module's input; an empty path stands for the block's output.
         full_precision: exact paths of the parts that are never quantized.
         tiny: returns a small random model and batches of inputs, for tests.
         renames: (regular expression, replacement) pairs from checkpoint names to module names.
@@ -38,6 +40,7 @@ class Arch:
     stages: tuple[tuple[str, ...], ...]
     full_precision: tuple[str, ...]
     tiny: Callable[[], tuple[nn.Module, list[Inputs]]]
+    sums: tuple[tuple[str, str], ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -62,6 +65,8 @@ class Arch:
         for index, block in enumerate(blocks):
             for path in self.linears:
                 self._require_linear(block, path, index)
+            for path in (path for pair in self.sums for path in pair):
+                self.find(block, path)
         for path in self.full_precision:
             self.find(model, path)
         return blocks

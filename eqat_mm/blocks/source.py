@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,13 @@ class WeightSource:
 
     def __init__(self, folder: Path, renames: tuple[tuple[str, str], ...] = ()) -> None:
         self.folder = folder
-        self._files = ExitStack()
-        self._where: dict[str, tuple[Any, str]] = {}
+        self._where: dict[str, tuple[Path, str]] = {}
         for path in weight_files(folder):
-            reader = self._files.enter_context(open_safetensors(path))
-            for stored in reader.keys():  # noqa: SIM118 (safe_open is not a mapping)
+            for stored in self.names_of(path):
                 name = stored
                 for pattern, replacement in renames:
                     name = re.sub(pattern, replacement, name)
-                self._where[name] = (reader, stored)
+                self._where[name] = (path, stored)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -53,7 +50,9 @@ class WeightSource:
         return list(self._where)
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor in its stored dtype.
+        """Return one tensor in its stored dtype, backed by the file.
+
+        The file is mapped for this tensor alone, so its pages go when the tensor goes.
 
         Raises:
             CheckpointError: no tensor of that name.
@@ -65,8 +64,9 @@ class WeightSource:
                 allowed="a checkpoint with every weight of the model",
                 do="download or convert the model again",
             )
-        reader, stored = self._where[name]
-        tensor: Tensor = reader.get_tensor(stored)
+        path, stored = self._where[name]
+        with open_safetensors(path) as reader:
+            tensor: Tensor = reader.get_tensor(stored)
         return tensor
 
     @staticmethod
@@ -102,10 +102,6 @@ class WeightSource:
                 value = self.read(prefix + name).to(device)
                 value = value.to(dtype) if value.is_floating_point() else value
                 _assign(module, name, value, is_parameter=isinstance(tensor, nn.Parameter))
-
-    def close(self) -> None:
-        """Close all files."""
-        self._files.close()
 
 
 @dataclass(frozen=True)

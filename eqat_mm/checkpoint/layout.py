@@ -52,6 +52,9 @@ def quantization_config(spec: QuantSpec, ignore: Sequence[str]) -> dict[str, Any
         },
         "ignore": list(ignore),
         "kv_cache_scheme": None,
+        # transformers 5.23 expects unpacked zero points unless it is told to dequantize while it loads; engines ignore
+        # the key. That route rounds weights to the dtype of the scales, so the symmetric grid does without.
+        **({} if spec.symmetric else {"dequantize": True}),
     }
 
 

@@ -56,7 +56,6 @@ def load(
         kept = torch.float32 if isinstance(module, PackedLinear) else dtype
         source.materialise(module, f"{path}." if path else "", kept, torch.device(device), recurse=False)
     model.tie_weights()
-    source.close()
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, PackedLinear):

@@ -56,7 +56,9 @@ def read_manifest(folder: Path) -> Manifest:
             do="check the path; an interrupted run is finished by starting the same command again",
         )
     try:
-        return Manifest(**read_json(path))
+        manifest = Manifest(**read_json(path))
+        if manifest.format_version != _FORMAT_VERSION:
+            raise ValueError(f"format version {manifest.format_version}")
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             where=str(path),
@@ -64,6 +66,7 @@ def read_manifest(folder: Path) -> Manifest:
             allowed=f"JSON of format version {_FORMAT_VERSION}",
             do="make the checkpoint again, or update eqat-mm if it was made by a newer version",
         ) from error
+    return manifest
 
 
 def verify_checkpoint(folder: Path) -> Manifest:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,23 +91,33 @@ def save_like(model: nn.Module, folder: Path, base: Path, stage: str, provenance
         provenance: of this stage; appended to those of `base`.
     """
     before = read_manifest(base)
+    with _folder_in_the_making(folder) as partial:
+        state = model.state_dict()
+        source = WeightSource(base)
+        files = []
+        for path in weight_files(base):
+            names = WeightSource.names_of(path)
+            save_shard(partial / path.name, {name: state[name].to(source.read(name).dtype) for name in names})
+            files.append(partial / path.name)
+        copy_companions(base, partial)
+        config = read_json(base / "config.json")
+        spec = QuantSpec(**before.spec)
+        history = [*before.provenance, provenance]
+        return _seal(partial, files, config, before.arch, spec, stage, before.source, history)
+
+
+@contextmanager
+def _folder_in_the_making(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`; on success it replaces `folder`, on any exception it is removed."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    state = model.state_dict()
-    source = WeightSource(base)
-    files = []
-    for path in weight_files(base):
-        names = WeightSource.names_of(path)
-        save_shard(partial / path.name, {name: state[name].to(source.read(name).dtype) for name in names})
-        files.append(partial / path.name)
-    copy_companions(base, partial)
-    config = read_json(base / "config.json")
-    spec = QuantSpec(**before.spec)
-    manifest = _seal(partial, files, config, before.arch, spec, stage, before.source, [*before.provenance, provenance])
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return manifest
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -21,12 +21,13 @@ def to_fake(linear: nn.Linear, grid: Grid, spec: QuantSpec) -> FakeQuantLinear:
 
 @torch.no_grad()
 def to_packed(fake: FakeQuantLinear) -> PackedLinear:
-    """Quantize for real: step sizes are rounded to their storage dtype first, then codes are taken (eq. 1)."""
+    """Quantize for real: s is rounded to its storage dtype and z clamped first, then codes are taken (eq. 1)."""
     signed = fake.spec.symmetric
     stored = fake.scale.to(fake.spec.storage_dtype).float()
     scale = away_from_zero(stored, signed=signed)
-    codes = quantize(fake.weight, scale, fake.zero_point, fake.spec)
-    return PackedLinear.from_codes(codes, scale, fake.zero_point.clamp(0, fake.spec.top), fake.bias, fake.spec)
+    zero_point = fake.zero_point.clamp(0, fake.spec.top)
+    codes = quantize(fake.weight, scale, zero_point, fake.spec)
+    return PackedLinear.from_codes(codes, scale, zero_point, fake.bias, fake.spec)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-DAMPING = 0.01
+DAMPING = 0.05
 """Added to the diagonal of the Hessian, as a fraction of its mean."""
 
 GroupGrid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

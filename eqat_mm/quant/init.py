@@ -16,8 +16,11 @@ from eqat_mm.quant.spec import QuantSpec
 
 Init = Literal["minmax", "search", "gptq"]
 
-SHRINK = tuple(0.3 + 0.1 * i for i in range(8))
-"""Fractions of the range that the search tries for its lower and its upper end: 0.3, 0.4, ... 1.0."""
+SMALLEST_SHRINK = {2: 0.3, 3: 0.55, 4: 0.75, 8: 0.95}
+"""bits -> smallest fraction of the range that the search tries; the fewer codes, the more clipping pays."""
+
+CANDIDATES = 6
+"""Fractions tried for the lower and for the upper end of the range, evenly spaced up to 1."""
 
 
 class Grid(NamedTuple):
@@ -80,8 +83,10 @@ def _search(w_OGg: Tensor, h_Gg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tenso
     best_error = torch.full(w_OGg.shape[:2], torch.inf, device=w_OGg.device)
     best_scale = torch.ones_like(best_error)
     best_zero = torch.zeros_like(best_error)
-    for low in SHRINK:
-        for high in (low,) if spec.symmetric else SHRINK:
+    smallest = SMALLEST_SHRINK[spec.bits]
+    fractions = [smallest + (1 - smallest) * i / (CANDIDATES - 1) for i in range(CANDIDATES)]
+    for low in fractions:
+        for high in (low,) if spec.symmetric else fractions:
             scale, zero = _range_grid(w_OGg, spec, low, high)
             scale = _refit(w_OGg, h_Gg, scale, zero, spec)
             error = _error(w_OGg, h_Gg, scale, zero, spec)

@@ -27,7 +27,7 @@ from eqat_mm.runtime.memory import peak_bytes
 from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.train.commit import RunState
-from eqat_mm.train.fit import FitConfig, FitReport, fit_block
+from eqat_mm.train.fit import FitConfig, FitReport, fit_block, split_samples
 from eqat_mm.train.warm_start import WarmStartConfig, initial_grids
 
 STAGE = "block-ap"
@@ -112,7 +112,8 @@ def run_block_ap(
 def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) -> FitReport:
     """Turn the full-precision block of `step` into a trained and packed one and pass both streams through it."""
     arch = walker.opened.arch
-    grids = initial_grids(walker, step, config.quant, config.start)
+    training, _ = split_samples(len(step.quantized), config.fit)
+    grids = initial_grids(walker, step, config.quant, config.start, training)
     walker.advance_fp(step)
     for path, linear in arch.named_linears(step.block):
         set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant))

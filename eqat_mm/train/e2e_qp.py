@@ -169,7 +169,7 @@ def training_arguments(config: E2EQPConfig, folder: Path, device: torch.device) 
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=config.clip_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,
         bf16=resolve(config.precision, device) == "bfloat16",
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",

@@ -106,9 +106,7 @@ def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: 
         except _Diverged:
             fit.report.retries += 1
             fit.restore_best()
-            say(
-                f"{step.name}: loss not finite {config.max_skipped} times; back to the best weights, lr x {factor / 2:g}"
-            )
+            say(f"{step.name}: {fit.report.skipped} non-finite losses; back to the best weights, lr x {factor / 2:g}")
         else:
             fit.restore_best()
             return fit.report
@@ -128,9 +126,7 @@ class _BlockFit:
         self.step = step
         self.config = config
         self.seed = derive_seed(seed, "block", step.index)
-        held_out = min(config.validation_samples, len(step.quantized) // 4)
-        self.validation = list(range(held_out))
-        self.training = list(range(held_out, len(step.quantized)))
+        self.training, self.validation = split_samples(len(step.quantized), config)
         self.parameters = trainable_parameters(step.block, config)
         self.projected = [module for module in step.block.modules() if isinstance(module, FakeQuantLinear)]
         self.report = FitReport(loss_before=self.evaluate())
@@ -226,6 +222,12 @@ class _BlockFit:
 
     def _snapshot(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._all()]
+
+
+def split_samples(count: int, config: FitConfig) -> tuple[range, range]:
+    """Return the indices of the samples to train on and of those held out; at most a quarter is held out."""
+    held_out = min(config.validation_samples, count // 4)
+    return range(held_out, count), range(held_out)
 
 
 def trainable_parameters(block: nn.Module, config: FitConfig) -> list[dict[str, Any]]:

@@ -1,23 +1,30 @@
 """Where the grids of a block start.
 
 `minmax` is the paper's. `search` and `gptq` go through the stages of the block in the order data passes them, each
-measured on the quantized stream behind the stages already rounded. `gptq` first moves each weight towards what
-makes up for the difference between the two streams,
+measured on the quantized stream behind the stages already rounded. `gptq` first moves each weight to the
+least-squares one that makes up for the difference between the two streams,
 
-    W' = W + W C (H + damping)^-1,   H = sum x_q x_q^T,   C = sum (x_fp - x_q) x_q^T,
+    W' = W + D (H + damping)^-1,   H = sum x_q x_q^T,   D = sum d x_q^T,
 
-the least-squares weight for the layer's full-precision output given its quantized input, then rounds with error
-compensation. Training continues from W'.
+where d is what the layer's output lacks: W (x_fp - x_q), or, for a layer whose output is added to the residual
+stream, the difference of the two sums. Then it rounds with error compensation. Training continues from there.
+
+In deep blocks a few tokens carry residual sums hundreds of times larger than the rest, and would decide alone. So
+where the sums are known, a token of energy e counts min(1, median(e) / e).
+
+Shape letters: T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from eqat_mm.blocks.arch import Arch
 from eqat_mm.blocks.capture import BlockCall
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.quant.gptq import damp
@@ -42,76 +49,125 @@ class WarmStartConfig:
 
 
 @torch.no_grad()
-def initial_grids(walker: BlockWalker, step: BlockStep, spec: QuantSpec, config: WarmStartConfig) -> dict[str, Grid]:
+def initial_grids(
+    walker: BlockWalker, step: BlockStep, spec: QuantSpec, config: WarmStartConfig, samples: Sequence[int]
+) -> dict[str, Grid]:
     """Return the initial grid of every linear of the full-precision block of `step`, by path inside the block.
 
-    Both streams must stand at the block's input. The block is not changed.
+    Both streams must stand at the block's input. The block is not changed. Statistics are taken on the first
+    `config.samples` of `samples`, which are those to be trained on.
 
     Raises:
         ConfigError: the group size does not divide a layer.
     """
+    arch = walker.opened.arch
+    if config.init == "minmax":
+        return {
+            path: initial_grid(linear.weight, spec, layer=f"{step.name}.{path}", init="minmax")
+            for path, linear in arch.named_linears(step.block)
+        }
     grids: dict[str, Grid] = {}
-    working = step.block if config.init == "minmax" else copy.deepcopy(step.block)
-    for stage in walker.opened.arch.stages:
-        hessian = shift = None
-        if config.init != "minmax":
-            hessian, shift = _statistics(walker, step, working, stage[0], config.samples)
+    working = copy.deepcopy(step.block)
+    for stage in arch.stages:
+        seen = _Statistics.collect(walker, step, working, arch, stage, samples[: config.samples])
         for path in stage:
             linear = working.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             weight: Tensor = linear.weight
             if config.init == "gptq":
-                assert hessian is not None
-                assert shift is not None
-                weight = weight + weight @ torch.linalg.solve(
-                    damp(hessian, config.correction_damping), shift, left=False
-                )
-            grid = initial_grid(weight, spec, layer=f"{step.name}.{path}", init=config.init, hessian=hessian)
-            if config.init != "minmax":
-                rounded = weight if grid.weight is None else grid.weight
-                codes = quantize(rounded, grid.scale, grid.zero_point, spec)
-                linear.weight = nn.Parameter(dequantize(codes, grid.scale, grid.zero_point), requires_grad=False)
+                weight = weight + seen.correction(weight, config.correction_damping)
+            grid = initial_grid(weight, spec, layer=f"{step.name}.{path}", init=config.init, hessian=seen.hessian_II)
+            start = weight if grid.weight is None else grid.weight
+            codes = quantize(start, grid.scale, grid.zero_point, spec)
+            linear.weight = nn.Parameter(dequantize(codes, grid.scale, grid.zero_point), requires_grad=False)
             grids[path] = grid
     return grids
 
 
-class _Reached(Exception):
-    """Ends a block's forward at the layer whose input was wanted."""
+@dataclass
+class _Statistics:
+    """Sums over calibration tokens at the input of one stage.
 
-
-def _statistics(
-    walker: BlockWalker, step: BlockStep, working: nn.Module, path: str, samples: int
-) -> tuple[Tensor, Tensor]:
-    """Return H = sum x_q x_q^T and C = sum (x_fp - x_q) x_q^T at the input of the linear at `path`, [I, I] each.
-
-    x_fp is seen in the full-precision block on the FP stream, x_q in `working` on the quantized stream.
+    Attributes:
+        hessian_II: sum of x_q x_q^T.
+        lack: sum of d x_q^T: [O, I] with the residual sums of a single linear, or [I, I] to be multiplied by W.
+        of_output: whether `lack` is [O, I].
     """
-    hessian = shift = None
-    for indices in step.batches(range(min(samples, len(step.quantized))), walker.batch_tokens):
-        call = step.call(indices)
-        x_fp = _input_of(step.block, path, walker, call, step.fp.gather(indices))
-        x_q = _input_of(working, path, walker, call, step.quantized.gather(indices))
-        h, c = x_q.T @ x_q, (x_fp - x_q).T @ x_q
-        hessian = h if hessian is None else hessian.add_(h)
-        shift = c if shift is None else shift.add_(c)
-    assert hessian is not None
-    assert shift is not None
-    return hessian, shift
+
+    hessian_II: Tensor
+    lack: Tensor
+    of_output: bool
+
+    @classmethod
+    def collect(
+        cls,
+        walker: BlockWalker,
+        step: BlockStep,
+        working: nn.Module,
+        arch: Arch,
+        stage: tuple[str, ...],
+        samples: Sequence[int],
+    ) -> _Statistics:
+        """Run the full-precision block on the FP stream and `working` on the quantized stream up to the stage."""
+        sums = dict(arch.sums)
+        of_output = len(stage) == 1 and stage[0] in sums
+        total: _Statistics | None = None
+        for indices in step.batches(samples, walker.batch_tokens):
+            call = step.call(indices)
+            paths = (stage[0], sums[stage[0]]) if of_output else (stage[0],)
+            x_fp, *sum_fp = _inputs_of(step.block, paths, walker, call, step.fp.gather(indices))
+            x_q, *sum_q = _inputs_of(working, paths, walker, call, step.quantized.gather(indices))
+            d = x_fp - x_q
+            if of_output:
+                share_T1 = _share(sum_q[0])
+                x_q, d = x_q * share_T1.sqrt(), (sum_fp[0] - sum_q[0]) * share_T1.sqrt()
+            part = cls(x_q.T @ x_q, d.T @ x_q, of_output)
+            total = part if total is None else total._plus(part)
+        assert total is not None
+        return total
+
+    def correction(self, weight_OI: Tensor, damping: float) -> Tensor:
+        """Return D (H + damping)^-1, [O, I]."""
+        lack_OI = self.lack if self.of_output else weight_OI @ self.lack
+        solved: Tensor = torch.linalg.solve(damp(self.hessian_II, damping), lack_OI, left=False)
+        return solved
+
+    def _plus(self, other: _Statistics) -> _Statistics:
+        return _Statistics(self.hessian_II.add_(other.hessian_II), self.lack.add_(other.lack), self.of_output)
 
 
-def _input_of(block: nn.Module, path: str, walker: BlockWalker, call: BlockCall, hidden: Tensor) -> Tensor:
-    """Return the input [T, I] of the linear at `path` when `block` is called on `hidden`."""
+def _share(sum_TO: Tensor) -> Tensor:
+    """Return how much each token counts, min(1, median(e) / e) with e the mean square of its row, [T, 1]."""
+    energy_T = sum_TO.square().mean(-1)
+    return (energy_T.median() / energy_T).clamp(max=1.0).unsqueeze(-1)
+
+
+class _Reached(Exception):
+    """Ends a block's forward once every wanted input was seen."""
+
+
+def _inputs_of(
+    block: nn.Module, paths: tuple[str, ...], walker: BlockWalker, call: BlockCall, hidden: Tensor
+) -> list[Tensor]:
+    """Return the inputs [T, .] of the modules at `paths`, in the order of the data, when `block` is called.
+
+    The empty path stands for the block's output.
+    """
     seen: list[Tensor] = []
+    wanted = [path for path in paths if path]
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0].flatten(0, -2).float())
-        raise _Reached
+        if len(seen) == len(paths):
+            raise _Reached
 
-    handle = block.get_submodule(path).register_forward_pre_hook(hook)
+    handles = [block.get_submodule(path).register_forward_pre_hook(hook) for path in wanted]
     try:
-        walker.run(block, call, hidden)
+        output = walker.run(block, call, hidden)
+        seen.append(output.flatten(0, -2).float())
     except _Reached:
         pass
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
+    return seen

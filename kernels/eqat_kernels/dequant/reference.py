@@ -21,7 +21,8 @@ def centred_codes(words: Tensor, zero_words: Tensor | None, layout: PackedLayout
     """Return W_int - z, [O, G, g] of `dtype`: the derivative of W_hat with respect to s."""
     codes_OI = unpack(words, layout.bits, layout.in_features)
     c_OGg = codes_OI.to(dtype).unflatten(1, (layout.groups, layout.group_size))
-    return c_OGg.sub_(zero_points(zero_words, layout, words.device).to(dtype).unsqueeze(-1))
+    centred: Tensor = c_OGg.sub_(zero_points(zero_words, layout, words.device).to(dtype).unsqueeze(-1))
+    return centred
 
 
 def zero_points(zero_words: Tensor | None, layout: PackedLayout, device: torch.device) -> Tensor:

@@ -12,15 +12,22 @@ group):
 which is the table of EfficientQAT's per-element gradients written without cases. The backward recomputes u
 from W, s and z, so nothing of the size of W is kept between the passes.
 
-Shape letters: O output rows, G groups, g group size.
+Both passes go through W in slices of rows small enough for a core's cache: the ten elementwise operations then
+read and write the cache, and temporaries never have the size of W.
+
+Shape letters: O output rows (of a slice), G groups, g group size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+SLICE = 1 << 17
+"""Elements of W handled at a time: 512 KiB in float32, half of a common second-level cache."""
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -33,29 +40,35 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(weight, scale, zero_point)
         ctx.top = (1 << bits) - 1
-        w_OGg, s_OG1, z_OG1 = _grouped(weight, scale, zero_point)
-        q_OGg = (w_OGg / s_OG1).round_().add_(z_OG1).clamp_(0, ctx.top)
-        return q_OGg.sub_(z_OG1).mul_(s_OG1).view_as(weight)
+        result = torch.empty_like(weight)
+        for w_OGg, s_OG1, z_OG1, out_OGg in _slices(weight, scale, zero_point, result):
+            torch.div(w_OGg, s_OG1, out=out_OGg)
+            out_OGg.round_().add_(z_OG1).clamp_(0, ctx.top).sub_(z_OG1).mul_(s_OG1)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         weight, scale, zero_point = ctx.saved_tensors
-        w_OGg, s_OG1, z_OG1 = _grouped(weight, scale, zero_point)
-        grad_OGg = grad.reshape(w_OGg.shape)
-        u_OGg = w_OGg / s_OG1
-        v_OGg = u_OGg.round().add_(z_OG1)
-        q_OGg = v_OGg.clamp(0, ctx.top)
-        inside_OGg = (v_OGg == q_OGg).to(grad.dtype)
-        grad_w_OGg = grad_OGg * inside_OGg
-        slope_OGg = q_OGg.sub_(z_OG1).sub_(u_OGg.mul_(inside_OGg))
-        grad_s_OG = torch.einsum("ogi,ogi->og", grad_OGg, slope_OGg)
-        grad_z_OG = None
-        if ctx.needs_input_grad[2]:
-            grad_z_OG = (grad_w_OGg.sum(-1) - grad_OGg.sum(-1)) * scale
-        return grad_w_OGg.view_as(weight), grad_s_OG, grad_z_OG, None
+        grad_w = torch.empty_like(weight)
+        grads_s, grads_z = [], []
+        for w_OGg, s_OG1, z_OG1, grad_OGg, grad_w_OGg in _slices(weight, scale, zero_point, grad, grad_w):
+            u_OGg = w_OGg / s_OG1
+            v_OGg = u_OGg.round().add_(z_OG1)
+            q_OGg = v_OGg.clamp(0, ctx.top)
+            inside_OGg = v_OGg == q_OGg
+            torch.mul(grad_OGg, inside_OGg, out=grad_w_OGg)
+            slope_OGg = q_OGg.sub_(z_OG1).sub_(u_OGg.mul_(inside_OGg))
+            grads_s.append(slope_OGg.mul_(grad_OGg).sum(-1))
+            grads_z.append((grad_w_OGg.sum(-1) - grad_OGg.sum(-1)).mul_(s_OG1.squeeze(-1)))
+        return grad_w, torch.cat(grads_s), torch.cat(grads_z), None
 
 
-def _grouped(weight: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _slices(weight: Tensor, scale: Tensor, zero_point: Tensor, *like_weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield slices of rows: W [O, G, g], s and round(z) [O, G, 1], and further tensors of W's shape [O, G, g]."""
+    rows = max(1, SLICE // weight.shape[1])
     groups = scale.shape[1]
-    w_OGg = weight.unflatten(1, (groups, weight.shape[1] // groups))
-    return w_OGg, scale.unsqueeze(-1), zero_point.round().unsqueeze(-1)
+    for at in range(0, weight.shape[0], rows):
+        part = slice(at, at + rows)
+        per_group = (scale[part].unsqueeze(-1), zero_point[part].round().unsqueeze(-1))
+        w_OGg, *others = (tensor[part].unflatten(1, (groups, -1)) for tensor in (weight, *like_weight))
+        yield (w_OGg, *per_group, *others)

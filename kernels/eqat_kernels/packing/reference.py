@@ -61,7 +61,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for i in range(per_run):
         stream |= runs_of_codes[..., i].to(torch.int32) << (i * bits)
     run_as_bytes = stream.unsqueeze(-1).view(torch.uint8)[..., :run_bytes]
-    return _pad_last(run_as_bytes.flatten(-2), words * 4).contiguous().view(torch.int32)
+    # `contiguous` would keep odd strides of dimensions of size one, which `view` refuses; a copy has plain ones
+    row_as_bytes = _pad_last(run_as_bytes.flatten(-2), words * 4).clone(memory_format=torch.contiguous_format)
+    return row_as_bytes.view(torch.int32)
 
 
 def unpack(words: Tensor, bits: int, length: int) -> Tensor:
@@ -77,7 +79,9 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
     """
     per_run, run_bytes = _RUN[bits]
     runs = -(-length // per_run)
-    stream = words.contiguous().view(torch.uint8)[..., : runs * run_bytes]
+    # the last run may end before the last word, or reach beyond it; the extra axis has stride 1, as `view` requires
+    row_as_bytes = words.contiguous().unsqueeze(-1).view(torch.uint8).flatten(-2)
+    stream = _pad_last(row_as_bytes, runs * run_bytes)
     if run_bytes > 1:
         triples = stream.unflatten(-1, (runs, run_bytes)).to(torch.int32)
         stream = triples[..., 0] | (triples[..., 1] << 8) | (triples[..., 2] << 16)
@@ -89,5 +93,6 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
 
 
 def _pad_last(tensor: Tensor, length: int) -> Tensor:
+    """Bring the last dimension to `length`: zeros are appended, or the end is cut off."""
     missing = length - tensor.shape[-1]
     return tensor if missing == 0 else torch.nn.functional.pad(tensor, (0, missing))

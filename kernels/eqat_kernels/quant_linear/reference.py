@@ -48,7 +48,7 @@ class _QuantLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ (c_OGg * scale.to(grad.dtype).unsqueeze(-1)).flatten(1)
         if ctx.needs_input_grad[2]:
-            grad_w_OI = grad.flatten(0, -2).T @ x.flatten(0, -2)
+            grad_w_OI = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
             grad_w_OGg = grad_w_OI.unflatten(1, c_OGg.shape[1:])
             grad_s_OG = torch.einsum("ogi,ogi->og", grad_w_OGg, c_OGg).to(scale.dtype)
         return grad_x, None, grad_s_OG, None, None

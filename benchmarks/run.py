@@ -1,0 +1,218 @@
+"""Speed and memory of the training paths, as ratios taken side by side in one run.
+
+    python benchmarks/run.py              all of them, on SmolLM2-135M
+    python benchmarks/run.py block-step   one of: block-step, block-memory, e2e, packing
+
+Times are medians of interleaved repetitions, so that noise of the machine meets both sides. Peak memory is the
+growth of the resident set in a process of its own, from after the imports to the peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from eqat_kernels import pack, unpack
+from eqat_mm.blocks.arch import set_submodule
+from eqat_mm.blocks.source import OpenModel, open_model
+from eqat_mm.blocks.walker import BlockWalker, capture_front
+from eqat_mm.checkpoint.read import load
+from eqat_mm.commands.models import load_model, model_folder
+from eqat_mm.quant.convert import to_fake
+from eqat_mm.quant.fake_linear import FakeQuantLinear
+from eqat_mm.quant.init import initial_grid
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.train.block_ap import BlockAPConfig, run_block_ap
+from eqat_mm.train.e2e_qp import scale_parameters
+from eqat_mm.train.fit import FitConfig, trainable_parameters
+from eqat_mm.train.losses import block_loss, next_token_cross_entropy
+from eqat_mm.train.rtn import run_rtn
+from llava_adapters import arch_of_folder
+
+MODEL = "smollm2-135m"
+SPEC = QuantSpec(bits=2, group_size=64)
+TOKENS = 256
+CPU = torch.device("cpu")
+
+
+def block_step() -> dict[str, Any]:
+    """Time a training step of one block on 4 x 256 tokens: fake-quantized over plain, float32 and bfloat16."""
+    result = {}
+    for precision in ("float32", "bfloat16"):
+        walker = _walker(8, precision)
+        step = next(walker.walk())
+        plain = copy.deepcopy(step.block).requires_grad_(True)
+        for path, linear in walker.opened.arch.named_linears(step.block):
+            grid = initial_grid(linear.weight, SPEC, layer=path, init="minmax")
+            set_submodule(step.block, path, to_fake(linear, grid, SPEC))
+        call, hidden = step.call(range(4)), step.quantized.gather(range(4))
+        target = step.fp.gather(range(4, 8))
+        fake = trainable_parameters(step.block, FitConfig())
+
+        def train(block: nn.Module, groups: list[dict[str, Any]], w: Any, c: Any, h: Any, t: Any) -> Callable[[], None]:
+            optimizer = torch.optim.AdamW(groups)
+            projected = [module for module in block.modules() if isinstance(module, FakeQuantLinear)]
+
+            def run() -> None:
+                optimizer.zero_grad()
+                block_loss(w.run(block, c, h), t).backward()
+                optimizer.step()
+                for module in projected:
+                    module.project()
+
+            return run
+
+        quantized = train(step.block, fake, walker, call, hidden, target)
+        reference = train(plain, [{"params": list(plain.parameters()), "lr": 1e-4}], walker, call, hidden, target)
+        fast, slow = _interleaved(reference, quantized, repetitions=15)
+        result[precision] = {"plain_ms": fast * 1e3, "fake_quantized_ms": slow * 1e3, "ratio": slow / fast}
+    return result
+
+
+def block_memory() -> dict[str, Any]:
+    """Peak memory of Block-AP over one float32 block with gradients and AdamW, plus both activation streams."""
+    opened = _opened()
+    batches = _batches(256)
+    parameters = sum(parameter.numel() for parameter in opened.blocks[0].parameters())
+    block = parameters * 4 * 4
+    spool = 2 * len(batches) * TOKENS * opened.model.config.hidden_size * 4
+    opened.model.model.layers = opened.model.model.layers[:2]
+    config = BlockAPConfig(quant=SPEC, fit=FitConfig(epochs=1, batch_size=4), batch_tokens=1024)
+    before = psutil.Process().memory_info().rss
+    with TemporaryDirectory() as folder:
+        record: dict[str, Any] = {"config": {}}
+        run_block_ap(opened, batches, config, Path(folder), device=CPU, source=MODEL, provenance=record)
+    peak = _peak() - before
+    floor = block + spool
+    return {"peak_MiB": peak / 2**20, "block_MiB": block / 2**20, "spool_MiB": spool / 2**20, "ratio": peak / floor}
+
+
+def e2e() -> dict[str, Any]:
+    """Time and peak memory of a training step on 4 x 256 tokens: packed step sizes over dense weights, float32."""
+    with TemporaryDirectory() as folder:
+        run_rtn(_opened(), SPEC, Path(folder), source=MODEL, provenance={"config": {}})
+        sides = {name: _in_process(_e2e_side, name, folder) for name in ("dense", "packed")}
+    return {
+        **{f"{name}_{key}": value for name, side in sides.items() for key, value in side.items()},
+        "time_ratio": sides["packed"]["step_s"] / sides["dense"]["step_s"],
+        "memory_ratio": sides["packed"]["peak_MiB"] / sides["dense"]["peak_MiB"],
+    }
+
+
+def packing() -> dict[str, Any]:
+    """Codes packed and unpacked per second, millions, one 4096 x 4096 matrix."""
+    result = {}
+    for bits in (2, 3, 4, 8):
+        codes = torch.randint(0, 1 << bits, (4096, 4096), dtype=torch.uint8)
+        words = pack(codes, bits)
+        packing_s, unpacking_s = _interleaved(
+            lambda c=codes, b=bits: pack(c, b),  # type: ignore[misc]
+            lambda w=words, b=bits: unpack(w, b, 4096),  # type: ignore[misc]
+            repetitions=5,
+        )
+        millions = codes.numel() / 1e6
+        result[f"{bits} bits"] = {"pack_M_per_s": millions / packing_s, "unpack_M_per_s": millions / unpacking_s}
+    return result
+
+
+def _e2e_side(name: str, folder: str) -> dict[str, float]:
+    """One side of `e2e`, in a process of its own."""
+    before = psutil.Process().memory_info().rss
+    if name == "packed":
+        model = load(Path(folder) / "model")
+        parameters = scale_parameters(model)
+    else:
+        model = load_model(model_folder(MODEL), CPU)
+        arch = arch_of_folder(model_folder(MODEL))
+        blocks = arch.find_blocks(model)
+        parameters = [linear.weight for block in blocks for _, linear in arch.named_linears(block)]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    model.train()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    tokens = torch.cat([batch["input_ids"] for batch in _batches(4)])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        next_token_cross_entropy(model(input_ids=tokens, use_cache=False).logits, tokens).backward()
+        optimizer.step()
+
+    times = [_seconds(step) for _ in range(4)]
+    return {"step_s": statistics.median(times[1:]), "peak_MiB": (_peak() - before) / 2**20}
+
+
+def _opened() -> OpenModel:
+    folder = model_folder(MODEL)
+    return open_model(folder, arch_of_folder(folder))
+
+
+def _walker(samples: int, precision: Any) -> BlockWalker:
+    opened = _opened()
+    captured = capture_front(opened, _batches(samples), torch.float32)
+    return BlockWalker(opened, captured, device=CPU, precision=precision)
+
+
+def _batches(count: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, 40_000, (1, TOKENS), generator=generator)} for _ in range(count)]
+
+
+def _interleaved(first: Callable[[], Any], second: Callable[[], Any], *, repetitions: int) -> tuple[float, float]:
+    """Median seconds of two functions called in turn."""
+    first(), second()
+    pairs = [(_seconds(first), _seconds(second)) for _ in range(repetitions)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process, so that its peak memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+BENCHMARKS = {"block-step": block_step, "block-memory": block_memory, "e2e": e2e, "packing": packing}
+
+
+def main() -> None:
+    """Run the chosen benchmarks and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    arguments = parser.parse_args()
+    model_folder(MODEL)
+    print(f"{MODEL}, {SPEC.name}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    results = {}
+    for name in arguments.which or BENCHMARKS:
+        function = BENCHMARKS[name]
+        results[name] = _in_process(function) if name != "e2e" else function()
+        print(f"\n{name}: {str(function.__doc__).strip()}")
+        print(json.dumps(results[name], indent=2, default=float))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What others read from our folders: transformers with compressed-tensors, without a line of this package."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import eqat_mm
+from eqat_kernels import unpack
+from eqat_mm.blocks.arch import set_submodule
+from eqat_mm.quant.packed_linear import PackedLinear
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.files import read_json
+from tests.checkpoint.conftest import Pack
+from tests.tolerances import assert_close
+
+GRID = [
+    QuantSpec(bits, group, symmetric)
+    for bits, group, symmetric in itertools.product((2, 3, 4, 8), (32, 64, -1), (True, False))
+]
+ODD: dict[str, Any] = {"hidden_size": 72, "intermediate_size": 100, "num_key_value_heads": 1}
+"""Rows of 72 and 100 codes and columns of 18 zero points: neither fills whole words at 2, 3 or 4 bits."""
+
+
+def by_name(spec: QuantSpec) -> str:
+    return spec.name
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens).logits
+    return logits
+
+
+def foreign(folder: Path) -> PreTrainedModel:
+    """Load as anyone does."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def assert_read_alike(folder: Path, spec: QuantSpec, tokens: Tensor) -> None:
+    """Weights must agree bit for bit, and with their linears our model must give their logits exactly.
+
+    The symmetric grid is decompressed in float32; the asymmetric one in the dtype of the scales (see
+    `eqat_mm.checkpoint.layout.quantization_config`).
+    """
+    ours, theirs = eqat_mm.load(folder), foreign(folder)
+    their_logits = logits_of(theirs, tokens)
+    assert their_logits.abs().max() > 0.5
+    if spec.symmetric:
+        assert_close(logits_of(ours, tokens), their_logits, "model")
+    else:
+        assert_close(logits_of(ours, tokens), their_logits, "model", spec.storage_dtype)
+    linears = packed_linears(ours)
+    assert len(linears) == 14
+    for path, linear in linears.items():
+        dtype = torch.float32 if spec.symmetric else spec.storage_dtype
+        weight = theirs.get_parameter(f"{path}.weight")
+        assert torch.equal(weight, linear.dequantize(dtype).float())
+        set_submodule(ours, path, theirs.get_submodule(path))
+    assert torch.equal(logits_of(ours, tokens), their_logits)
+
+
+@pytest.mark.parametrize("spec", GRID, ids=by_name)
+def test_transformers_reads_the_same_model(pack: Pack, tokens: Tensor, spec: QuantSpec) -> None:
+    assert_read_alike(pack(spec), spec, tokens)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_transformers_reads_padded_words(pack: Pack, tokens: Tensor, bits: int, symmetric: bool) -> None:
+    spec = QuantSpec(bits, -1, symmetric)
+    assert_read_alike(pack(spec, **ODD), spec, tokens)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_transformers_reads_float16_scales(pack: Pack, tokens: Tensor, symmetric: bool) -> None:
+    spec = QuantSpec(4, 64, symmetric, scale_dtype="float16")
+    assert_read_alike(pack(spec), spec, tokens)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_transformers_reads_biases(pack: Pack, tokens: Tensor, symmetric: bool) -> None:
+    spec = QuantSpec(2, 64, symmetric)
+    assert_read_alike(pack(spec, attention_bias=True, mlp_bias=True), spec, tokens)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_transformers_reads_a_tied_head(pack: Pack, tokens: Tensor, symmetric: bool) -> None:
+    spec = QuantSpec(2, 64, symmetric)
+    assert_read_alike(pack(spec, tie_word_embeddings=True), spec, tokens)
+
+
+SCRIPT = """
+import sys
+sys.modules["eqat_mm"] = sys.modules["eqat_kernels"] = sys.modules["llava_adapters"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+folder, tokens, logits = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+with torch.no_grad():
+    save_file({"logits": model(input_ids=load_file(tokens)["tokens"]).logits}, logits)
+"""
+
+
+def test_a_process_without_this_package_reads_it(pack: Pack, tokens: Tensor, tmp_path: Path) -> None:
+    folder = pack(QuantSpec(2, 64))
+    save_file({"tokens": tokens}, tmp_path / "tokens")
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, folder, tmp_path / "tokens", tmp_path / "logits"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logits = load_file(tmp_path / "logits")["logits"]
+    assert torch.equal(logits, logits_of(foreign(folder), tokens))
+    assert_close(logits_of(eqat_mm.load(folder), tokens), logits, "model", torch.bfloat16)
+
+
+@pytest.mark.parametrize("spec", GRID, ids=by_name)
+def test_the_library_unpacks_our_codes_bit_for_bit(pack: Pack, spec: QuantSpec) -> None:
+    assert_unpacked_alike(pack(spec), spec)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in GRID if spec.group_size == -1], ids=by_name)
+def test_the_library_unpacks_padded_words(pack: Pack, spec: QuantSpec) -> None:
+    assert_unpacked_alike(pack(spec, **ODD), spec)
+
+
+def assert_unpacked_alike(folder: Path, spec: QuantSpec) -> None:
+    for linear in packed_linears(eqat_mm.load(folder, verify=False)).values():
+        shape = (linear.layout.out_features, linear.layout.in_features)
+        codes = unpack(linear.weight_packed, spec.bits, shape[1])
+        theirs = unpack_from_int32(linear.weight_packed, spec.bits, torch.Size(shape))
+        assert torch.equal(theirs.int() + spec.middle, codes.int())
+        assert torch.equal(pack_to_int32(theirs, spec.bits), linear.weight_packed)
+        assert codes.max() > spec.middle
+        if spec.symmetric:
+            assert linear.weight_zero_point is None
+            continue
+        assert linear.weight_zero_point is not None
+        columns = torch.Size((shape[0], linear.layout.groups))
+        zeros = unpack(linear.weight_zero_point.T, spec.bits, shape[0]).T
+        theirs = unpack_from_int32(linear.weight_zero_point, spec.bits, columns, packed_dim=0)
+        assert torch.equal(theirs.int() + spec.middle, zeros.int())
+        assert torch.equal(pack_to_int32(theirs.contiguous(), spec.bits, packed_dim=0), linear.weight_zero_point)
+
+
+@pytest.mark.parametrize("spec", GRID, ids=by_name)
+def test_the_library_dequantizes_as_we_do(pack: Pack, spec: QuantSpec) -> None:
+    folder = pack(spec)
+    entry = read_json(folder / "config.json")["quantization_config"]
+    scheme = QuantizationConfig.model_validate(entry).config_groups["group_0"]
+    for linear in packed_linears(eqat_mm.load(folder, verify=False)).values():
+        state = {name: tensor.detach() for name, tensor in linear.state_dict().items()}
+        weight = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+        assert torch.equal(weight, linear.dequantize())

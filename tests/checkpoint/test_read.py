@@ -1,0 +1,193 @@
+"""Loading, and what is said of folders that are damaged, unfinished or foreign."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import eqat_mm
+from eqat_mm.checkpoint import read_manifest
+from eqat_mm.checkpoint.layout import quantization_config, spec_of_config
+from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.errors import CheckpointError
+from eqat_mm.quant.packed_linear import PackedLinear
+from eqat_mm.quant.spec import BITS, GROUP_SIZES, QuantSpec
+from eqat_mm.runtime.files import read_json, write_json
+from tests.checkpoint.conftest import Pack, save_llama
+from tests.checkpoint.files import assert_four_lines, shard_of, tensors_of
+
+
+@pytest.fixture
+def folder(pack: Pack, tmp_path: Path) -> Path:
+    """A checkpoint to be altered."""
+    shutil.copytree(pack(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(folder: Path, *, verify: bool = True) -> CheckpointError:
+    """Return the error that loading gives."""
+    with pytest.raises(CheckpointError) as caught:
+        eqat_mm.load(folder, verify=verify)
+    assert_four_lines(caught.value)
+    assert str(folder) in caught.value.where
+    return caught.value
+
+
+def test_linears_stay_packed_and_only_step_sizes_train(folder: Path) -> None:
+    model = eqat_mm.load(str(folder))
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == 14
+    assert {module.spec for module in packed} == {QuantSpec(3, 32)}
+    assert [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)] == []
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 14
+    assert all(name.endswith(".weight_scale") for name in trainable)
+    assert not model.training
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    stored = tensors_of(folder)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, stored[name].to(tensor.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_unquantized_parts_take_the_wanted_dtype(folder: Path, dtype: torch.dtype) -> None:
+    model = eqat_mm.load(folder, dtype=dtype)
+    assert model.lm_head.weight.dtype is dtype
+    assert model.model.layers[0].input_layernorm.weight.dtype is dtype
+    assert model.model.layers[0].mlp.up_proj.weight_scale.dtype is torch.float32
+    with torch.no_grad():
+        assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.dtype is dtype
+
+
+def test_a_tied_head_is_stored_once_and_tied_again(pack: Pack) -> None:
+    folder = pack(QuantSpec(3, 32), tie_word_embeddings=True)
+    assert "lm_head.weight" not in tensors_of(folder)
+    model = eqat_mm.load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.lm_head.weight.is_meta
+
+
+def test_generation_settings_are_kept(folder: Path) -> None:
+    settings = read_json(folder / "generation_config.json") | {"max_new_tokens": 7}
+    write_json(folder / "generation_config.json", settings)
+    model = eqat_mm.load(folder)
+    assert model.generation_config.max_new_tokens == 7
+    output = model.generate(torch.tensor([[5, 6]]), do_sample=False, pad_token_id=0)
+    assert output.shape == (1, 9)
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of the numbers."""
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["altered", "truncated", "missing"])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight_packed", "lm_head.weight"])
+def test_a_damaged_shard(folder: Path, damage: Callable[[Path], None], name: str) -> None:
+    shard = shard_of(folder, name)
+    damage(shard)
+    error = refused(folder)
+    assert error.where == str(shard)
+    assert MANIFEST in error.allowed
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink], ids=["truncated", "missing"])
+def test_a_damaged_shard_is_noticed_without_verification(folder: Path, damage: Callable[[Path], None]) -> None:
+    damage(shard_of(folder, "lm_head.weight"))
+    refused(folder, verify=False)
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    shard = shard_of(folder, "model.norm.weight")
+    tensors = tensors_of(folder)
+    del tensors["model.norm.weight"]
+    kept = {name: tensor for name, tensor in tensors.items() if shard_of(folder, name) == shard}
+    save_file(kept, shard)
+    assert "model.norm.weight" in refused(folder, verify=False).given
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_missing_manifest(folder: Path, verify: bool) -> None:
+    (folder / MANIFEST).unlink()
+    error = refused(folder, verify=verify)
+    assert error.given == f"no {MANIFEST} in it"
+    assert "interrupted run" in error.do
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_folder_that_does_not_exist(tmp_path: Path, verify: bool) -> None:
+    assert refused(tmp_path / "nowhere", verify=verify).given == "no such folder"
+
+
+def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("")
+    refused(tmp_path / "model")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"arch": "llama"}'])
+def test_an_unreadable_manifest(folder: Path, text: str) -> None:
+    (folder / MANIFEST).write_text(text)
+    assert "unreadable manifest" in refused(folder).given
+
+
+@pytest.mark.parametrize("change", [{"format_version": 2}, {"new_field": 1}])
+def test_a_manifest_of_a_newer_version(folder: Path, change: dict[str, int]) -> None:
+    write_json(folder / MANIFEST, asdict(read_manifest(folder)) | change)
+    assert "newer version" in refused(folder).do
+
+
+def test_a_full_precision_folder(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    refused(tmp_path)
+
+
+def test_a_folder_quantized_by_others(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    assert MANIFEST in refused(tmp_path).given
+
+
+def foreign(**changes: Any) -> dict[str, Any]:
+    """A config of ours with some changes to its `quantization_config`."""
+    return {"quantization_config": quantization_config(QuantSpec(), []) | changes}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        foreign(format="marlin-24"),
+        foreign(config_groups={}),
+        foreign(config_groups=foreign()["quantization_config"]["config_groups"] | {"group_1": {}}),
+    ],
+)
+def test_a_config_of_another_format(folder: Path, config: dict[str, Any]) -> None:
+    raw = read_json(folder / "config.json")
+    del raw["quantization_config"]
+    write_json(folder / "config.json", raw | config)
+    assert "'pack-quantized' with one group" in refused(folder).allowed
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16"])
+def test_the_spec_travels_in_the_config(bits: int, group_size: int, symmetric: bool, scale_dtype: Any) -> None:
+    spec = QuantSpec(bits, group_size, symmetric, scale_dtype)
+    assert spec_of_config({"quantization_config": quantization_config(spec, [])}, spec.storage_dtype, "here") == spec
