@@ -63,7 +63,7 @@ def block_step() -> dict[str, Any]:
         fake = trainable_parameters(step.block, FitConfig())
 
         def train(block: nn.Module, groups: list[dict[str, Any]], w: Any, c: Any, h: Any, t: Any) -> Callable[[], None]:
-            optimizer = torch.optim.AdamW(groups)
+            optimizer = torch.optim.AdamW(groups, fused=True)
             projected = [module for module in block.modules() if isinstance(module, FakeQuantLinear)]
 
             def run() -> None:

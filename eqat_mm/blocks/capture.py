@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from eqat_mm.blocks.arch import Inputs
+from eqat_mm.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Inputs]) 
 
     Yields:
         One sample per batch, on the CPU.
+
+    Raises:
+        AdapterError: a forward ended without the last block.
     """
     pool = TensorPool()
     recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
@@ -102,9 +106,20 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Inputs]) 
                 model(**inputs, use_cache=False)
             except _LastBlockReached:
                 yield _sample(recorded, pool)
+            else:
+                raise _unreached(len(recorded), len(blocks))
     finally:
         for block in blocks:
             del block.forward
+
+
+def _unreached(called: int, count: int) -> AdapterError:
+    return AdapterError(
+        where="capture of the decoder blocks",
+        given=f"a forward that ended after {called} of {count} blocks",
+        allowed="a model that passes its hidden states through every block of the adapter's list",
+        do="correct the path of the decoder blocks in the adapter",
+    )
 
 
 def _sample(recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]], pool: TensorPool) -> Sample:

@@ -166,7 +166,7 @@ def training_arguments(config: E2EQPConfig, folder: Path, device: torch.device) 
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": config.lr_floor},
         warmup_steps=config.warmup_steps,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         weight_decay=0.0,
         max_grad_norm=config.clip_norm,
         activation_checkpointing=config.gradient_checkpointing,

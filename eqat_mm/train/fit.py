@@ -136,7 +136,7 @@ class _BlockFit:
     def run(self, lr_factor: float) -> None:
         """Train all epochs with learning rates times `lr_factor`; raise `_Diverged` if it cannot."""
         config = self.config
-        optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, config.beta2))
+        optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, config.beta2), fused=True)
         peaks = [group["lr"] * lr_factor for group in optimizer.param_groups]
         epochs = [self._epoch(epoch) for epoch in range(config.epochs)]
         total = sum(map(len, epochs))

@@ -14,6 +14,7 @@ from eqat_mm.blocks.arch import Inputs
 from eqat_mm.blocks.capture import BlockCall, Sample, TensorPool, capture, collate, signature
 from eqat_mm.blocks.spool import Stream
 from eqat_mm.blocks.walker import BlockStep
+from eqat_mm.errors import AdapterError
 from tests.blocks.toy import ToyModel, tokens
 from tests.tolerances import assert_close
 
@@ -124,6 +125,13 @@ def test_forwards_are_restored_when_the_consumer_stops(model: ToyModel) -> None:
     next(samples)
     samples.close()  # type: ignore[attr-defined]
     assert not any("forward" in vars(block) for block in model.blocks)
+
+
+def test_blocks_that_the_forward_does_not_pass_are_an_error(model: ToyModel) -> None:
+    unused = nn.ModuleList([model.blocks[0], nn.Linear(8, 8)])
+    with pytest.raises(AdapterError, match="ended after 1 of 2 blocks"):
+        list(capture(model, unused, [{"input_ids": tokens(1, 4, 0)}]))
+    assert "forward" not in vars(model.blocks[0])
 
 
 def test_nothing_recorded_requires_gradients(model: ToyModel) -> None:

@@ -150,7 +150,7 @@ def test_materialising_casts_floats_only(tmp_path: Path) -> None:
     assert module.weight.dtype is torch.bfloat16
     assert isinstance(module.weight, nn.Parameter)
     assert not module.weight.requires_grad
-    assert torch.equal(module.count, torch.tensor([5]))
+    assert torch.equal(module.get_buffer("count"), torch.tensor([5]))
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from eqat_mm.blocks import spool
 from eqat_mm.blocks.spool import Stream, require_disk
 from eqat_mm.errors import CheckpointError, ResourceError
 
@@ -126,13 +126,13 @@ def test_disk_space_is_asked_where_the_folder_will_be(tmp_path: Path, monkeypatc
         asked.append(path)
         return SimpleNamespace(free=3 * 2**30)
 
-    monkeypatch.setattr(spool.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     require_disk(tmp_path / "not" / "yet", 3 * 2**30, "activation streams")
     assert asked == [tmp_path]
 
 
 def test_too_little_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     with pytest.raises(ResourceError) as caught:
         require_disk(tmp_path, 2**30 + 2**29, "activation streams")
     assert "activation streams" in caught.value.where

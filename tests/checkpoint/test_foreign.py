@@ -124,8 +124,9 @@ with torch.no_grad():
 def test_a_process_without_this_package_reads_it(pack: Pack, tokens: Tensor, tmp_path: Path) -> None:
     folder = pack(QuantSpec(2, 64))
     save_file({"tokens": tokens}, tmp_path / "tokens")
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, folder, tmp_path / "tokens", tmp_path / "logits"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    command = [sys.executable, "-W", "error", "-c", SCRIPT]
+    paths = [str(folder), str(tmp_path / "tokens"), str(tmp_path / "logits")]
+    done = subprocess.run(command + paths, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     logits = load_file(tmp_path / "logits")["logits"]
     assert torch.equal(logits, logits_of(foreign(folder), tokens))

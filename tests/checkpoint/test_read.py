@@ -80,7 +80,9 @@ def test_generation_settings_are_kept(folder: Path) -> None:
     write_json(folder / "generation_config.json", settings)
     model = eqat_mm.load(folder)
     assert model.generation_config.max_new_tokens == 7
-    output = model.generate(torch.tensor([[5, 6]]), do_sample=False, pad_token_id=0)
+    output = model.generate(  # type: ignore[operator]
+        torch.tensor([[5, 6]]), do_sample=False, pad_token_id=0
+    )
     assert output.shape == (1, 9)
 
 

@@ -32,7 +32,7 @@ def problem(bits: int, shape: tuple[int, int, int], *, symmetric: bool = False) 
         z_OG = torch.full_like(z_OG, 1 << (bits - 1))
     codes_OI = (torch.rand(rows, groups * group, dtype=torch.float64) * 2 - 0.5) * top
     w_OI = (codes_OI - per_weight(z_OG, groups * group)) * per_weight(s_OG, groups * group)
-    return w_OI.requires_grad_(), s_OG.requires_grad_(), z_OG.requires_grad_(not symmetric)
+    return w_OI.requires_grad_(), s_OG.requires_grad_(), z_OG.requires_grad_()
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
@@ -50,11 +50,8 @@ def test_forward_and_gradients_are_the_naive_ones(bits: int, shape: tuple[int, i
     assert s_OG.grad is not None
     assert torch.equal(w_OI.grad, grad_OI * naive["by_weight"])
     assert_close(s_OG.grad, per_group(grad_OI * naive["by_scale"], shape[1]), "gradient")
-    if symmetric:
-        assert z_OG.grad is None
-    else:
-        assert z_OG.grad is not None
-        assert_close(z_OG.grad, per_group(grad_OI * naive["by_zero"], shape[1]), "gradient")
+    assert z_OG.grad is not None
+    assert_close(z_OG.grad, per_group(grad_OI * naive["by_zero"], shape[1]), "gradient")
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
@@ -67,6 +64,15 @@ def test_the_problems_reach_every_row_of_the_table(bits: int, symmetric: bool) -
     assert (outside & (naive["by_scale"] > 0)).sum() > 50
     assert (outside & (naive["by_scale"] <= 0)).sum() > 50
     assert not symmetric or (s_OG < 0).any()
+
+
+def test_a_frozen_zero_point_gets_no_gradient() -> None:
+    w_OI, s_OG, z_OG = problem(3, (5, 3, 8), symmetric=True)
+    z_OG.requires_grad_(False)
+    fake_quantize(w_OI, s_OG, z_OG, 3).sum().backward()
+    assert z_OG.grad is None
+    assert w_OI.grad is not None
+    assert s_OG.grad is not None
 
 
 def test_one_element_of_each_kind_by_hand() -> None:
@@ -172,14 +178,13 @@ def test_views_and_expanded_gradients() -> None:
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 def test_slices_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, symmetric: bool, elements: int) -> None:
     inputs = problem(3, (5, 3, 8), symmetric=symmetric)
-    trained = [tensor for tensor in inputs if tensor.requires_grad]
     grad_OI = torch.randn(24, 5, dtype=torch.float64).T
     whole = fake_quantize(*inputs, 3)
-    expected = torch.autograd.grad(whole, trained, grad_OI)
+    expected = torch.autograd.grad(whole, inputs, grad_OI)
     monkeypatch.setattr(reference, "SLICE", elements)
     sliced = fake_quantize(*inputs, 3)
     assert torch.equal(sliced, whole)
-    for left, right in zip(torch.autograd.grad(sliced, trained, grad_OI), expected, strict=True):
+    for left, right in zip(torch.autograd.grad(sliced, inputs, grad_OI), expected, strict=True):
         assert_close(left, right, "gradient")
 
 

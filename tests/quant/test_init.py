@@ -40,7 +40,8 @@ def plain_rounding(weight: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
 def weighted_errors(weight: Tensor, grid: Grid, spec: QuantSpec, importance_I: Tensor) -> Tensor:
     """sum_j h_j (W_hat - W)_j^2 of every group, float64 [O, G]."""
     difference = plain_rounding(weight, grid, spec).double() - weight.double()
-    return (difference.square() * importance_I.double()).unflatten(1, (grid.scale.shape[1], -1)).sum(-1)
+    squares_OI = difference.square() * importance_I.double()
+    return squares_OI.view(len(weight), grid.scale.shape[1], -1).sum(-1)
 
 
 @pytest.mark.parametrize("spec", ASYMMETRIC, ids=by_name)
