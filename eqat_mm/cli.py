@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from jsonargparse._actions import ActionConfigFile
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
 from eqat_mm import __version__
 from eqat_mm.errors import ConfigError, EqatError
@@ -21,6 +20,7 @@ __all__ = ["main", "run_command"]
 class _Command:
     help: str
     load: Callable[[], tuple[type[Any], Callable[[Any], Any]]]
+    recipe: str | None = None
 
 
 def _block_ap() -> tuple[type[Any], Callable[[Any], Any]]:
@@ -66,7 +66,9 @@ def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
 
 
 COMMANDS: dict[str, _Command] = {
-    "demo": _Command("quantize SmolLM2-135M to 2 bits and print the ladder of stages", _demo),
+    "demo": _Command(
+        "quantize SmolLM2-135M to 2 bits and print the ladder of stages", _demo, "smollm2-135m-w2g64-demo"
+    ),
     "block-ap": _Command("train W, s, z of one block at a time and write a packed checkpoint", _block_ap),
     "e2e-qp": _Command("train the step sizes of a packed checkpoint end to end", _e2e_qp),
     "rtn": _Command("round to nearest: the baseline", _rtn),
@@ -101,7 +103,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         print(f"{type(error).__name__}\n{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; start the same command again to continue", file=sys.stderr)
+        print("interrupted; the same command continues from what was saved last", file=sys.stderr)
         return 130
     return 0
 
@@ -113,15 +115,34 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
         ConfigError: unknown option, or a value of the wrong type.
         SystemExit: after --help or --print_config.
     """
-    parser = ArgumentParser(prog=f"eqat {name}", description=COMMANDS[name].help, exit_on_error=False)
+    from eqat_mm.commands.recipes import recipe_path
+
+    recipe = COMMANDS[name].recipe
+    parser = ArgumentParser(
+        prog=f"eqat {name}",
+        description=COMMANDS[name].help,
+        exit_on_error=False,
+        default_config_files=[] if recipe is None else [str(recipe_path(recipe))],
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file or name of a shipped recipe")
     parser.add_class_arguments(job_class)
     try:
-        parsed = parser.parse_args(_with_recipe_paths(argv))
+        parsed = parser.parse_args(_with_recipe_paths(_with_explicit_booleans(argv, job_class)))
         values: Namespace = parser.instantiate_classes(parsed)
     except ArgumentError as error:
         raise _config_error(name, error) from error
     return job_class(**{key: value for key, value in vars(values).items() if key != "config"})
+
+
+def _with_explicit_booleans(argv: Sequence[str], job_class: type[Any]) -> list[str]:
+    """Let `--overwrite` mean `--overwrite true`."""
+    flags = {f"--{field.name}" for field in fields(job_class) if isinstance(field.default, bool)}
+    result: list[str] = []
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
+        result.append(argument)
+        if argument in flags and following.startswith("-"):
+            result.append("true")
+    return result
 
 
 def _with_recipe_paths(argv: Sequence[str]) -> list[str]:

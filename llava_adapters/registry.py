@@ -52,6 +52,13 @@ def known_archs() -> dict[str, Arch]:
                 allowed="an instance of eqat_mm.blocks.Arch",
                 do="correct the package that registers it",
             )
+        if arch.name in archs:
+            raise AdapterError(
+                where=f"entry point {entry.value} of group {GROUP}",
+                given=f"the name {arch.name!r}, which is taken",
+                allowed="a name of its own",
+                do="rename the adapter in the package that registers it",
+            )
         archs[arch.name] = arch
     return archs
 

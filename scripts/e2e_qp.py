@@ -1,4 +1,4 @@
-"""E2E-QP, as launchers start it: `deepspeed scripts/e2e_qp.py --config RECIPE --model MODEL`."""
+"""E2E-QP, for launchers: `python scripts/e2e_qp.py --config RECIPE --model MODEL`."""
 
 import sys
 

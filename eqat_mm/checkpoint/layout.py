@@ -61,9 +61,14 @@ def quantization_config(spec: QuantSpec, ignore: Sequence[str]) -> dict[str, Any
 def ignored_linears(arch: Arch, model: nn.Module) -> list[str]:
     """Return regular expressions for the full-precision parts that contain linears.
 
-    They match by the last part of the path, because serving engines change the prefix.
+    They match by the end of the path, because serving engines change the prefix. Linears inside the blocks that the
+    adapter does not list are among them.
     """
-    parts = []
+    parts = [
+        f"re:.*{path}$"
+        for path, module in arch.find_blocks(model)[0].named_modules()
+        if isinstance(module, nn.Linear) and path not in arch.linears
+    ]
     for path in arch.full_precision:
         if any(isinstance(module, nn.Linear) for module in arch.find(model, path).modules()):
             parts.append(f"re:.*{path.rpartition('.')[2]}.*")

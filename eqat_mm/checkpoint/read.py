@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.source import WeightSource
 from eqat_mm.checkpoint.layout import PACKED_SUFFIX, SCALE_SUFFIX, spec_of_config
-from eqat_mm.checkpoint.verify import read_manifest, verify_checkpoint
+from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.packed_linear import PackedLinear
+from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
 
 
@@ -41,14 +42,11 @@ def load(
         CheckpointError: not a checkpoint, unfinished, truncated or altered.
     """
     folder = Path(folder)
-    if verify:
-        verify_checkpoint(folder)
-    else:
-        read_manifest(folder)
+    manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
     raw = read_json(folder / "config.json")
     source = WeightSource(folder)
     model = _skeleton(folder, raw)
-    _insert_packed(model, source, raw, str(folder))
+    _insert_packed(model, source, raw, str(folder), manifest)
     tied = _tied_names(model, source)
     for path, module in model.named_modules():
         if any(f"{path}.{name}" in tied for name, _ in module.named_parameters(recurse=False)):
@@ -78,7 +76,9 @@ def _skeleton(folder: Path, raw: dict[str, object]) -> PreTrainedModel:
     return model
 
 
-def _insert_packed(model: nn.Module, source: WeightSource, raw: dict[str, object], where: str) -> None:
+def _insert_packed(
+    model: nn.Module, source: WeightSource, raw: dict[str, object], where: str, manifest: Manifest
+) -> None:
     names = [name for name in source.names() if name.endswith(PACKED_SUFFIX)]
     if not names:
         raise CheckpointError(
@@ -89,6 +89,13 @@ def _insert_packed(model: nn.Module, source: WeightSource, raw: dict[str, object
         )
     scale_dtype = source.read(names[0].removesuffix(PACKED_SUFFIX) + SCALE_SUFFIX).dtype
     spec = spec_of_config(raw, scale_dtype, where)
+    if spec.as_dict() != manifest.spec:
+        raise CheckpointError(
+            where=f"{where}/config.json: quantization_config",
+            given=spec.name,
+            allowed=f"{QuantSpec(**manifest.spec).name}, as recorded in {MANIFEST}",
+            do="the file was altered: copy or make the checkpoint again",
+        )
     for name in names:
         path = name.removesuffix(PACKED_SUFFIX)
         linear = model.get_submodule(path)

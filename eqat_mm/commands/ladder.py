@@ -17,7 +17,8 @@ from torch import Tensor
 from eqat_eval.perplexity import PerplexityResult, ReferenceOutputs, evaluate_perplexity
 from eqat_mm.commands.evaluate import bits_per_weight
 from eqat_mm.commands.models import best_device, load_model, load_tokenizer, model_folder, require_model
-from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, default_output, rtn, settings
+from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, rtn
+from eqat_mm.commands.runs import default_output, settings
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.runtime.files import read_json, write_json
@@ -66,9 +67,7 @@ def ladder(job: LadderJob) -> list[dict[str, Any]]:
         "round-to-nearest",
         lambda: rtn(RTNJob(model=model, output=root / "rtn", quant=spec, overwrite=overwrite)),
     )
-    alone = replace(
-        job.e2e_qp_only, model=model, quantized=rounded, output=root / "e2e-qp-only", overwrite=overwrite
-    )
+    alone = replace(job.e2e_qp_only, model=model, quantized=rounded, output=root / "e2e-qp-only", overwrite=overwrite)
     both = replace(job.e2e_qp, model=model, output=root / "e2e-qp", overwrite=overwrite)
     bench.measure("E2E-QP only", lambda: e2e_qp(alone))
     fit = replace(job.block_ap, output=root / "block-ap", overwrite=overwrite)

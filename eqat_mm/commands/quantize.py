@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from eqat_mm.blocks.source import OpenModel, open_model
-from eqat_mm.checkpoint.verify import MANIFEST
-from eqat_mm.commands.models import best_device, load_tokenizer, model_folder, require_model
+from eqat_mm.commands.models import best_device, is_packed, load_tokenizer, model_folder, require_model
 from eqat_mm.commands.recipes import warn_without_recipe
+from eqat_mm.commands.runs import begin_run, default_output, discard, require_single_process, settings, with_precision
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.provenance import provenance
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, run_block_ap
 from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_of_folder
@@ -70,19 +66,21 @@ def block_ap(job: BlockAPJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    require_single_process("block-ap")
     warn_without_recipe(job.model, job.recipe_for, "block-ap")
     opened = _open(job.model, job.adapter)
     check_groups(opened, job.quant)
     windows = text_windows(load_tokenizer(opened.folder), job.calibration)
     batches = [{"input_ids": window.unsqueeze(0)} for window in windows]
     folder = job.output or default_output(job.model, job.quant) / "block-ap"
-    if finished(folder, overwrite=job.overwrite, config=settings(job)):
-        return folder / "model"
-    record = provenance("block-ap", settings(job), job.seed)
-    write_json(folder / "run.json", record)
+    if job.overwrite:
+        discard(folder)
     device = best_device(job.device)
-    run_block_ap(opened, batches, job, folder, device=device, source=job.model, provenance=record)
-    say(f"checkpoint: {folder / 'model'}")
+    job = with_precision(job, folder, device)
+    record = begin_run(folder, "block-ap", settings(job, windows), job.seed)
+    if record is not None:
+        run_block_ap(opened, batches, job, folder, device=device, source=job.model, provenance=record)
+        say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
 
 
@@ -95,58 +93,23 @@ def rtn(job: RTNJob) -> Path:
     opened = _open(job.model, job.adapter)
     check_groups(opened, job.quant)
     folder = job.output or default_output(job.model, job.quant) / "rtn"
-    if finished(folder, overwrite=job.overwrite, config=settings(job)):
-        return folder / "model"
-    record = provenance("rtn", settings(job), 0)
-    write_json(folder / "run.json", record)
-    run_rtn(opened, job.quant, folder, source=job.model, provenance=record)
-    say(f"checkpoint: {folder / 'model'}")
+    if job.overwrite:
+        discard(folder)
+    record = begin_run(folder, "rtn", settings(job), 0)
+    if record is not None:
+        run_rtn(opened, job.quant, folder, source=job.model, provenance=record)
+        say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
-
-
-def default_output(model: str, spec: QuantSpec) -> Path:
-    """Return `runs/MODEL-SPEC`, the folder of all runs on one model and spec."""
-    return Path("runs") / f"{Path(model).name}-{spec.name}"
-
-
-def settings(job: Any) -> dict[str, Any]:
-    """Return what decides a job's result, JSON-ready: its fields without where it writes and what it discards."""
-    fields = asdict(job)
-    for name in ("output", "overwrite"):
-        fields.pop(name, None)
-    return {name: str(value) if isinstance(value, Path) else _plain(value) for name, value in fields.items()}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _open(model: str, adapter: str | None) -> OpenModel:
     folder = model_folder(model)
     require_model(folder)
-    return open_model(folder, arch_of_folder(folder, adapter))
-
-
-def finished(folder: Path, *, overwrite: bool, config: dict[str, Any]) -> bool:
-    """Whether the run in `folder` is complete; with `overwrite` it is removed first.
-
-    Raises:
-        ConfigError: a complete run with other settings is in the folder.
-    """
-    from eqat_mm.checkpoint.verify import read_manifest
-
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    if not (folder / "model" / MANIFEST).is_file():
-        return False
-    done = read_manifest(folder / "model").provenance[-1]["config"]
-    different = sorted(key for key in done.keys() | config.keys() if done.get(key) != config.get(key))
-    if different:
+    if is_packed(folder):
         raise ConfigError(
-            where=f"--output {folder}",
-            given=f"a finished run with other {', '.join(different)}",
-            allowed="an empty folder, or the same settings",
-            do="choose another --output, or --overwrite to discard that run",
+            where=f"--model {model}",
+            given="a checkpoint that is quantized already",
+            allowed="a full-precision model",
+            do="name the model it was made from",
         )
-    say(f"already finished: {folder / 'model'}")
-    return True
+    return open_model(folder, arch_of_folder(folder, adapter))

@@ -1,4 +1,4 @@
-"""Shipped recipes: which there are, and for which models they were tuned."""
+"""Shipped recipes: which there are, and for which models they were tuned. A name ends with its command."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def warn_without_recipe(model: str, recipe_for: tuple[str, ...], command: str) -
     if model in recipe_for:
         return
     fitting = [
-        name for name, path in recipes().items() if model in (yaml.safe_load(path.read_text()).get("recipe_for") or ())
+        name
+        for name, path in recipes().items()
+        if name.endswith(command) and model in (yaml.safe_load(path.read_text()).get("recipe_for") or ())
     ]
-    fitting = [name for name in fitting if command in name]
     advice = (
         f"use --config {fitting[0]}" if fitting else "watch the loss of the first blocks and tune the learning rates"
     )

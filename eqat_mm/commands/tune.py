@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,14 +10,13 @@ from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.models import best_device, load_model, load_tokenizer, model_folder
-from eqat_mm.commands.quantize import default_output, finished, settings
 from eqat_mm.commands.recipes import warn_without_recipe
+from eqat_mm.commands.runs import begin_run, default_output, discard, require_single_process, settings, with_precision
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.files import append_jsonl, write_json
+from eqat_mm.runtime.files import write_text
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.provenance import provenance
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, WindowDataset, run_e2e_qp
 
 
@@ -27,8 +26,7 @@ class E2EQPJob(E2EQPConfig):
 
     Attributes:
         model: the full-precision model it was made from: names the default folders, teaches with `loss: kl`.
-        bits: with `group_size`, finds the default Block-AP run of `model`.
-        group_size: see `bits`.
+        quant: finds the default Block-AP run of `model`; the checkpoint itself knows its spec.
         quantized: packed checkpoint to start from. Default: runs/MODEL-SPEC/block-ap/model.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/e2e-qp.
         data: text to train on.
@@ -38,8 +36,7 @@ class E2EQPJob(E2EQPConfig):
     """
 
     model: str = "smollm2-135m"
-    bits: int = 2
-    group_size: int = 64
+    quant: QuantSpec = field(default_factory=QuantSpec)
     quantized: Path | None = None
     output: Path | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(length=4096, count=4096))
@@ -54,26 +51,27 @@ def e2e_qp(job: E2EQPJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    require_single_process(STAGE)
     warn_without_recipe(job.model, job.recipe_for, STAGE)
-    runs = default_output(job.model, QuantSpec(job.bits, job.group_size))
+    runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
     _require_block_ap(base, job)
     folder = job.output or runs / STAGE
-    if finished(folder, overwrite=job.overwrite, config=settings(job)):
-        return folder / "model"
-    verify_checkpoint(base)
+    if job.overwrite:
+        discard(folder)
     device = best_device(job.device)
+    job = with_precision(job, folder, device)
     windows = text_windows(load_tokenizer(base), job.data)
+    verify_checkpoint(base)
+    record = begin_run(folder, STAGE, settings(job, windows), job.seed)
+    if record is None:
+        return folder / "model"
     teacher = load_model(model_folder(job.model), device) if job.loss == "kl" else None
     model = load(base, device=device, verify=False)
-    record = provenance(STAGE, settings(job), job.seed)
-    write_json(folder / "run.json", record)
     log = run_e2e_qp(model, WindowDataset(windows), job, folder / "trainer", teacher=teacher, device=device)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
-    for line in log:
-        append_jsonl(folder / "metrics.jsonl", line)
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     save_like(model, folder / "model", base, STAGE, record)
-    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    discard(folder / "trainer")
     say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
 
@@ -85,6 +83,6 @@ def _require_block_ap(base: Path, job: E2EQPJob) -> None:
         where=f"--quantized {base}",
         given="no packed checkpoint there",
         allowed="the output of Block-AP (or of round-to-nearest)",
-        do=f"make it first: eqat block-ap --model {job.model} --quant.bits {job.bits}"
-        f" --quant.group_size {job.group_size}, or name one with --quantized",
+        do=f"make it first: eqat block-ap --model {job.model} --quant.bits {job.quant.bits}"
+        f" --quant.group_size {job.quant.group_size}, or name one with --quantized",
     )

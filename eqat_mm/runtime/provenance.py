@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from eqat_mm.errors import ConfigError
+
 _PACKAGES = (
     "eqat-mm",
     "torch",
@@ -32,6 +34,23 @@ def provenance(command: str, config: dict[str, Any], seed: int) -> dict[str, Any
         "revision": _revision(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def require_same_config(saved: dict[str, Any], given: dict[str, Any], where: str) -> None:
+    """Check that a run is continued with the settings it was started with.
+
+    Raises:
+        ConfigError: names the settings that differ.
+    """
+    different = sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key))
+    if different:
+        key = different[0]
+        raise ConfigError(
+            where=f"{where}: {', '.join(different)}",
+            given=f"{key}={given.get(key)!r}",
+            allowed=f"{key}={saved.get(key)!r}, as the run in this folder was started",
+            do="use the same settings, --overwrite to discard that run, or another --output",
+        )
 
 
 def _version(package: str) -> str | None:

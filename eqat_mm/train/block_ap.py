@@ -123,8 +123,18 @@ def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) 
         assert isinstance(fake, FakeQuantLinear)
         set_submodule(step.block, path, to_packed(fake))
     step.block.requires_grad_(False)
+    _round_as_stored(walker, step)
     walker.advance_quantized(step)
     return report
+
+
+@torch.no_grad()
+def _round_as_stored(walker: BlockWalker, step: BlockStep) -> None:
+    """Round trained norms to the dtype they are stored in, so that the quantized stream is that of the checkpoint."""
+    source = walker.opened.source
+    for name, parameter in step.block.named_parameters():
+        if f"{step.name}.{name}" in source:
+            parameter.copy_(parameter.to(source.read(f"{step.name}.{name}").dtype))
 
 
 def check_groups(opened: OpenModel, spec: QuantSpec) -> None:

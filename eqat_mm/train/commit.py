@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eqat_mm.blocks.walker import BlockWalker
-from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import append_jsonl, read_json, write_json, write_text
+from eqat_mm.runtime.provenance import require_same_config
 
 
 @dataclass
@@ -43,9 +44,9 @@ class RunState:
             state = cls(folder, config)
         else:
             saved = read_json(path)
-            _require_same(saved["config"], config, path)
+            require_same_config(saved["config"], config, str(path))
             state = cls(folder, config, saved["records"])
-        lines = "".join(_line(record) for record in state.records)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in state.records)
         write_text(folder / "metrics.jsonl", lines)
         return state
 
@@ -76,21 +77,3 @@ class RunState:
     def _streams(self) -> tuple[Path, Path]:
         folder = self.folder / "streams"
         return folder / f"fp-{self.done:05d}.bin", folder / f"quantized-{self.done:05d}.bin"
-
-
-def _line(record: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _require_same(saved: dict[str, Any], given: dict[str, Any], path: Path) -> None:
-    different = sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key))
-    if different:
-        key = different[0]
-        raise ConfigError(
-            where=f"{path}: {', '.join(different)}",
-            given=f"{key}={given.get(key)!r}",
-            allowed=f"{key}={saved.get(key)!r}, as the unfinished run in this folder was started",
-            do="use the same settings to continue it, --overwrite to start again, or another --output",
-        )

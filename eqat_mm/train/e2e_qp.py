@@ -59,7 +59,7 @@ class E2EQPConfig:
     gradient_checkpointing: bool = False
     precision: Precision = "auto"
     logging_steps: int = 8
-    save_steps: int = 0
+    save_steps: int = 100
     seed: int = 0
 
 

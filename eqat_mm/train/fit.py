@@ -136,7 +136,9 @@ class _BlockFit:
     def run(self, lr_factor: float) -> None:
         """Train all epochs with learning rates times `lr_factor`; raise `_Diverged` if it cannot."""
         config = self.config
-        optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, config.beta2), fused=True)
+        # copies: the schedule writes its rates into the groups, and a retry starts from the peaks again
+        groups = [dict(group) for group in self.parameters]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
         peaks = [group["lr"] * lr_factor for group in optimizer.param_groups]
         epochs = [self._epoch(epoch) for epoch in range(config.epochs)]
         total = sum(map(len, epochs))
@@ -202,7 +204,7 @@ class _BlockFit:
     def _validate(self) -> bool:
         loss = self.evaluate()
         self.report.validation.append(loss)
-        better = loss < self.report.loss_after
+        better = math.isfinite(loss) and not loss >= self.report.loss_after
         if better:
             self.report.loss_after = loss
             self.best = self._snapshot()

@@ -138,7 +138,7 @@ class _Statistics:
 
 def _share(sum_TO: Tensor) -> Tensor:
     """Return how much each token counts, min(1, median(e) / e) with e the mean square of its row, [T, 1]."""
-    energy_T = sum_TO.square().mean(-1)
+    energy_T = sum_TO.square().mean(-1).clamp(min=1e-12)
     return (energy_T.median() / energy_T).clamp(max=1.0).unsqueeze(-1)
 
 

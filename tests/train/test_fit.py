@@ -1,0 +1,338 @@
+"""Fitting one block: what is trained, with which learning rate, and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from eqat_mm.blocks.walker import BlockStep, BlockWalker
+from eqat_mm.errors import TrainingError
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.train import fit
+from eqat_mm.train.fit import FitConfig, fit_block, split_samples, trainable_parameters
+from eqat_mm.train.losses import block_loss
+from tests.checkpoint.files import assert_four_lines
+from tests.tiny_model import Tiny
+from tests.tolerances import TOLERANCES
+from tests.train.problems import LENGTH, SAMPLES, SPEC, loss_on, step_to_fit, values_of, walker_of
+
+CONFIG = FitConfig(epochs=3, batch_size=2, lr_weight=2e-3, lr_scale=1e-3, validation_samples=3)
+TRAINED, HELD_OUT = range(3, SAMPLES), range(3)
+STEPS_PER_EPOCH = 5
+CLOSE = TOLERANCES["block"][torch.float32]
+Broken = Callable[[int], bool]
+
+
+@pytest.fixture
+def walker(tiny: Tiny) -> BlockWalker:
+    return walker_of(tiny)
+
+
+@pytest.fixture
+def step(walker: BlockWalker) -> BlockStep:
+    return step_to_fit(walker)
+
+
+@contextmanager
+def watched(look: Callable[[torch.optim.Optimizer], None]) -> Iterator[None]:
+    """Call `look` before every optimizer step."""
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: look(optimizer))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, broken: Broken, look: Callable[[int], None] = lambda call: None) -> None:
+    """Make the training loss of some steps, counted from 0, not a number."""
+    calls = 0
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        if not torch.is_grad_enabled():
+            return block_loss(output, target)
+        look(calls)
+        calls += 1
+        return block_loss(output, target) * (math.nan if broken(calls - 1) else 1.0)
+
+    monkeypatch.setattr(fit, "block_loss", loss)
+
+
+def worse_after_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "cosine_factor", lambda step, *_, **__: 1.0 if step < STEPS_PER_EPOCH else 1e3)
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left.keys() | right.keys())
+
+
+# ---- training -------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_validation_loss(walker: BlockWalker, step: BlockStep) -> None:
+    before = loss_on(walker, step, HELD_OUT)
+    report = fit_block(walker, step, CONFIG, seed=0)
+    assert report.loss_before == pytest.approx(before, rel=CLOSE)
+    assert report.loss_after == pytest.approx(loss_on(walker, step, HELD_OUT), rel=CLOSE)
+    assert report.loss_after < 0.8 * report.loss_before
+    assert report.loss_after == min(report.validation)
+
+
+def test_the_report_counts_what_was_done(walker: BlockWalker, step: BlockStep) -> None:
+    report = fit_block(walker, step, CONFIG, seed=0)
+    assert report.steps == CONFIG.epochs * STEPS_PER_EPOCH
+    assert report.tokens == CONFIG.epochs * len(TRAINED) * LENGTH
+    assert len(report.validation) == len(report.training) == CONFIG.epochs
+    assert (report.skipped, report.retries) == (0, 0)
+
+
+def test_no_epochs_leave_the_block_as_it_was(walker: BlockWalker, step: BlockStep) -> None:
+    before = values_of(step.block)
+    report = fit_block(walker, step, FitConfig(epochs=0), seed=0)
+    assert same(values_of(step.block), before)
+    assert report.loss_after == report.loss_before
+
+
+def test_everything_but_the_biases_is_trained(walker: BlockWalker, step: BlockStep) -> None:
+    before = values_of(step.block)
+    fit_block(walker, step, CONFIG, seed=0)
+    after = values_of(step.block)
+    assert {name for name in before if torch.equal(before[name], after[name])} == set()
+
+
+def test_the_same_seed_gives_the_same_weights(tiny: Tiny) -> None:
+    def fitted(seed: int) -> dict[str, Tensor]:
+        walker = walker_of(tiny)
+        step = step_to_fit(walker)
+        fit_block(walker, step, CONFIG, seed=seed)
+        return values_of(step.block)
+
+    first = fitted(0)
+    torch.manual_seed(99)
+    assert same(fitted(0), first)
+    assert not same(fitted(1), first)
+
+
+# ---- the best weights -----------------------------------------------------------------------------
+
+
+def test_the_best_weights_are_kept(walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    worse_after_the_first_epoch(monkeypatch)
+    report = fit_block(walker, step, CONFIG, seed=0)
+    assert report.validation[0] < report.loss_before
+    assert min(report.validation[1:]) > report.validation[0]
+    assert report.loss_after == report.validation[0]
+    assert loss_on(walker, step, HELD_OUT) == pytest.approx(report.validation[0], rel=CLOSE)
+
+
+def test_the_initial_weights_are_kept_where_training_harms(walker: BlockWalker, step: BlockStep) -> None:
+    before = values_of(step.block)
+    report = fit_block(walker, step, FitConfig(epochs=2, lr_weight=10.0, validation_samples=3), seed=0)
+    assert min(report.validation) > report.loss_before
+    assert report.loss_after == report.loss_before
+    assert same(values_of(step.block), before)
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 2), (2, 3), (None, 5)])
+def test_training_stops_when_patience_ends(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch, patience: int | None, epochs: int
+) -> None:
+    worse_after_the_first_epoch(monkeypatch)
+    config = FitConfig(epochs=5, lr_weight=2e-3, validation_samples=3, patience=patience)
+    report = fit_block(walker, step, config, seed=0)
+    assert len(report.validation) == epochs
+    assert report.loss_after == report.validation[0]
+
+
+def test_at_most_a_quarter_of_the_samples_is_held_out() -> None:
+    assert split_samples(100, FitConfig(validation_samples=10)) == (range(10, 100), range(10))
+    assert split_samples(12, FitConfig(validation_samples=64)) == (range(3, 12), range(3))
+    assert split_samples(3, FitConfig(validation_samples=64)) == (range(3), range(0))
+
+
+def test_without_held_out_samples_all_are_validated_on(walker: BlockWalker, step: BlockStep) -> None:
+    report = fit_block(walker, step, FitConfig(epochs=1, validation_samples=0), seed=0)
+    assert report.loss_after == pytest.approx(loss_on(walker, step, range(SAMPLES)), rel=CLOSE)
+
+
+# ---- gradients and learning rates -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, None])
+def test_gradients_are_clipped(walker: BlockWalker, step: BlockStep, clip_norm: float | None) -> None:
+    norms: list[float] = []
+
+    def look(optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(math.sqrt(sum(gradient.square().sum().item() for gradient in gradients)))
+
+    with watched(look):
+        fit_block(walker, step, FitConfig(epochs=1, validation_samples=3, clip_norm=clip_norm), seed=0)
+    assert len(norms) == STEPS_PER_EPOCH
+    if clip_norm is None:
+        assert min(norms) > 0.01
+    else:
+        assert norms == pytest.approx([clip_norm] * STEPS_PER_EPOCH, rel=1e-3)
+
+
+def named_groups(block: nn.Module, config: FitConfig) -> dict[float, set[str]]:
+    """Names of the parameters by learning rate."""
+    names = {id(parameter): name for name, parameter in block.named_parameters()}
+    groups = trainable_parameters(block, config)
+    return {group["lr"]: {names[id(parameter)] for parameter in group["params"]} for group in groups}
+
+
+LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+NORMS = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+
+
+def of_linears(leaf: str) -> set[str]:
+    return {f"{path}.{leaf}" for path in LINEARS}
+
+
+def trainable(block: nn.Module) -> set[str]:
+    return {name for name, parameter in block.named_parameters() if parameter.requires_grad}
+
+
+def test_each_kind_has_its_own_learning_rate(step: BlockStep) -> None:
+    config = FitConfig(lr_weight=1.0, lr_scale=2.0, lr_zero_point=3.0, lr_norm=4.0)
+    expected = {
+        1.0: of_linears("weight"),
+        2.0: of_linears("scale"),
+        3.0: of_linears("zero_point"),
+        4.0: NORMS,
+    }
+    assert named_groups(step.block, config) == expected
+    assert trainable(step.block) == set.union(*expected.values())
+
+
+def test_the_symmetric_grid_trains_no_zero_points(walker: BlockWalker) -> None:
+    step = step_to_fit(walker, QuantSpec(bits=3, group_size=32, symmetric=True))
+    before = values_of(step.block)
+    config = FitConfig(lr_weight=1.0, lr_scale=2.0, lr_zero_point=3.0, lr_norm=4.0)
+    assert named_groups(step.block, config).keys() == {1.0, 2.0, 4.0}
+    assert trainable(step.block) == of_linears("weight") | of_linears("scale") | NORMS
+    report = fit_block(walker, step, CONFIG, seed=0)
+    assert report.loss_after < report.loss_before
+    assert all(torch.equal(step.block.state_dict()[name], before[name]) for name in of_linears("zero_point"))
+
+
+def test_rates_that_are_not_given_follow_another(step: BlockStep) -> None:
+    groups = trainable_parameters(step.block, FitConfig(lr_weight=1.0, lr_scale=2.0, weight_decay=0.5))
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1.0, 0.5), (2.0, 0.0), (2.0, 0.0), (1.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("off", "frozen"),
+    [
+        ({"lr_weight": 0.0}, of_linears("weight")),
+        ({"lr_scale": 0.0}, of_linears("scale")),
+        ({"lr_zero_point": 0.0}, of_linears("zero_point")),
+        ({"lr_norm": 0.0}, NORMS),
+    ],
+    ids=str,
+)
+def test_what_has_no_learning_rate_is_frozen(
+    walker: BlockWalker, step: BlockStep, off: dict[str, Any], frozen: set[str]
+) -> None:
+    before = values_of(step.block)
+    rates = {"lr_weight": 2e-3, "lr_scale": 1e-3, "lr_zero_point": 1e-2, "lr_norm": 1e-3} | off
+    fit_block(walker, step, FitConfig(epochs=1, **rates), seed=0)
+    after = values_of(step.block)
+    # step sizes and zero points are projected onto what can be stored, which a min-max grid already is
+    assert {name for name in before if torch.equal(before[name], after[name])} == frozen
+    assert trainable(step.block) == before.keys() - frozen
+
+
+def test_the_learning_rate_falls_along_the_schedule(walker: BlockWalker, step: BlockStep) -> None:
+    rates: list[float] = []
+    config = FitConfig(epochs=2, lr_weight=1e-3, lr_floor=0.1, warmup=0.2, validation_samples=3)
+    with watched(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])):
+        fit_block(walker, step, config, seed=0)
+    assert rates[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 1e-4 < rates[-1] < 2e-4
+
+
+# ---- non-finite losses ----------------------------------------------------------------------------
+
+
+def test_steps_with_a_non_finite_loss_are_skipped(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking(monkeypatch, lambda call: call in (1, 6, 7))
+    report = fit_block(walker, step, CONFIG, seed=0)
+    assert (report.skipped, report.retries) == (3, 0)
+    assert report.steps == CONFIG.epochs * STEPS_PER_EPOCH - 3
+    assert all(math.isfinite(loss) for loss in (*report.training, *report.validation))
+    assert all(parameter.isfinite().all() for parameter in step.block.parameters())
+    assert report.loss_after < report.loss_before
+
+
+def test_a_finite_loss_with_a_non_finite_gradient_is_skipped(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.inf)
+        return block_loss(output, target)
+
+    monkeypatch.setattr(fit, "block_loss", loss)
+    before = values_of(step.block)
+    report = fit_block(walker, step, FitConfig(epochs=1, validation_samples=3), seed=0)
+    assert (report.skipped, report.steps) == (STEPS_PER_EPOCH, 0)
+    assert same(values_of(step.block), before)
+
+
+def test_too_many_skipped_steps_roll_the_block_back(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_start: dict[int, dict[str, Tensor]] = {}
+    rates: list[float] = []
+    # first try: steps 0-2 are taken, 3 and 4 break it; second try: steps 5 and 6 break it; third try: nothing does
+    breaking(
+        monkeypatch, lambda call: call in (3, 4, 5, 6), lambda call: at_start.update({call: values_of(step.block)})
+    )
+    config = FitConfig(epochs=3, lr_weight=2e-3, lr_scale=1e-3, validation_samples=3, max_skipped=1)
+    with watched(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])):
+        report = fit_block(walker, step, config, seed=0)
+    assert (report.skipped, report.retries) == (4, 2)
+    assert not same(at_start[3], at_start[0])
+    assert same(at_start[5], at_start[0])
+    assert same(at_start[7], at_start[0])
+    assert rates[0] == 2e-3
+    assert rates[3] == 2e-3 / 4
+    assert report.loss_after < report.loss_before
+    said = capsys.readouterr().out
+    assert "model.layers.0: 2 non-finite losses; back to the best weights, lr x 0.5" in said
+    assert "lr x 0.25" in said
+
+
+def test_a_loss_that_stays_non_finite_is_an_error(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking(monkeypatch, lambda call: call >= 2)
+    before = values_of(step.block)
+    config = FitConfig(epochs=3, lr_weight=2e-3, lr_scale=1e-3, validation_samples=3, max_skipped=1, max_retries=2)
+    with pytest.raises(TrainingError) as raised:
+        fit_block(walker, step, config, seed=0)
+    assert_four_lines(raised.value)
+    assert raised.value.where == "model.layers.0, optimizer step 2"
+    assert "lr_weight=0.0005, lr_scale=0.00025" in raised.value.given
+    assert same(values_of(step.block), before)
+
+
+def test_the_grid_stays_one_that_can_be_stored(walker: BlockWalker, step: BlockStep) -> None:
+    fit_block(walker, step, FitConfig(epochs=1, lr_weight=1e-3, lr_scale=0.5, lr_zero_point=5.0), seed=0)
+    for path in LINEARS:
+        fake = step.block.get_submodule(path)
+        assert (fake.scale > 0).all()  # type: ignore[operator]
+        assert (fake.zero_point >= 0).all()  # type: ignore[operator]
+        assert (fake.zero_point <= SPEC.top).all()  # type: ignore[operator]
