@@ -66,7 +66,7 @@ def ignored_linears(arch: Arch, model: nn.Module) -> list[str]:
     """
     parts = [
         f"re:.*{path}$"
-        for path, module in arch.find_blocks(model)[0].named_modules()
+        for path, module in arch.find(model, f"{arch.blocks}.0").named_modules()
         if isinstance(module, nn.Linear) and path not in arch.linears
     ]
     for path in arch.full_precision:
