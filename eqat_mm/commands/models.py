@@ -9,11 +9,11 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from eqat_mm.blocks.source import weight_files
+from eqat_mm.blocks.source import WeightSource, weight_files
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST
 from eqat_mm.data.smollm2 import smollm2_folder
-from eqat_mm.errors import CheckpointError, DataError
+from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from llava_adapters import resolve_alias
 
 _ASSET_MODELS = {"smollm2-135m": smollm2_folder}
@@ -57,7 +57,8 @@ def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedMod
     if is_packed(folder):
         return load(folder, device=device)
     require_model(folder)
-    weight_files(folder)
+    for path in weight_files(folder):
+        WeightSource.names_of(path)
     model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.nn.Module.to(model, device)
     model.eval()
@@ -66,8 +67,20 @@ def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedMod
 
 
 def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder."""
-    tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder)
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            where=str(folder),
+            given=f"no usable tokenizer ({' '.join(str(error).split())[:200]})",
+            allowed="a model folder with the files of its tokenizer",
+            do="put the tokenizer's files beside the weights",
+        ) from error
     return tokenizer
 
 
@@ -87,7 +100,15 @@ def require_model(folder: Path) -> None:
 
 
 def best_device(device: str) -> torch.device:
-    """Return the device to compute on; `auto` is the first GPU, or the CPU where there is none."""
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device to compute on; `auto` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: unknown, or not on this machine.
+    """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    allowed = ["cpu", *(["cuda"] if gpus else []), *gpus]
+    if device not in allowed:
+        raise ConfigError("--device", repr(device), f"{', '.join(allowed)} or auto", "choose one of these")
+    return torch.device(device)

@@ -13,7 +13,7 @@ from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.progress import say
-from eqat_mm.train.block_ap import BlockAPConfig, check_groups, run_block_ap
+from eqat_mm.train.block_ap import BlockAPConfig, check_disk, check_groups, run_block_ap
 from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_of_folder
 
@@ -73,9 +73,10 @@ def block_ap(job: BlockAPJob) -> Path:
     windows = text_windows(load_tokenizer(opened.folder), job.calibration)
     batches = [{"input_ids": window.unsqueeze(0)} for window in windows]
     folder = job.output or default_output(job.model, job.quant) / "block-ap"
+    device = best_device(job.device)
     if job.overwrite:
         discard(folder)
-    device = best_device(job.device)
+    check_disk(opened, batches, job, folder)
     job = with_precision(job, folder, device)
     record = begin_run(folder, "block-ap", settings(job, windows), job.seed)
     if record is not None:

@@ -13,7 +13,7 @@ from eqat_mm.commands.models import best_device, load_model, load_tokenizer, mod
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import begin_run, default_output, discard, require_single_process, settings, with_precision
 from eqat_mm.data.windows import TextWindows, text_windows
-from eqat_mm.errors import CheckpointError
+from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import write_text
 from eqat_mm.runtime.progress import say
@@ -57,12 +57,13 @@ def e2e_qp(job: E2EQPJob) -> Path:
     base = job.quantized or runs / "block-ap" / "model"
     _require_block_ap(base, job)
     folder = job.output or runs / STAGE
-    if job.overwrite:
-        discard(folder)
+    _require_apart(base, folder)
     device = best_device(job.device)
-    job = with_precision(job, folder, device)
     windows = text_windows(load_tokenizer(base), job.data)
     verify_checkpoint(base)
+    if job.overwrite:
+        discard(folder)
+    job = with_precision(job, folder, device)
     record = begin_run(folder, STAGE, settings(job, windows), job.seed)
     if record is None:
         return folder / "model"
@@ -83,6 +84,22 @@ def _require_block_ap(base: Path, job: E2EQPJob) -> None:
         where=f"--quantized {base}",
         given="no packed checkpoint there",
         allowed="the output of Block-AP (or of round-to-nearest)",
-        do=f"make it first: eqat block-ap --model {job.model} --quant.bits {job.quant.bits}"
-        f" --quant.group_size {job.quant.group_size}, or name one with --quantized",
+        do=f"make it first: {_block_ap_command(base, job)}, or name one with --quantized",
     )
+
+
+def _block_ap_command(base: Path, job: E2EQPJob) -> str:
+    """Return the command that makes the checkpoint `base`."""
+    command = f"eqat block-ap --model {job.model} --quant.bits {job.quant.bits}"
+    command += f" --quant.group_size {job.quant.group_size}"
+    return command if job.quantized is None else f"{command} --output {base.parent}"
+
+
+def _require_apart(base: Path, folder: Path) -> None:
+    if base.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            where=f"--output {folder}",
+            given=f"the folder that holds --quantized {base}",
+            allowed="a folder of its own",
+            do="choose another --output: E2E-QP reads the one and writes the other",
+        )

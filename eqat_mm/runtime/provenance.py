@@ -42,6 +42,7 @@ def require_same_config(saved: dict[str, Any], given: dict[str, Any], where: str
     Raises:
         ConfigError: names the settings that differ.
     """
+    saved, given = _dotted(saved), _dotted(given)
     different = sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key))
     if different:
         key = different[0]
@@ -51,6 +52,14 @@ def require_same_config(saved: dict[str, Any], given: dict[str, Any], where: str
             allowed=f"{key}={saved.get(key)!r}, as the run in this folder was started",
             do="use the same settings, --overwrite to discard that run, or another --output",
         )
+
+
+def _dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings: {"fit": {"epochs": 2}} -> {"fit.epochs": 2}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(_dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
 
 
 def _version(package: str) -> str | None:

@@ -70,6 +70,8 @@ def run_block_ap(
 ) -> Manifest:
     """Quantize every block of `opened` and write the checkpoint to `folder/model`.
 
+    Bad input is found before anything is written.
+
     Args:
         opened: the full-precision model.
         batches: model inputs, one calibration sample each.
@@ -85,8 +87,8 @@ def run_block_ap(
         TrainingError: a block whose loss stays non-finite.
     """
     check_groups(opened, config.quant)
+    check_disk(opened, batches, config, folder)
     state = RunState.open(folder, provenance["config"])
-    require_disk(folder, _disk_needed(opened, batches, config), "activation streams and checkpoint")
     writer = CheckpointWriter(folder / "model", opened, config.quant)
     captured = capture_front(opened, progress(batches, what="capture", unit="sample"), torch.float32)
     walker = BlockWalker(
@@ -148,13 +150,18 @@ def check_groups(opened: OpenModel, spec: QuantSpec) -> None:
             spec.group_of(linear.in_features, f"{opened.block_name(index)}.{path}")
 
 
-def _disk_needed(opened: OpenModel, batches: Sequence[Inputs], config: BlockAPConfig) -> int:
-    """Bytes for two streams, twice (the old commit goes when the new one stands), live files and checkpoint."""
+def check_disk(opened: OpenModel, batches: Sequence[Inputs], config: BlockAPConfig, folder: Path) -> None:
+    """Check that there is room for two streams, twice (the old commit goes when the new one stands), and the rest.
+
+    Raises:
+        ResourceError: not enough disk for streams, their live files and the checkpoint.
+    """
     hidden = opened.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     stream: int = tokens * hidden * getattr(torch, config.stream_dtype).itemsize
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
-    return stream * (6 if config.spool == "disk" else 4) + weights * 2
+    needed = stream * (6 if config.spool == "disk" else 4) + weights * 2
+    require_disk(folder, needed, "activation streams and checkpoint")
 
 
 class _Console:

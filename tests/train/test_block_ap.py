@@ -1,0 +1,248 @@
+"""The run over all blocks: what it writes, and that a run which was stopped gives what an undisturbed one gives."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eqat_mm.blocks.source import open_model
+from eqat_mm.checkpoint.read import load
+from eqat_mm.checkpoint.verify import Manifest, verify_checkpoint
+from eqat_mm.errors import CheckpointError, ConfigError, ResourceError
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.files import read_json
+from eqat_mm.train import block_ap, commit
+from eqat_mm.train.block_ap import BlockAPConfig, run_block_ap
+from eqat_mm.train.fit import FitConfig, FitReport
+from eqat_mm.train.warm_start import WarmStartConfig
+from llava_adapters.llama import ARCH
+from tests.checkpoint.files import assert_four_lines, same_bytes, tensors_of
+from tests.tiny_model import Tiny
+from tests.train.problems import CPU, SPEC, batches_of
+
+BLOCKS = 3
+CONFIG = BlockAPConfig(
+    SPEC,
+    WarmStartConfig(init="gptq"),
+    FitConfig(epochs=1, lr_weight=2e-3, validation_samples=3),
+    precision="float32",
+    batch_tokens=64,
+)
+Run = Callable[..., Manifest]
+
+
+class Stopped(Exception):
+    """Stands in for a power cut."""
+
+
+@pytest.fixture
+def run(tiny: Tiny) -> Run:
+    def start(folder: Path, config: BlockAPConfig = CONFIG, settings: dict[str, Any] | None = None) -> Manifest:
+        record = {"config": settings or {"epochs": 1}}
+        opened, batches = open_model(tiny.folder, ARCH), batches_of(tiny)
+        return run_block_ap(opened, batches, config, folder, device=CPU, source="tiny", provenance=record)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    opened, record = open_model(tiny.folder, ARCH), {"config": {"epochs": 1}}
+    run_block_ap(opened, batches_of(tiny), CONFIG, folder, device=CPU, source="tiny", provenance=record)
+    return folder
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    a, b = tensors_of(left / "model"), tensors_of(right / "model")
+    assert a.keys() == b.keys()
+    return all(same_bytes(a[name], b[name]) for name in a)
+
+
+def metrics(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def stop_in_block(monkeypatch: pytest.MonkeyPatch, index: int) -> list[int]:
+    """Stop the run when block `index` is to be fitted; returns the list of fitted blocks."""
+    fitted: list[int] = []
+    fit_block = block_ap.fit_block
+
+    def fit(walker: Any, step: Any, *args: Any, **kwargs: Any) -> FitReport:
+        if step.index == index:
+            raise Stopped
+        fitted.append(step.index)
+        return fit_block(walker, step, *args, **kwargs)
+
+    monkeypatch.setattr(block_ap, "fit_block", fit)
+    return fitted
+
+
+# ---- what is written ------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_checkpoint_metrics_and_nothing_else(undisturbed: Path) -> None:
+    assert {path.name for path in undisturbed.iterdir()} == {"model", "metrics.jsonl", "state.json"}
+    manifest = verify_checkpoint(undisturbed / "model")
+    assert (manifest.stage, manifest.source, manifest.spec) == ("block-ap", "tiny", SPEC.as_dict())
+    logits = load(undisturbed / "model")(input_ids=torch.tensor([[2, 3, 4]])).logits
+    assert logits.isfinite().all()
+
+
+def test_metrics_have_one_record_per_block(undisturbed: Path) -> None:
+    records = read_json(undisturbed / "state.json")["records"]
+    assert [record["block"] for record in records] == list(range(BLOCKS))
+    assert [record["name"] for record in records] == [f"model.layers.{index}" for index in range(BLOCKS)]
+    assert len(metrics(undisturbed)) == BLOCKS
+    for record in records:
+        assert record["loss_after"] <= record["loss_before"]
+        assert record["steps"] == 5
+        assert record["relative_error"] > 0
+        assert record["seconds"] > 0
+        assert record["peak_bytes"] > 0
+
+
+def test_one_line_per_block_is_printed(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("block ")]
+    assert len(lines) == BLOCKS
+    assert all(word in lines[0] for word in ("1/3", "loss", "relative error", "tok/s", "GiB", "eta"))
+
+
+# ---- the same weights, however it was run ---------------------------------------------------------
+
+
+def test_two_runs_give_the_same_weights(run: Run, undisturbed: Path, tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    run(tmp_path)
+    assert same_weights(tmp_path, undisturbed)
+
+
+def test_streams_on_disk_give_the_same_weights(run: Run, undisturbed: Path, tmp_path: Path) -> None:
+    run(tmp_path, replace(CONFIG, spool="disk"))
+    assert same_weights(tmp_path, undisturbed)
+    assert not (tmp_path / "spool").exists()
+
+
+@pytest.mark.parametrize("spool", ["ram", "disk"])
+@pytest.mark.parametrize("stopped_in", range(BLOCKS))
+def test_a_stopped_run_is_continued(
+    run: Run, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: int, spool: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_in_block(patch, stopped_in)
+        with pytest.raises(Stopped):
+            run(tmp_path, replace(CONFIG, spool=spool))
+    assert len(metrics(tmp_path)) == stopped_in
+    assert not (tmp_path / "model" / "eqat.json").exists()
+    fitted = stop_in_block(monkeypatch, BLOCKS)
+    run(tmp_path, replace(CONFIG, spool=spool))
+    assert fitted == list(range(stopped_in, BLOCKS))
+    assert same_weights(tmp_path, undisturbed)
+    assert len(metrics(tmp_path)) == BLOCKS
+
+
+def test_streams_in_bfloat16_are_continued(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, stream_dtype="bfloat16")
+    run(tmp_path / "undisturbed", config)
+    with monkeypatch.context() as patch:
+        stop_in_block(patch, 2)
+        with pytest.raises(Stopped):
+            run(tmp_path / "stopped", config)
+    run(tmp_path / "stopped", config)
+    assert same_weights(tmp_path / "stopped", tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("moment", ["write_json", "append_jsonl"])
+def test_a_stop_while_a_block_is_committed(
+    run: Run, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    calls = 0
+    function = getattr(commit, moment)
+
+    def stop_at_the_second(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise Stopped
+        function(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, moment, stop_at_the_second)
+        with pytest.raises(Stopped):
+            run(tmp_path)
+    run(tmp_path)
+    assert same_weights(tmp_path, undisturbed)
+    assert len(metrics(tmp_path)) == BLOCKS
+
+
+def test_a_stop_before_the_manifest(
+    run: Run, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", stop)
+        with pytest.raises(Stopped):
+            run(tmp_path)
+    fitted = stop_in_block(monkeypatch, BLOCKS)
+    run(tmp_path)
+    assert fitted == []
+    assert same_weights(tmp_path, undisturbed)
+
+
+# ---- refused before anything is written -----------------------------------------------------------
+
+
+def stopped_run(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_in_block(patch, 1)
+        with pytest.raises(Stopped):
+            run(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_other_settings_do_not_continue_a_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_run(run, tmp_path, monkeypatch)
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        run(tmp_path, settings={"epochs": 2})
+    assert_four_lines(raised.value)
+    assert raised.value.given == "epochs=2"
+    assert raised.value.allowed.startswith("epochs=1")
+    assert contents(tmp_path) == before
+
+
+def test_an_altered_stream_is_noticed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_run(run, tmp_path, monkeypatch)
+    (stream,) = (tmp_path / "streams").glob("fp-*")
+    stream.write_bytes(stream.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        run(tmp_path)
+
+
+def test_a_full_disk_is_noticed_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ResourceError) as raised:
+        run(tmp_path / "run", replace(CONFIG, spool="disk"))
+    assert_four_lines(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_group_size_that_does_not_divide_is_noticed_first(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.self_attn\.q_proj"):
+        run(tmp_path / "run", replace(CONFIG, quant=QuantSpec(2, 128)))
+    assert not (tmp_path / "run").exists()

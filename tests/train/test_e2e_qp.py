@@ -1,0 +1,251 @@
+"""E2E-QP on a tiny packed model: the step sizes are trained, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from eqat_mm.checkpoint.read import load
+from eqat_mm.commands.models import load_model, load_tokenizer
+from eqat_mm.data.windows import text_windows
+from eqat_mm.errors import TrainingError
+from eqat_mm.quant.packed_linear import PackedLinear
+from eqat_mm.train import e2e_qp
+from eqat_mm.train.e2e_qp import (
+    E2EQPConfig,
+    E2EQPTrainer,
+    WindowDataset,
+    run_e2e_qp,
+    scale_parameters,
+    training_arguments,
+)
+from eqat_mm.train.losses import next_token_cross_entropy, next_token_kl
+from tests.checkpoint.files import assert_four_lines
+from tests.tiny_model import Tiny
+from tests.tolerances import TOLERANCES, assert_close
+from tests.train.problems import CPU
+
+CLOSE = TOLERANCES["model"][torch.float32]
+CONFIG = E2EQPConfig(
+    learning_rate=2e-3, max_steps=6, batch_size=4, accumulation=1, logging_steps=1, precision="float32"
+)
+
+
+class Stopped(Exception):
+    """Stands in for a power cut."""
+
+
+@pytest.fixture(scope="module")
+def windows(tiny: Tiny) -> Tensor:
+    return text_windows(load_tokenizer(tiny.folder), tiny.windows(24))
+
+
+@pytest.fixture
+def model(packed: Path) -> transformers.PreTrainedModel:
+    return load(packed)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny: Tiny) -> transformers.PreTrainedModel:
+    return load_model(tiny.folder, CPU)
+
+
+def train(
+    model: transformers.PreTrainedModel,
+    windows: Tensor,
+    folder: Path,
+    config: E2EQPConfig = CONFIG,
+    teacher: nn.Module | None = None,
+) -> list[float]:
+    """Train; returns the loss of every optimizer step."""
+    log = run_e2e_qp(model, WindowDataset(windows), config, folder, teacher=teacher, device=CPU)
+    return [record["loss"] for record in log if "loss" in record]
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, windows: Tensor, teacher: nn.Module | None) -> float:
+    logits = model(input_ids=windows).logits
+    if teacher is None:
+        return next_token_cross_entropy(logits, windows).item()
+    return next_token_kl(logits, teacher(input_ids=windows).logits, windows).item()
+
+
+def scales_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(".weight_scale")}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
+def test_the_loss_goes_down(
+    model: transformers.PreTrainedModel,
+    teacher: transformers.PreTrainedModel,
+    windows: Tensor,
+    tmp_path: Path,
+    loss: Any,
+) -> None:
+    taught_by = teacher if loss == "kl" else None
+    before = mean_loss(model, windows, taught_by)
+    train(model, windows, tmp_path, replace(CONFIG, loss=loss), taught_by)
+    assert mean_loss(model, windows, taught_by) < before - 0.05
+
+
+def test_only_step_sizes_get_gradients(
+    model: transformers.PreTrainedModel, teacher: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path
+) -> None:
+    arguments = training_arguments(CONFIG, tmp_path, CPU)
+    trainer = E2EQPTrainer(model=model, args=arguments, train_dataset=WindowDataset(windows), teacher=teacher)
+    batch = {"input_ids": windows[:2], "labels": windows[:2]}
+    trainer.compute_loss(model, batch).backward()
+    names = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert names == scales_of(model).keys()
+    assert all(parameter.grad.any() for parameter in scale_parameters(model))  # type: ignore[union-attr]
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_optimizer_holds_the_step_sizes_alone(
+    model: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path
+) -> None:
+    arguments = training_arguments(CONFIG, tmp_path, CPU)
+    optimizer = E2EQPTrainer(model=model, args=arguments, train_dataset=WindowDataset(windows)).create_optimizer()
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for name, parameter in model.named_parameters() if name.endswith(".weight_scale")}
+    assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
+
+
+def test_nothing_but_step_sizes_changes(model: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, windows, tmp_path)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == scales_of(model).keys()
+
+
+def test_step_sizes_are_rounded_to_what_is_stored(
+    model: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path
+) -> None:
+    train(model, windows, tmp_path)
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert len(linears) == 3 * 7
+    for linear in linears:
+        assert linear.weight_scale.dtype is torch.float32
+        assert torch.equal(linear.weight_scale, linear.weight_scale.bfloat16().float())
+
+
+def test_the_logged_loss_is_the_mean_per_predicted_token(
+    model: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path
+) -> None:
+    expected = mean_loss(model, windows[:4], None)
+    first, *_ = train(model, windows[:4], tmp_path)
+    assert first == pytest.approx(expected, rel=CLOSE)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
+def test_accumulated_batches_are_one_larger_batch(
+    packed: Path, teacher: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path, loss: Any
+) -> None:
+    taught_by = teacher if loss == "kl" else None
+    curves = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        config = replace(CONFIG, loss=loss, batch_size=batch_size, accumulation=accumulation)
+        folder = tmp_path / f"{batch_size}x{accumulation}"
+        curves.append(torch.tensor(train(load(packed), windows, folder, config, taught_by)))
+    assert len(curves[0]) == CONFIG.max_steps
+    for curve in curves[1:]:
+        assert_close(curve, curves[0], "model")
+
+
+def test_recomputed_activations_give_the_same_curve(packed: Path, windows: Tensor, tmp_path: Path) -> None:
+    kept = train(load(packed), windows, tmp_path / "kept")
+    again = train(load(packed), windows, tmp_path / "again", replace(CONFIG, gradient_checkpointing=True))
+    assert_close(torch.tensor(again), torch.tensor(kept), "model")
+
+
+def test_two_runs_give_the_same_step_sizes(packed: Path, windows: Tensor, tmp_path: Path) -> None:
+    first, second = load(packed), load(packed)
+    train(first, windows, tmp_path / "first")
+    torch.manual_seed(99)
+    train(second, windows, tmp_path / "second")
+    assert same(scales_of(first), scales_of(second))
+
+
+def test_a_stopped_run_is_continued(
+    packed: Path, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, save_steps=2)
+    undisturbed = load(packed)
+    curve = train(undisturbed, windows, tmp_path / "undisturbed", config)
+    steps = 0
+    compute_loss = E2EQPTrainer.compute_loss
+
+    def counting(self: E2EQPTrainer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise Stopped
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(E2EQPTrainer, "compute_loss", counting)
+    with pytest.raises(Stopped):
+        train(load(packed), windows, tmp_path / "stopped", config)
+    continued = load(packed)
+    resumed = train(continued, windows, tmp_path / "stopped", config)
+    assert steps == 4 + 4  # two of the first three steps were saved
+    assert same(scales_of(continued), scales_of(undisturbed))
+    assert resumed == curve
+
+
+def test_checkpoints_to_resume_from_are_kept_only_on_request(
+    packed: Path, windows: Tensor, tmp_path: Path
+) -> None:
+    train(load(packed), windows, tmp_path / "none", replace(CONFIG, save_steps=0))
+    train(load(packed), windows, tmp_path / "some", replace(CONFIG, save_steps=1))
+    assert list((tmp_path / "none").glob("checkpoint-*")) == []
+    assert {path.name for path in (tmp_path / "some").glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
+
+
+def test_a_non_finite_loss_is_an_error(
+    model: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Tensor:
+        return next_token_cross_entropy(*args) * math.nan
+
+    monkeypatch.setattr(e2e_qp, "next_token_cross_entropy", broken)
+    with pytest.raises(TrainingError) as raised:
+        train(model, windows, tmp_path)
+    assert_four_lines(raised.value)
+    assert "model.layers.0.self_attn.q_proj" in raised.value.where
+    assert "--learning_rate (now 0.002)" in raised.value.do
+
+
+def test_non_finite_step_sizes_are_an_error(
+    model: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    train_all = E2EQPTrainer.train
+
+    def break_one(self: E2EQPTrainer, **kwargs: Any) -> Any:
+        result = train_all(self, **kwargs)
+        scale_of = dict(model.named_parameters())
+        scale_of[f"{name}.weight_scale"].data[0] = math.inf
+        return result
+
+    monkeypatch.setattr(E2EQPTrainer, "train", break_one)
+    with pytest.raises(TrainingError, match=f"step sizes of {name}") as raised:
+        train(model, windows, tmp_path)
+    assert "1 linears with non-finite step sizes" in raised.value.given
+
+
+def test_windows_are_their_own_labels(windows: Tensor) -> None:
+    data = WindowDataset(windows)
+    assert len(data) == len(windows)
+    assert torch.equal(data[3]["input_ids"], windows[3])
+    assert torch.equal(data[3]["labels"], windows[3])
