@@ -128,7 +128,7 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
     parser.add_class_arguments(job_class)
     try:
         parsed = parser.parse_args(_with_recipe_paths(_with_explicit_booleans(argv, job_class)))
-        values: Namespace = parser.instantiate_classes(parsed)
+        values: Namespace = parser.instantiate(parsed)
     except ArgumentError as error:
         raise _config_error(name, error) from error
     return job_class(**{key: value for key, value in vars(values).items() if key != "config"})
@@ -138,9 +138,9 @@ def _with_explicit_booleans(argv: Sequence[str], job_class: type[Any]) -> list[s
     """Let `--overwrite` mean `--overwrite true`."""
     flags = {f"--{field.name}" for field in fields(job_class) if isinstance(field.default, bool)}
     result: list[str] = []
-    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for position, argument in enumerate(argv):
         result.append(argument)
-        if argument in flags and following.startswith("-"):
+        if argument in flags and (position + 1 == len(argv) or argv[position + 1].startswith("-")):
             result.append("true")
     return result
 

@@ -11,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from eqat_mm.data.windows import TextWindows
@@ -34,16 +35,16 @@ class Tiny:
         return TextWindows(str(self.text), part="held_out" if held_out else "train", length=length, count=count)
 
 
-def save_tiny(folder: Path, *, blocks: int = 2) -> Tiny:
+def save_tiny(folder: Path, *, blocks: int = 2, dtype: torch.dtype = torch.float32) -> Tiny:
     """Save a random Llama (hidden 64, MLP 128, vocabulary 97) and a text with a train and a held-out side."""
     model_folder, text = folder / "tiny-llama", folder / "text.txt"
-    save_model(model_folder, blocks)
+    save_model(model_folder, blocks, dtype)
     save_tokenizer(model_folder)
     save_text(text)
     return Tiny(model_folder, text)
 
 
-def save_model(folder: Path, blocks: int) -> None:
+def save_model(folder: Path, blocks: int, dtype: torch.dtype) -> None:
     """Save a model with weights large enough that its blocks do something."""
     config = ARCH.tiny()[0].config
     config.num_hidden_layers = blocks  # type: ignore[union-attr]
@@ -52,6 +53,7 @@ def save_model(folder: Path, blocks: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(config)  # type: ignore[arg-type]
+    nn.Module.to(model, dtype)
     model.save_pretrained(folder)
 
 
@@ -59,9 +61,7 @@ def save_tokenizer(folder: Path) -> None:
     """Save a tokenizer of 97 words."""
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
 
 

@@ -56,9 +56,7 @@ def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedMod
     """
     if is_packed(folder):
         return load(folder, device=device)
-    require_model(folder)
-    for path in weight_files(folder):
-        WeightSource.names_of(path)
+    require_weights(folder)
     model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.nn.Module.to(model, device)
     model.eval()
@@ -97,6 +95,17 @@ def require_model(folder: Path) -> None:
             allowed="a Hugging Face model folder, or one written by `eqat block-ap` or `eqat e2e-qp`",
             do="check the path; an interrupted run is finished by starting the same command again",
         )
+
+
+def require_weights(folder: Path) -> None:
+    """Check that the folder is a model folder whose weight files can be opened.
+
+    Raises:
+        CheckpointError: no config.json, or a weight file is missing or truncated.
+    """
+    require_model(folder)
+    for path in weight_files(folder):
+        WeightSource.names_of(path)
 
 
 def best_device(device: str) -> torch.device:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.models import best_device, load_model, load_tokenizer, model_folder
+from eqat_mm.commands.models import best_device, load_model, load_tokenizer, model_folder, require_weights
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import begin_run, default_output, discard, require_single_process, settings, with_precision
 from eqat_mm.data.windows import TextWindows, text_windows
@@ -61,6 +62,8 @@ def e2e_qp(job: E2EQPJob) -> Path:
     device = best_device(job.device)
     windows = text_windows(load_tokenizer(base), job.data)
     verify_checkpoint(base)
+    if job.loss == "kl":
+        require_weights(model_folder(job.model))
     if job.overwrite:
         discard(folder)
     job = with_precision(job, folder, device)
@@ -90,9 +93,13 @@ def _require_block_ap(base: Path, job: E2EQPJob) -> None:
 
 def _block_ap_command(base: Path, job: E2EQPJob) -> str:
     """Return the command that makes the checkpoint `base`."""
-    command = f"eqat block-ap --model {job.model} --quant.bits {job.quant.bits}"
-    command += f" --quant.group_size {job.quant.group_size}"
-    return command if job.quantized is None else f"{command} --output {base.parent}"
+    words = ["eqat", "block-ap", "--model", job.model]
+    for name, value in job.quant.as_dict().items():
+        if value != getattr(QuantSpec, name):
+            words += [f"--quant.{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    if job.quantized is not None:
+        words += ["--output", str(base.parent)]
+    return shlex.join(words)
 
 
 def _require_apart(base: Path, folder: Path) -> None:

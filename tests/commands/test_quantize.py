@@ -21,7 +21,6 @@ from eqat_mm.commands import quantize
 from eqat_mm.commands.quantize import block_ap, rtn
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import read_json
-from eqat_mm.train.fit import FitConfig
 from tests.checkpoint.files import assert_four_lines
 from tests.commands.jobs import SPEC, block_ap_job, contents, rtn_job, same_weights
 from tests.tiny_model import Tiny, save_tiny
@@ -182,9 +181,7 @@ def kill_after_first_block(arguments: list[str], output: Path) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-def test_a_killed_run_gives_the_weights_of_one_that_was_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_run_gives_the_weights_of_one_that_was_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = save_tiny(tmp_path, blocks=KILLED_BLOCKS)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     kill_after_first_block(command(tiny, killed), killed)
@@ -200,5 +197,5 @@ def test_a_killed_run_gives_the_weights_of_one_that_was_not(
 
 
 def test_streams_on_disk_give_the_same_weights(tiny: Tiny, finished: Path, tmp_path: Path) -> None:
-    block_ap(block_ap_job(tiny, tmp_path / "disk", spool="disk", fit=FitConfig(1, lr_weight=2e-3, validation_samples=3)))
+    block_ap(block_ap_job(tiny, tmp_path / "disk", spool="disk"))
     assert same_weights(tmp_path / "disk" / "model", finished / "model")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import nn
 
 from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint.read import load
@@ -19,14 +19,14 @@ from eqat_mm.checkpoint.verify import Manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError, ConfigError, ResourceError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
-from eqat_mm.train import block_ap, commit
-from eqat_mm.train.block_ap import BlockAPConfig, run_block_ap
-from eqat_mm.train.fit import FitConfig, FitReport
+from eqat_mm.train import block_ap, commit, fit
+from eqat_mm.train.block_ap import BlockAPConfig, quantize_block, run_block_ap
+from eqat_mm.train.fit import FitConfig, FitReport, fit_block
 from eqat_mm.train.warm_start import WarmStartConfig
 from llava_adapters.llama import ARCH
 from tests.checkpoint.files import assert_four_lines, same_bytes, tensors_of
-from tests.tiny_model import Tiny
-from tests.train.problems import CPU, SPEC, batches_of
+from tests.tiny_model import Tiny, save_tiny
+from tests.train.problems import CPU, SPEC, batches_of, walker_of
 
 BLOCKS = 3
 CONFIG = BlockAPConfig(
@@ -75,15 +75,14 @@ def metrics(folder: Path) -> list[str]:
 def stop_in_block(monkeypatch: pytest.MonkeyPatch, index: int) -> list[int]:
     """Stop the run when block `index` is to be fitted; returns the list of fitted blocks."""
     fitted: list[int] = []
-    fit_block = block_ap.fit_block
 
-    def fit(walker: Any, step: Any, *args: Any, **kwargs: Any) -> FitReport:
+    def fit_or_stop(walker: Any, step: Any, *args: Any, **kwargs: Any) -> FitReport:
         if step.index == index:
             raise Stopped
         fitted.append(step.index)
         return fit_block(walker, step, *args, **kwargs)
 
-    monkeypatch.setattr(block_ap, "fit_block", fit)
+    monkeypatch.setattr(block_ap, "fit_block", fit_or_stop)
     return fitted
 
 
@@ -116,6 +115,22 @@ def test_one_line_per_block_is_printed(run: Run, tmp_path: Path, capsys: pytest.
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("block ")]
     assert len(lines) == BLOCKS
     assert all(word in lines[0] for word in ("1/3", "loss", "relative error", "tok/s", "GiB", "eta"))
+
+
+def test_norms_are_those_that_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quantized stream must be that of the checkpoint, whose norms have the dtype of the source."""
+    tiny = save_tiny(tmp_path, dtype=torch.bfloat16)
+    walker = walker_of(tiny)
+    step = next(walker.walk())
+    falling = iter((2.0, 1.0))
+    monkeypatch.setattr(fit._BlockFit, "evaluate", lambda _: next(falling))  # keep whatever comes out
+    source = walker.opened.source.read(f"{step.name}.input_layernorm.weight")
+    quantize_block(walker, step, replace(CONFIG, fit=FitConfig(epochs=1, lr_norm=1e-2, validation_samples=0)))
+    norm = step.block.get_submodule("input_layernorm").weight
+    assert isinstance(norm, nn.Parameter)
+    assert source.dtype is torch.bfloat16
+    assert not torch.equal(norm, source.float())
+    assert torch.equal(norm, norm.bfloat16().float())
 
 
 # ---- the same weights, however it was run ---------------------------------------------------------

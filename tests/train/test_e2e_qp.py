@@ -203,9 +203,7 @@ def test_a_stopped_run_is_continued(
     assert resumed == curve
 
 
-def test_checkpoints_to_resume_from_are_kept_only_on_request(
-    packed: Path, windows: Tensor, tmp_path: Path
-) -> None:
+def test_checkpoints_to_resume_from_are_kept_only_on_request(packed: Path, windows: Tensor, tmp_path: Path) -> None:
     train(load(packed), windows, tmp_path / "none", replace(CONFIG, save_steps=0))
     train(load(packed), windows, tmp_path / "some", replace(CONFIG, save_steps=1))
     assert list((tmp_path / "none").glob("checkpoint-*")) == []
