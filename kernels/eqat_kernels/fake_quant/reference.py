@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLICE = 1 << 17
-"""Elements of W handled at a time: 512 KiB in float32, half of a common second-level cache."""
+SLICE = 1 << 18
+"""Elements of W handled at a time: 1 MiB in float32, a common second-level cache."""
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
