@@ -107,7 +107,9 @@ def paths_named_in(markdown: str) -> set[str]:
 
 def paths_in_file_map(markdown: str) -> set[str]:
     """Paths in the fenced block under the heading that contains `map`: two spaces of indent per level."""
-    section = re.search(r"^#+ [^\n]*\bmap\b[^\n]*\n(?:(?!#|```)[^\n]*\n)*```\w*\n(.*?)^```", markdown, re.M | re.S | re.I)
+    section = re.search(
+        r"^#+ [^\n]*\bmap\b[^\n]*\n(?:(?!#|```)[^\n]*\n)*```\w*\n(.*?)^```", markdown, re.M | re.S | re.I
+    )
     found, parents = set(), [""]
     for line in section.group(1).splitlines() if section else []:
         plain = re.sub("[│├└─]", " ", line)
