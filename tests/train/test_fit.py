@@ -246,7 +246,7 @@ def test_rates_that_are_not_given_follow_another(step: BlockStep) -> None:
         ({"lr_zero_point": 0.0}, of_linears("zero_point")),
         ({"lr_norm": 0.0}, NORMS),
     ],
-    ids=str,
+    ids=["weight", "scale", "zero point", "norm"],
 )
 def test_what_has_no_learning_rate_is_frozen(
     walker: BlockWalker, step: BlockStep, off: dict[str, Any], frozen: set[str]
