@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.resources
-import json
 import os
 import re
 import subprocess
@@ -81,11 +80,6 @@ def test_recipe_is_a_yaml_mapping(path: Path) -> None:
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(recipe, dict)
     assert recipe
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.json")), ids=name_of)
-def test_config_is_json(path: Path) -> None:
-    assert isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
 
 
 def test_installed_package_finds_the_recipes() -> None:

@@ -124,9 +124,16 @@ def _unreached(called: int, count: int) -> AdapterError:
 
 def _sample(recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]], pool: TensorPool) -> Sample:
     hidden = recorded[0][0].detach().cpu()
+    interned: dict[int, Any] = {}  # blocks mostly get the same objects: each is looked at once
+
+    def intern(leaf: Any) -> Any:
+        if id(leaf) not in interned:
+            interned[id(leaf)] = pool.intern(leaf)
+        return interned[id(leaf)]
+
     calls = []
     for _, args, kwargs in recorded:
-        call_args, call_kwargs = pytree.tree_map(pool.intern, (args, kwargs))
+        call_args, call_kwargs = pytree.tree_map(intern, (args, kwargs))
         calls.append(BlockCall(call_args, call_kwargs, batch=hidden.shape[0]))
     return Sample(hidden, tuple(calls))
 
