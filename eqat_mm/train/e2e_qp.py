@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from eqat_mm.errors import TrainingError
 from eqat_mm.quant.packed_linear import PackedLinear
+from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import interactive
 from eqat_mm.train.losses import next_token_cross_entropy, next_token_kl
@@ -143,6 +144,7 @@ def run_e2e_qp(
     Raises:
         TrainingError: a step size or the loss is not finite at the end.
     """
+    keep_freed_memory()
     arguments = training_arguments(config, folder, device)
     trainer = E2EQPTrainer(model=model, args=arguments, train_dataset=data, teacher=teacher)
     last = transformers.trainer_utils.get_last_checkpoint(str(folder)) if folder.is_dir() else None
