@@ -136,15 +136,14 @@ def test_paths_named_in_the_documents_exist(document: str) -> None:
 # ---- nothing of the machine it was written on -----------------------------------------------------
 
 HOME_OR_WORKSPACE = re.compile(r"(?<![\w.~*-])/(?:work|root|workspace|home/[\w-]+|Users/[\w-]+)/")
-PUBLIC_HOSTS = {"localhost", ""}
 
 
 def package_sources() -> set[str]:
-    """Hosts and folders this machine installs packages from, besides the public ones."""
+    """Hosts and folders this machine installs packages from."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     configured = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     configured += "\n".join(value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_")))
-    hosts = {urlsplit(url).hostname or "" for url in re.findall(r"\w+://[^\s'\"]+", configured)} - PUBLIC_HOSTS
+    hosts = {urlsplit(url).hostname or "" for url in re.findall(r"\w+://[^\s'\"]+", configured)} - {"localhost", ""}
     folders = set(re.findall(r"(?:file://|(?<=['\"]))(/(?:opt|srv|mnt|data)/[\w.-]+)", configured))
     return hosts | folders
 
