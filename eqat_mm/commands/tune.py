@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from eqat_mm.commands.runs import begin_run, default_output, discard, require_si
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.files import write_text
+from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, WindowDataset, run_e2e_qp
 
@@ -73,7 +72,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     teacher = load_model(model_folder(job.model), device) if job.loss == "kl" else None
     model = load(base, device=device, verify=False)
     log = run_e2e_qp(model, WindowDataset(windows), job, folder / "trainer", teacher=teacher, device=device)
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+    write_jsonl(folder / "metrics.jsonl", log)
     save_like(model, folder / "model", base, STAGE, record)
     discard(folder / "trainer")
     say(f"checkpoint: {folder / 'model'}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eqat_mm.blocks.walker import BlockWalker
-from eqat_mm.runtime.files import append_jsonl, read_json, write_json, write_text
+from eqat_mm.runtime.files import append_jsonl, read_json, write_json, write_jsonl
 from eqat_mm.runtime.provenance import require_same_config
 
 
@@ -46,8 +45,7 @@ class RunState:
             saved = read_json(path)
             require_same_config(saved["config"], config, str(path))
             state = cls(folder, config, saved["records"])
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in state.records)
-        write_text(folder / "metrics.jsonl", lines)
+        write_jsonl(folder / "metrics.jsonl", state.records)
         return state
 
     def commit(self, walker: BlockWalker, record: dict[str, Any]) -> None:

@@ -20,10 +20,10 @@ from eqat_mm.commands.runs import default_output
 from eqat_mm.commands.tune import e2e_qp
 from eqat_mm.errors import CheckpointError, ConfigError, TrainingError
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.train.e2e_qp import E2EQPTrainer
 from tests.checkpoint.files import assert_four_lines, same_bytes, tensors_of
 from tests.commands.jobs import block_ap_job, contents, e2e_qp_job, rtn_job, same_weights
 from tests.tiny_model import Tiny
+from tests.train.stopping import stop_at_step
 
 
 @pytest.fixture(scope="module")
@@ -93,23 +93,13 @@ def test_a_finished_run_is_not_repeated(
 def test_a_stopped_run_is_continued_under_its_own_settings(
     tiny: Tiny, base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = 0
-    compute_loss = E2EQPTrainer.compute_loss
-
-    def counting(self: E2EQPTrainer, *args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 4:
-            raise KeyboardInterrupt
-        return compute_loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(E2EQPTrainer, "compute_loss", counting)
+    steps = stop_at_step(monkeypatch, 4, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         e2e_qp(e2e_qp_job(tiny, base, tmp_path, save_steps=2))
     with pytest.raises(ConfigError, match="learning_rate"):
         e2e_qp(e2e_qp_job(tiny, base, tmp_path, save_steps=2, learning_rate=1e-3))
     e2e_qp(e2e_qp_job(tiny, base, tmp_path, save_steps=2))
-    assert steps == 4 + 4
+    assert len(steps) == 4 + 4
     assert same_weights(tmp_path / "model", tuned / "model")
     assert not (tmp_path / "trainer").exists()
 
