@@ -38,7 +38,7 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.block_ap import BlockAPConfig, run_block_ap
 from eqat_mm.train.e2e_qp import scale_parameters
 from eqat_mm.train.fit import FitConfig, trainable_parameters
-from eqat_mm.train.losses import block_loss, next_token_cross_entropy
+from eqat_mm.train.losses import block_loss, cross_entropy, predictions_that_count
 from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_of_folder
 
@@ -149,7 +149,8 @@ def _e2e_side(name: str, folder: str) -> dict[str, float]:
 
     def step() -> None:
         optimizer.zero_grad()
-        next_token_cross_entropy(model(input_ids=tokens, use_cache=False).logits, tokens).backward()
+        columns, labels = predictions_that_count(tokens)
+        cross_entropy(model(input_ids=tokens, use_cache=False, logits_to_keep=columns).logits, labels).backward()
         optimizer.step()
 
     times = [_seconds(step) for _ in range(4)]

@@ -22,7 +22,7 @@ from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import interactive
-from eqat_mm.train.losses import next_token_cross_entropy, next_token_kl
+from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 
 STAGE = "e2e-qp"
 
@@ -94,15 +94,15 @@ class E2EQPTrainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the mean loss per predicted token over the whole optimizer step."""
-        labels = inputs["labels"]
-        forward = {name: value for name, value in inputs.items() if name != "labels"}
+        columns, labels = predictions_that_count(inputs["labels"])
+        forward = {name: value for name, value in inputs.items() if name != "labels"} | {"logits_to_keep": columns}
         outputs = model(**forward, use_cache=False)
         if self.teacher is None:
-            loss = next_token_cross_entropy(outputs.logits, labels, num_items_in_batch)
+            loss = cross_entropy(outputs.logits, labels, num_items_in_batch)
         else:
             with torch.no_grad():
                 wanted = self.teacher(**forward, use_cache=False).logits
-            loss = next_token_kl(outputs.logits, wanted, labels, num_items_in_batch)
+            loss = kl_divergence(outputs.logits, wanted, labels, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

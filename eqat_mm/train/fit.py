@@ -15,7 +15,7 @@ from eqat_mm.errors import TrainingError
 from eqat_mm.quant.fake_linear import FakeQuantLinear
 from eqat_mm.runtime.progress import progress, say
 from eqat_mm.runtime.seeding import derive_seed, generator
-from eqat_mm.train.losses import block_loss
+from eqat_mm.train.losses import BlockLoss, block_loss
 from eqat_mm.train.schedule import cosine_factor
 
 
@@ -24,6 +24,8 @@ class FitConfig:
     """How one block is trained. The defaults are the paper's, for models of 7B parameters and up.
 
     Attributes:
+        loss: `mse` (paper), or `balanced` (see `train.losses`), which keeps a few tokens with very large activations
+            from deciding alone.
         epochs: passes over the calibration samples; 0 leaves the block at its initialisation.
         batch_size: samples per step.
         lr_weight: peak learning rate of W (paper: 2e-5 at 2 bits, 1e-5 at 3 and 4).
@@ -41,6 +43,7 @@ class FitConfig:
         max_retries: rollbacks, each with half the learning rates, before training ends with an error.
     """
 
+    loss: BlockLoss = "mse"
     epochs: int = 2
     batch_size: int = 2
     lr_weight: float = 2e-5
@@ -199,7 +202,7 @@ class _BlockFit:
         step = self.step
         target = step.fp.gather(indices).to(self.walker.device)
         output = self.walker.run(step.block, step.call(indices), step.quantized.gather(indices))
-        return block_loss(output, target)
+        return block_loss(output, target, self.config.loss)
 
     def _validate(self) -> bool:
         loss = self.evaluate()

@@ -9,8 +9,7 @@ least-squares one that makes up for the difference between the two streams,
 where d is what the layer's output lacks: W (x_fp - x_q), or, for a layer whose output is added to the residual
 stream, the difference of the two sums. Then it rounds with error compensation. Training continues from there.
 
-In deep blocks a few tokens carry residual sums hundreds of times larger than the rest, and would decide alone. So
-where the sums are known, a token of energy e counts min(1, median(e) / e).
+Where the sums are known, each token counts by `train.losses.token_weights`.
 
 Shape letters: T tokens, I inputs, O outputs.
 """
@@ -31,6 +30,7 @@ from eqat_mm.quant.gptq import damp
 from eqat_mm.quant.grid import dequantize, quantize
 from eqat_mm.quant.init import Grid, Init, initial_grid
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.train.losses import token_weights
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class _Statistics:
             x_q, *sum_q = _inputs_of(working, paths, walker, call, step.quantized.gather(indices))
             d = x_fp - x_q
             if of_output:
-                share_T1 = _share(sum_q[0])
-                x_q, d = x_q * share_T1.sqrt(), (sum_fp[0] - sum_q[0]) * share_T1.sqrt()
+                weight_T1 = token_weights(sum_q[0])
+                x_q, d = x_q * weight_T1.sqrt(), (sum_fp[0] - sum_q[0]) * weight_T1.sqrt()
             part = cls(x_q.T @ x_q, d.T @ x_q, of_output)
             total = part if total is None else total._plus(part)
         assert total is not None
@@ -134,12 +134,6 @@ class _Statistics:
 
     def _plus(self, other: _Statistics) -> _Statistics:
         return _Statistics(self.hessian_II.add_(other.hessian_II), self.lack.add_(other.lack), self.of_output)
-
-
-def _share(sum_TO: Tensor) -> Tensor:
-    """Return how much each token counts, min(1, median(e) / e) with e the mean square of its row, [T, 1]."""
-    energy_T = sum_TO.square().mean(-1).clamp(min=1e-12)
-    return (energy_T.median() / energy_T).clamp(max=1.0).unsqueeze(-1)
 
 
 class _Reached(Exception):

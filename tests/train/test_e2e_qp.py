@@ -26,7 +26,7 @@ from eqat_mm.train.e2e_qp import (
     scale_parameters,
     training_arguments,
 )
-from eqat_mm.train.losses import next_token_cross_entropy, next_token_kl
+from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_model import Tiny
 from tests.tolerances import TOLERANCES, assert_close
@@ -72,10 +72,11 @@ def train(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, windows: Tensor, teacher: nn.Module | None) -> float:
-    logits = model(input_ids=windows).logits
+    columns, labels = predictions_that_count(windows)
+    logits = model(input_ids=windows).logits[:, columns]
     if teacher is None:
-        return next_token_cross_entropy(logits, windows).item()
-    return next_token_kl(logits, teacher(input_ids=windows).logits, windows).item()
+        return cross_entropy(logits, labels).item()
+    return kl_divergence(logits, teacher(input_ids=windows).logits[:, columns], labels).item()
 
 
 def scales_of(model: nn.Module) -> dict[str, Tensor]:
@@ -205,9 +206,9 @@ def test_a_non_finite_loss_is_an_error(
     model: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any) -> Tensor:
-        return next_token_cross_entropy(*args) * math.nan
+        return cross_entropy(*args) * math.nan
 
-    monkeypatch.setattr(e2e_qp, "next_token_cross_entropy", broken)
+    monkeypatch.setattr(e2e_qp, "cross_entropy", broken)
     with pytest.raises(TrainingError) as raised:
         train(model, windows, tmp_path)
     assert_four_lines(raised.value)

@@ -19,7 +19,7 @@ from eqat_mm.quant.grid import SMALLEST_STEP
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train import fit
 from eqat_mm.train.fit import FitConfig, fit_block, split_samples, trainable_parameters
-from eqat_mm.train.losses import block_loss
+from eqat_mm.train.losses import BlockLoss, block_loss
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_model import Tiny
 from tests.tolerances import TOLERANCES
@@ -56,13 +56,13 @@ def breaking(monkeypatch: pytest.MonkeyPatch, broken: Broken, look: Callable[[in
     """Make the training loss of some steps, counted from 0, not a number."""
     calls = 0
 
-    def loss(output: Tensor, target: Tensor) -> Tensor:
+    def loss(output: Tensor, target: Tensor, kind: BlockLoss) -> Tensor:
         nonlocal calls
         if not torch.is_grad_enabled():
-            return block_loss(output, target)
+            return block_loss(output, target, kind)
         look(calls)
         calls += 1
-        return block_loss(output, target) * (math.nan if broken(calls - 1) else 1.0)
+        return block_loss(output, target, kind) * (math.nan if broken(calls - 1) else 1.0)
 
     monkeypatch.setattr(fit, "block_loss", loss)
 
@@ -289,10 +289,10 @@ def test_steps_with_a_non_finite_loss_are_skipped(
 def test_a_finite_loss_with_a_non_finite_gradient_is_skipped(
     walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loss(output: Tensor, target: Tensor) -> Tensor:
+    def loss(output: Tensor, target: Tensor, kind: BlockLoss) -> Tensor:
         if output.requires_grad:
             output.register_hook(lambda gradient: gradient * math.inf)
-        return block_loss(output, target)
+        return block_loss(output, target, kind)
 
     monkeypatch.setattr(fit, "block_loss", loss)
     before = values_of(step.block)
