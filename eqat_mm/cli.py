@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
-    """Run one command with its own arguments; returns the exit status."""
+    """Run one command with its own arguments, those of a launcher left out; returns the exit status."""
+    argv = [argument for argument in argv if not argument.startswith("--local_rank")]  # deepspeed adds it
     warnings.showwarning = _show_warning
     try:
         if name not in COMMANDS:
@@ -116,8 +118,10 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
         SystemExit: after --help or --print_config.
     """
     from eqat_mm.commands.recipes import recipe_path
+    from eqat_mm.runtime.progress import say
 
-    recipe = COMMANDS[name].recipe
+    argv = _spelled_out(argv, job_class)
+    recipe = COMMANDS[name].recipe or _tuned_recipe(name, argv, job_class)
     parser = ArgumentParser(
         prog=f"eqat {name}",
         description=COMMANDS[name].help,
@@ -127,18 +131,36 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file or name of a shipped recipe")
     parser.add_class_arguments(job_class)
     try:
-        parsed = parser.parse_args(_with_recipe_paths(_with_explicit_booleans(argv, job_class)))
+        parsed = parser.parse_args(_with_recipe_paths(argv))
         values: Namespace = parser.instantiate(parsed)
     except ArgumentError as error:
         raise _config_error(name, error) from error
+    if recipe is not None and COMMANDS[name].recipe is None:
+        say(f"settings: recipe {recipe}")
     return job_class(**{key: value for key, value in vars(values).items() if key != "config"})
 
 
-def _with_explicit_booleans(argv: Sequence[str], job_class: type[Any]) -> list[str]:
-    """Let `--overwrite` mean `--overwrite true`."""
+def _tuned_recipe(name: str, argv: Sequence[str], job_class: type[Any]) -> str | None:
+    """Return the shipped recipe for the model and spec that flags name, where they name no settings themselves."""
+    from eqat_mm.commands.recipes import fitting_recipe
+
+    model = next((field.default for field in fields(job_class) if field.name == "model"), None)
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config")
+    flags.add_argument("--model", default=model)
+    flags.add_argument("--quant.bits", dest="bits", default="2")
+    known, _ = flags.parse_known_args(argv)
+    return None if known.config or not known.model else fitting_recipe(name, known.model, known.bits)
+
+
+def _spelled_out(argv: Sequence[str], job_class: type[Any]) -> list[str]:
+    """Let `--overwrite` mean `--overwrite true`, and `--train-projector` `--trains scales+projector`."""
     flags = {f"--{field.name}" for field in fields(job_class) if isinstance(field.default, bool)}
     result: list[str] = []
     for position, argument in enumerate(argv):
+        if argument == "--train-projector":
+            result += ["--trains", "scales+projector"]
+            continue
         result.append(argument)
         if argument in flags and (position + 1 == len(argv) or argv[position + 1].startswith("-")):
             result.append("true")

@@ -14,11 +14,12 @@ from pathlib import Path
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.runtime.files import read_json
-from llava_adapters import llama, mistral
+from llava_adapters import llama, llava, llava_next, mistral
+from llava_adapters.original import refuse_original_folder, refuse_original_repository
 
 GROUP = "eqat_mm.adapters"
 
-_BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH)
+_BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH, llava.ARCH, llava_next.ARCH)
 
 ALIASES: dict[str, str] = {
     "smollm2-135m": "asset:smollm2-135m",
@@ -31,6 +32,12 @@ ALIASES: dict[str, str] = {
     "mistral-7b": "mistralai/Mistral-7B-v0.3",
     "vicuna-7b": "lmsys/vicuna-7b-v1.5",
     "vicuna-13b": "lmsys/vicuna-13b-v1.5",
+    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "llava-v1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava-v1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+    "llava-v1.6-34b": "llava-hf/llava-v1.6-34b-hf",
 }
 """Short name -> hub repository, or `asset:NAME` for a model that the tool fetches and converts itself."""
 
@@ -85,7 +92,7 @@ def arch_of_folder(folder: Path, adapter: str | None = None) -> Arch:
 
     Raises:
         CheckpointError: `folder` is not a model folder.
-        AdapterError: no adapter serves its model type.
+        AdapterError: no adapter serves its model type, or it is a LLaVA in its original layout.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -94,9 +101,11 @@ def arch_of_folder(folder: Path, adapter: str | None = None) -> Arch:
             allowed="a Hugging Face model folder",
             do="check the path",
         )
+    config = read_json(folder / "config.json")
+    refuse_original_folder(folder, config)
     if adapter is not None:
         return arch_for(adapter)
-    model_type = read_json(folder / "config.json").get("model_type")
+    model_type = config.get("model_type")
     for arch in known_archs().values():
         if model_type in arch.model_types:
             return arch
@@ -113,12 +122,14 @@ def resolve_alias(model: str) -> str:
     """Return what `model` stands for: a folder as it is, an alias expanded, a hub repository as it is.
 
     Raises:
-        AdapterError: neither an existing folder, nor an alias, nor of the form `owner/name`.
+        AdapterError: neither an existing folder, nor an alias, nor of the form `owner/name`; or a LLaVA repository in
+            its original layout.
     """
     if Path(model).is_dir():
         return model
     if model in ALIASES:
         return ALIASES[model]
+    refuse_original_repository(model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return model
     near = difflib.get_close_matches(model, ALIASES, n=4, cutoff=0.4)

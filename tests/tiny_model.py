@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eqat_mm.data.windows import TextWindows
-from llava_adapters.llama import ARCH
-from llava_adapters.tiny import VOCABULARY
+from llava_adapters.tiny import VOCABULARY, tiny_config
 
 WORDS = ("<unk>", "</s>", *(f"w{index}" for index in range(2, VOCABULARY)))
 DOCUMENTS = 80
@@ -39,30 +39,43 @@ def save_tiny(folder: Path, *, blocks: int = 2, dtype: torch.dtype = torch.float
     """Save a random Llama (hidden 64, MLP 128, vocabulary 97) and a text with a train and a held-out side."""
     model_folder, text = folder / "tiny-llama", folder / "text.txt"
     save_model(model_folder, blocks, dtype)
-    save_tokenizer(model_folder)
+    word_tokenizer().save_pretrained(model_folder)
     save_text(text)
     return Tiny(model_folder, text)
 
 
 def save_model(folder: Path, blocks: int, dtype: torch.dtype) -> None:
     """Save a model with weights large enough that its blocks do something."""
-    config = ARCH.tiny()[0].config
-    config.num_hidden_layers = blocks  # type: ignore[union-attr]
-    config.initializer_range = 0.2  # type: ignore[union-attr]
-    config.eos_token_id = WORDS.index("</s>")  # type: ignore[union-attr]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config)  # type: ignore[arg-type]
+    model = tiny_llama(num_hidden_layers=blocks, eos_token_id=WORDS.index("</s>"))
     nn.Module.to(model, dtype)
     model.save_pretrained(folder)
 
 
-def save_tokenizer(folder: Path) -> None:
-    """Save a tokenizer of 97 words."""
-    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+def tiny_llama(seed: int = 0, kind: type[LlamaForCausalLM] = LlamaForCausalLM, **changes: Any) -> LlamaForCausalLM:
+    """Return a random Llama with weights large enough that its blocks do something.
+
+    Args:
+        seed: of its weights.
+        kind: class of the model.
+        changes: fields of its configuration.
+    """
+    config = tiny_config("llama", **({"initializer_range": 0.2} | changes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(config)  # type: ignore[arg-type]
+
+
+def word_tokenizer(special: Mapping[int, str] | None = None) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of 97 words; `special` replaces some of them by special tokens."""
+    words = [(special or {}).get(index, word) for index, word in enumerate(WORDS)]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
-    tokenizer.save_pretrained(folder)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token="</s>",
+        additional_special_tokens=sorted((special or {}).values()),
+    )
 
 
 def save_text(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,6 +13,20 @@ from eqat_mm.errors import AdapterError
 
 Inputs = dict[str, Tensor]
 """Keyword arguments of one model forward, batch first."""
+
+
+class Part(NamedTuple):
+    """A part of a model that stays in full precision.
+
+    Attributes:
+        path: of the module in the model.
+        module: the module.
+        whole: it belongs to the part with everything below it; otherwise only the parameters it holds itself.
+    """
+
+    path: str
+    module: nn.Module
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -28,9 +42,11 @@ class Arch:
             linears of one stage read the same input and are fused by serving engines.
         sums: (path of a linear, path of a module) pairs: the linear's output is added to the residual stream, and the
             sum is the module's input; an empty path stands for the block's output.
-        full_precision: exact paths of the parts that are never quantized.
+        full_precision: exact paths of the modules, and of the parameters outside them, that are never quantized;
+            with the blocks they are the whole model.
         tiny: returns a small random model and batches of inputs, for tests.
-        renames: (regular expression, replacement) pairs from checkpoint names to module names.
+        projector: exact path of the module that turns image features into hidden states, in vision-language models;
+            the one full-precision part that can be trained.
     """
 
     name: str
@@ -41,7 +57,7 @@ class Arch:
     full_precision: tuple[str, ...]
     tiny: Callable[[], tuple[nn.Module, list[Inputs]]]
     sums: tuple[tuple[str, str], ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
+    projector: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -52,7 +68,7 @@ class Arch:
         """Return the decoder blocks of `model`.
 
         Raises:
-            AdapterError: a declared path does not exist, is not what it should be, or the parts overlap.
+            AdapterError: a declared path does not exist or is not what it should be, or a parameter is in no part.
         """
         blocks: nn.Module = self.find(model, self.blocks)
         if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
@@ -67,9 +83,30 @@ class Arch:
                 self._require_linear(block, path, index)
             for path in (path for pair in self.sums for path in pair):
                 self.find(block, path)
-        for path in self.full_precision:
-            self.find(model, path)
+        self._require_every_parameter(model)
         return blocks
+
+    def find_projector(self, model: nn.Module) -> nn.Module | None:
+        """Return the projector of a vision-language model, None of a language model.
+
+        Raises:
+            AdapterError: the declared path does not exist.
+        """
+        return None if self.projector is None else self.find(model, self.projector)
+
+    def full_precision_parts(self, model: nn.Module) -> list[Part]:
+        """Return the parts that are never quantized; a parameter counts as a part of the module that holds it.
+
+        Raises:
+            AdapterError: a declared path does not exist.
+        """
+        parameters = dict(model.named_parameters())
+        parts = []
+        for path in self.full_precision:
+            whole = path not in parameters
+            owner = path if whole else path.rpartition(".")[0]
+            parts.append(Part(owner, self.find(model, owner), whole))
+        return parts
 
     def find(self, root: nn.Module, path: str) -> nn.Module:
         """Return the submodule at exactly `path`.
@@ -96,6 +133,19 @@ class Arch:
             assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}"
             pairs.append((path, module))
         return pairs
+
+    def _require_every_parameter(self, model: nn.Module) -> None:
+        inside = {self.blocks, *(part.path for part in self.full_precision_parts(model) if part.whole)}
+        prefixes = tuple(f"{path}." for path in inside)
+        names = [name for name, _ in model.named_parameters()]
+        missed = [name for name in names if not name.startswith(prefixes) and name not in self.full_precision]
+        if missed:
+            raise AdapterError(
+                where=f"adapter {self.name}: {', '.join(missed[:3])} of {type(model).__name__}",
+                given=f"{len(missed)} parameters that are in no declared part",
+                allowed="every parameter in a decoder block or in a full-precision part",
+                do="list what holds them under full_precision in the adapter, or choose another one with --adapter",
+            )
 
     def _require_linear(self, block: nn.Module, path: str, index: int) -> None:
         module = self.find(block, path)

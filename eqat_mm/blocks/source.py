@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import CheckpointError
@@ -22,32 +24,36 @@ SINGLE = "model.safetensors"
 
 
 class WeightSource:
-    """Tensors of a Hugging Face model folder by module name, read one at a time.
+    """Tensors of a Hugging Face model folder by name, read one at a time.
 
     Args:
         folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
-        renames: (regular expression, replacement) pairs from names in the files to names in the model.
+        rename: from a name in the files to the name by which the tensor is asked for; see `module_names`.
 
     Raises:
         CheckpointError: no weights, a missing shard, or a file that is not safetensors (truncated, altered).
     """
 
-    def __init__(self, folder: Path, renames: tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(self, folder: Path, rename: Callable[[str], str] = str) -> None:
         self.folder = folder
         self._where: dict[str, tuple[Path, str]] = {}
         for path in weight_files(folder):
             for stored in self.names_of(path):
-                name = stored
-                for pattern, replacement in renames:
-                    name = re.sub(pattern, replacement, name)
-                self._where[name] = (path, stored)
+                self._where[rename(stored)] = (path, stored)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
     def names(self) -> list[str]:
-        """All tensor names, as modules call them."""
+        """All tensor names."""
         return list(self._where)
+
+    def stored_name(self, name: str) -> str:
+        """Return what the files call a tensor; one that they lack is named like the weight of its module."""
+        if name in self._where:
+            return self._where[name][1]
+        module, _, leaf = name.rpartition(".")
+        return self._where[f"{module}.weight"][1].removesuffix("weight") + leaf
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its stored dtype, backed by the file.
@@ -130,6 +136,30 @@ class OpenModel:
         return f"{self.arch.blocks}.{index}"
 
 
+def empty_model(config: transformers.PreTrainedConfig, arch: Arch) -> transformers.PreTrainedModel:
+    """Build a model whose parameters are on the meta device; computed buffers are real."""
+    with init_empty_weights(include_buffers=False):
+        model: transformers.PreTrainedModel = getattr(transformers, arch.auto_class).from_config(config)
+    model.eval()
+    return model
+
+
+def module_names(model: transformers.PreTrainedModel) -> Callable[[str], str]:
+    """Return the function from the name of a tensor in published files to its name in `model`.
+
+    The names of modules change between releases of transformers, those in the files do not. The renaming is the
+    library's own, the one of `from_pretrained`; tensors that it merges while loading keep their names.
+    """
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    known = model.state_dict()
+
+    def rename(stored: str) -> str:
+        name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, known)
+        return name
+
+    return rename
+
+
 def open_model(folder: Path, arch: Arch) -> OpenModel:
     """Open the model in `folder` on the meta device.
 
@@ -137,12 +167,15 @@ def open_model(folder: Path, arch: Arch) -> OpenModel:
         AdapterError: the adapter's paths do not match the model.
         CheckpointError: unreadable weights.
     """
-    config = transformers.AutoConfig.from_pretrained(folder)
-    with init_empty_weights(include_buffers=False):
-        model = getattr(transformers, arch.auto_class).from_config(config)
-    model.eval()
+    model = empty_model(transformers.AutoConfig.from_pretrained(folder), arch)
     arch.find_blocks(model)
-    return OpenModel(folder, model, arch, WeightSource(folder, arch.renames))
+    return OpenModel(folder, model, arch, WeightSource(folder, module_names(model)))
+
+
+def release(module: nn.Module, *, recurse: bool = True) -> None:
+    """Put the parameters of `module` back on the meta device; computed buffers stay."""
+    for name, parameter in list(module.named_parameters(recurse=recurse)):
+        _assign(module, name, parameter.detach().to("meta"), is_parameter=True)
 
 
 def weight_files(folder: Path) -> list[Path]:

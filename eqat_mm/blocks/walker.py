@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from eqat_mm.blocks.arch import Inputs
+from eqat_mm.blocks.arch import Inputs, Part
 from eqat_mm.blocks.capture import BlockCall, Sample, capture, collate, signature
-from eqat_mm.blocks.source import OpenModel
+from eqat_mm.blocks.source import OpenModel, release
 from eqat_mm.blocks.spool import Stream
 from eqat_mm.runtime.precision import autocast
 
@@ -149,36 +150,34 @@ class BlockWalker:
 
 
 def capture_front(opened: OpenModel, batches: Iterable[Inputs], dtype: torch.dtype) -> Iterator[Sample]:
-    """Load what comes before the blocks, capture the calls of every batch, and free it again.
+    """Capture the calls of every batch; what stands before the blocks is read when a forward first comes to it.
 
-    Everything but the blocks and an untied output head is read; on the CPU.
+    A part that no batch passes through is therefore never read: the output head, and the vision tower where all
+    batches are text. On the CPU; freed at the end.
     """
-    model, source = opened.model, opened.source
-    blocks = opened.blocks
-    inside = {id(parameter) for parameter in blocks.parameters()}
-    skipped = {id(parameter) for parameter in _untied_head(model)}
-    front = [
-        (name, tensor)
-        for name, tensor in model.named_parameters()
-        if id(tensor) not in inside and id(tensor) not in skipped
-    ]
-    for name, _ in front:
-        parent, _, leaf = name.rpartition(".")
-        value = source.read(name).to(dtype)
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+    with _read_when_called(opened, dtype):
+        yield from capture(opened.model, opened.blocks, batches)
+
+
+@contextmanager
+def _read_when_called(opened: OpenModel, dtype: torch.dtype) -> Iterator[None]:
+    def reader(part: Part) -> Any:
+        prefix = f"{part.path}." if part.path else ""
+
+        def read(module: nn.Module, _: Any) -> None:
+            opened.source.materialise(module, prefix, dtype, torch.device("cpu"), recurse=part.whole)
+
+        return read
+
+    parts = opened.arch.full_precision_parts(opened.model)
+    handles = [part.module.register_forward_pre_hook(reader(part)) for part in parts]
     try:
-        yield from capture(model, blocks, batches)
+        yield
     finally:
-        for name, tensor in front:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, tensor)
-
-
-def _untied_head(model: nn.Module) -> list[nn.Parameter]:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    if head is None or head.weight is embedding.weight:
-        return []
-    return list(head.parameters())
+        for handle in handles:
+            handle.remove()
+        for part in parts:
+            release(part.module, recurse=part.whole)
 
 
 def _buckets(calls: Sequence[BlockCall], stream: Stream, indices: Sequence[int]) -> list[list[int]]:

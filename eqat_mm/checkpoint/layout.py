@@ -69,9 +69,9 @@ def ignored_linears(arch: Arch, model: nn.Module) -> list[str]:
         for path, module in arch.find(model, f"{arch.blocks}.0").named_modules()
         if isinstance(module, nn.Linear) and path not in arch.linears
     ]
-    for path in arch.full_precision:
-        if any(isinstance(module, nn.Linear) for module in arch.find(model, path).modules()):
-            parts.append(f"re:.*{path.rpartition('.')[2]}.*")
+    for part in arch.full_precision_parts(model):
+        if part.whole and any(isinstance(module, nn.Linear) for module in part.module.modules()):
+            parts.append(f"re:.*{part.path.rpartition('.')[2]}.*")
     return parts
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eqat_mm.blocks.arch import set_submodule
-from eqat_mm.blocks.source import WeightSource
+from eqat_mm.blocks.source import WeightSource, module_names
 from eqat_mm.checkpoint.layout import PACKED_SUFFIX, SCALE_SUFFIX, spec_of_config
 from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError
@@ -44,8 +44,8 @@ def load(
     folder = Path(folder)
     manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
     raw = read_json(folder / "config.json")
-    source = WeightSource(folder)
     model = _skeleton(folder, raw)
+    source = WeightSource(folder, module_names(model))
     _insert_packed(model, source, raw, str(folder), manifest)
     tied = _tied_names(model, source)
     for path, module in model.named_modules():

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from eqat_mm.blocks.source import INDEX, OpenModel, WeightSource, weight_files
+from eqat_mm.blocks.source import INDEX, OpenModel, WeightSource, module_names, weight_files
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX, ignored_linears, quantization_config
 from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest
 from eqat_mm.quant.packed_linear import PackedLinear
@@ -25,7 +27,8 @@ _NOT_COMPANIONS = ("config.json", INDEX, MANIFEST, "trainer_state.json", "asset.
 class CheckpointWriter:
     """Writes one shard per block, then everything else.
 
-    A shard is complete or absent. Nothing in the folder is a checkpoint until `finish`.
+    A shard is complete or absent. Nothing in the folder is a checkpoint until `finish`. Tensors are named as in the
+    files of the source, which older readers know, too.
 
     Args:
         folder: of the checkpoint.
@@ -58,10 +61,10 @@ class CheckpointWriter:
         return _seal(self.folder, files, config, self.opened.arch.name, self.spec, stage, source, [provenance])
 
     def _write(self, index: int, tensors: dict[str, Tensor]) -> None:
-        cast = {}
+        source, cast = self.opened.source, {}
         for name, tensor in tensors.items():
-            kept = self.opened.source.read(name).dtype if name in self.opened.source else tensor.dtype
-            cast[name] = tensor.to(kept)
+            kept = source.read(name).dtype if name in source else tensor.dtype
+            cast[source.stored_name(name)] = tensor.to(kept)
         save_shard(self.folder / self._name(index), cast)
 
     def _name(self, index: int) -> str:
@@ -78,13 +81,14 @@ def stored_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_like(model: nn.Module, folder: Path, base: Path, stage: str, provenance: dict[str, Any]) -> Manifest:
-    """Write `model`, a trained copy of the checkpoint `base`, with the shards and dtypes of `base`.
+def save_like(model: PreTrainedModel, folder: Path, base: Path, stage: str, provenance: dict[str, Any]) -> Manifest:
+    """Write `model`, a trained copy of the checkpoint `base`, with the shards, names and dtypes of `base`.
 
-    The folder appears whole: it is written under a temporary name and renamed.
+    What training left as it was is copied byte for byte, whatever the dtype the model was loaded in. The folder
+    appears whole: it is written under a temporary name and renamed.
 
     Args:
-        model: packed model whose tensor names are those of `base`.
+        model: packed model, loaded from `base`.
         folder: new checkpoint; replaced where it exists.
         base: checkpoint that the model was loaded from.
         stage: for the manifest.
@@ -92,18 +96,23 @@ def save_like(model: nn.Module, folder: Path, base: Path, stage: str, provenance
     """
     before = read_manifest(base)
     with _folder_in_the_making(folder) as partial:
-        state = model.state_dict()
-        source = WeightSource(base)
+        state, rename, source = model.state_dict(), module_names(model), WeightSource(base)
         files = []
         for path in weight_files(base):
             names = WeightSource.names_of(path)
-            save_shard(partial / path.name, {name: state[name].to(source.read(name).dtype) for name in names})
+            save_shard(partial / path.name, {name: _like(source.read(name), state[rename(name)]) for name in names})
             files.append(partial / path.name)
         copy_companions(base, partial)
         config = read_json(base / "config.json")
         spec = QuantSpec(**before.spec)
         history = [*before.provenance, provenance]
         return _seal(partial, files, config, before.arch, spec, stage, before.source, history)
+
+
+def _like(stored: Tensor, value: Tensor) -> Tensor:
+    """Return `value` in the dtype of `stored`, or `stored` where they are the same number."""
+    value = value.detach().cpu()
+    return stored if torch.equal(stored.to(value.dtype), value) else value.to(stored.dtype)
 
 
 @contextmanager

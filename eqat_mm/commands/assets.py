@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from eqat_mm.commands.models import model_folder
 from eqat_mm.data.assets import ASSETS, asset_cache, fetch_asset
+from eqat_mm.data.easy_vqa import easy_vqa_folder
 from eqat_mm.runtime.progress import say
 from llava_adapters.registry import ALIASES
 
@@ -15,7 +17,7 @@ class AssetsJob:
     """List the pinned assets and model aliases, or fetch some.
 
     Attributes:
-        fetch: names of assets to fetch and verify; models are converted, too. Empty lists what there is.
+        fetch: names of assets to fetch and verify; models and easy-vqa are converted, too. Empty lists what there is.
     """
 
     fetch: tuple[str, ...] = ()
@@ -29,8 +31,7 @@ def assets(job: AssetsJob) -> None:
         ConfigError: a package needed for the conversion is missing.
     """
     for name in job.fetch:
-        folder = model_folder(name) if ALIASES.get(name) == f"asset:{name}" else fetch_asset(name)
-        say(f"{name}: {folder}")
+        say(f"{name}: {_fetched(name)}")
     if job.fetch:
         return
     say(f"assets (cached in {asset_cache()}):")
@@ -39,3 +40,10 @@ def assets(job: AssetsJob) -> None:
     say("model aliases:")
     for alias, target in ALIASES.items():
         say(f"  {alias:<22} {target}")
+
+
+def _fetched(name: str) -> Path:
+    """Return the folder of an asset in the form that the other commands read."""
+    if ALIASES.get(name) == f"asset:{name}":
+        return model_folder(name)
+    return easy_vqa_folder() if name == "easy-vqa" else fetch_asset(name)

@@ -34,7 +34,7 @@ class LadderJob:
     Attributes:
         block_ap: Block-AP; its model and spec are those of the whole ladder.
         e2e_qp: E2E-QP after Block-AP.
-        e2e_qp_only: E2E-QP on round-to-nearest, which needs larger steps.
+        e2e_qp_only: E2E-QP on round-to-nearest, which needs larger steps; null leaves this rung out.
         data: held-out text that every rung is measured on.
         batch_size: windows per forward of the evaluation.
         precision: of the matrix products of the evaluation.
@@ -44,7 +44,7 @@ class LadderJob:
 
     block_ap: BlockAPJob = field(default_factory=BlockAPJob)
     e2e_qp: E2EQPJob = field(default_factory=E2EQPJob)
-    e2e_qp_only: E2EQPJob = field(default_factory=E2EQPJob)
+    e2e_qp_only: E2EQPJob | None = field(default_factory=E2EQPJob)
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
     batch_size: int = 4
     precision: Precision = "auto"
@@ -67,9 +67,12 @@ def ladder(job: LadderJob) -> list[dict[str, Any]]:
         "round-to-nearest",
         lambda: rtn(RTNJob(model=model, output=root / "rtn", quant=spec, overwrite=overwrite)),
     )
-    alone = replace(job.e2e_qp_only, model=model, quantized=rounded, output=root / "e2e-qp-only", overwrite=overwrite)
     both = replace(job.e2e_qp, model=model, output=root / "e2e-qp", overwrite=overwrite)
-    bench.measure("E2E-QP only", lambda: e2e_qp(alone))
+    if job.e2e_qp_only is not None:
+        alone = replace(
+            job.e2e_qp_only, model=model, quantized=rounded, output=root / "e2e-qp-only", overwrite=overwrite
+        )
+        bench.measure("E2E-QP only", lambda: e2e_qp(alone))
     fit = replace(job.block_ap, output=root / "block-ap", overwrite=overwrite)
     fitted = bench.measure("Block-AP", lambda: block_ap(fit))
     bench.measure("Block-AP + E2E-QP", lambda: e2e_qp(replace(both, quantized=fitted)))

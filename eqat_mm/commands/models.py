@@ -1,4 +1,4 @@
-"""From what a user types after --model to a folder, a model and a tokenizer."""
+"""From what a user types after --model to a folder, a model, a tokenizer or a processor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST
 from eqat_mm.data.smollm2 import smollm2_folder
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
+from eqat_mm.runtime.files import read_json
 from llava_adapters import resolve_alias
+from llava_adapters.original import refuse_original_folder
 
 _ASSET_MODELS = {"smollm2-135m": smollm2_folder}
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -49,7 +51,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedModel:
-    """Load a packed or a full-precision causal language model for evaluation, float32 where unquantized.
+    """Load a packed or a full-precision model, language or vision-language, for evaluation; float32 where unquantized.
 
     Raises:
         CheckpointError: the folder is not a model, or is damaged.
@@ -57,7 +59,10 @@ def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedMod
     if is_packed(folder):
         return load(folder, device=device)
     require_weights(folder)
-    model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    takes_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = transformers.AutoModelForImageTextToText if takes_images else transformers.AutoModelForCausalLM
+    model: transformers.PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
     torch.nn.Module.to(model, device)
     model.eval()
     model.requires_grad_(False)
@@ -82,11 +87,33 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_processor(folder: Path) -> transformers.ProcessorMixin:
+    """Load the processor of a vision-language model folder: tokenizer, image processor and chat template.
+
+    Raises:
+        CheckpointError: there is none, or a package that it needs is not installed.
+    """
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        found = f"a text-only {type(processor).__name__}"
+    except (OSError, ValueError, ImportError) as error:
+        processor, found = None, " ".join(str(error).split())[:200]
+    if isinstance(processor, transformers.ProcessorMixin):
+        return processor
+    raise CheckpointError(
+        where=str(folder),
+        given=f"no usable processor ({found})",
+        allowed="the folder of a vision-language model, with the files of its tokenizer and its image processor",
+        do="put the processor's files beside the weights, and install what reads images: pip install 'eqat-mm[vlm]'",
+    )
+
+
 def require_model(folder: Path) -> None:
     """Check that the folder is a Hugging Face model folder.
 
     Raises:
         CheckpointError: it has no config.json.
+        AdapterError: it is a LLaVA in its original layout, which transformers would take for an empty one of its own.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -95,6 +122,7 @@ def require_model(folder: Path) -> None:
             allowed="a Hugging Face model folder, or one written by `eqat block-ap` or `eqat e2e-qp`",
             do="check the path; an interrupted run is finished by starting the same command again",
         )
+    refuse_original_folder(folder, read_json(folder / "config.json"))
 
 
 def require_weights(folder: Path) -> None:
@@ -102,6 +130,7 @@ def require_weights(folder: Path) -> None:
 
     Raises:
         CheckpointError: no config.json, or a weight file is missing or truncated.
+        AdapterError: a LLaVA in its original layout.
     """
     require_model(folder)
     for path in weight_files(folder):

@@ -9,7 +9,7 @@ from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.commands.models import best_device, is_packed, load_tokenizer, model_folder, require_model
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import begin_run, default_output, discard, require_single_process, settings, with_precision
-from eqat_mm.data.windows import TextWindows, text_windows
+from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.progress import say
@@ -78,7 +78,7 @@ def block_ap(job: BlockAPJob) -> Path:
         discard(folder)
     check_disk(opened, batches, job, folder)
     job = with_precision(job, folder, device)
-    record = begin_run(folder, "block-ap", settings(job, windows), job.seed)
+    record = begin_run(folder, "block-ap", settings(job, digest_of(windows)), job.seed)
     if record is not None:
         run_block_ap(opened, batches, job, folder, device=device, source=job.model, provenance=record)
         say(f"checkpoint: {folder / 'model'}")

@@ -36,17 +36,40 @@ def recipe_path(name: str) -> Path:
     )
 
 
+def deepspeed_path(name: str) -> Path:
+    """Return DeepSpeed's settings, given their path or the name of shipped ones.
+
+    Raises:
+        ConfigError: neither a file nor shipped.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for path in sorted((Path(str(files("eqat_configs"))) / "deepspeed").glob("*.json"))}
+    if name in shipped:
+        return shipped[name]
+    raise ConfigError(
+        where="--deepspeed",
+        given=repr(name),
+        allowed=f"a JSON file, or one of {', '.join(shipped)}",
+        do="check the path, or choose one of these",
+    )
+
+
+def fitting_recipe(command: str, model: str, bits: str) -> str | None:
+    """Return the name of the shipped recipe of a command for this model and bit width, None where there is none."""
+    for name, path in recipes().items():
+        if name.endswith(f"-{command}"):
+            settings = yaml.safe_load(path.read_text())
+            if model in (settings.get("recipe_for") or ()) and str(settings["quant"]["bits"]) == bits:
+                return name
+    return None
+
+
 def warn_without_recipe(model: str, recipe_for: tuple[str, ...], command: str) -> None:
     """Warn when the settings were not tuned for this model: learning rates do not carry over between families."""
     if model in recipe_for:
         return
-    fitting = [
-        name
-        for name, path in recipes().items()
-        if name.endswith(command) and model in (yaml.safe_load(path.read_text()).get("recipe_for") or ())
-    ]
-    advice = (
-        f"use --config {fitting[0]}" if fitting else "watch the loss of the first blocks and tune the learning rates"
-    )
+    fitting = fitting_recipe(command, model, "2")
+    advice = f"use --config {fitting}" if fitting else "watch the loss of the first blocks and tune the learning rates"
     origin = f"tuned for {', '.join(recipe_for)}" if recipe_for else "the paper's, tuned for Llama-2 7B and up"
     warnings.warn(f"{command}: these settings are {origin}, not for {model}; {advice}", stacklevel=2)

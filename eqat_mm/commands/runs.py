@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from eqat_mm.checkpoint.verify import MANIFEST, read_manifest
 from eqat_mm.errors import ConfigError
@@ -31,19 +29,19 @@ def default_output(model: str, spec: QuantSpec) -> Path:
     return Path("runs") / f"{Path(model).name}-{spec.name}"
 
 
-def settings(job: Any, data: Tensor | None = None) -> dict[str, Any]:
+def settings(job: Any, data_digest: str | None = None) -> dict[str, Any]:
     """Return what decides a job's result, JSON-ready.
 
     Args:
         job: dataclass; where it writes and what it discards are left out.
-        data: token windows that it trains on; their digest is added, so that changed text is noticed.
+        data_digest: hash of what it trains on, so that changed data is noticed.
     """
     fields = asdict(job)
     for name in ("output", "overwrite"):
         fields.pop(name, None)
     plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
-    if data is not None:
-        plain["data_digest"] = hashlib.blake2b(data.numpy().tobytes(), digest_size=16).hexdigest()
+    if data_digest is not None:
+        plain["data_digest"] = data_digest
     return plain
 
 
@@ -56,8 +54,12 @@ def with_precision(job: Job, folder: Path, device: torch.device) -> Job:
     return replace(job, precision=started)  # type: ignore[type-var]
 
 
-def begin_run(folder: Path, command: str, config: dict[str, Any], seed: int) -> dict[str, Any] | None:
+def begin_run(
+    folder: Path, command: str, config: dict[str, Any], seed: int, *, write: bool = True
+) -> dict[str, Any] | None:
     """Record a run in its folder; return the record, or None where the same run is finished already.
+
+    Of several processes only the first writes.
 
     Raises:
         ConfigError: the folder holds a run with other settings, finished or not.
@@ -70,7 +72,8 @@ def begin_run(folder: Path, command: str, config: dict[str, Any], seed: int) -> 
     if (folder / "state.json").is_file() or (folder / "trainer").is_dir():
         require_same_config(read_json(folder / _RECORD)["config"], config, f"--output {folder}, an unfinished run")
     record = provenance(command, config, seed)
-    write_json(folder / _RECORD, record)
+    if write:
+        write_json(folder / _RECORD, record)
     return record
 
 
@@ -89,6 +92,6 @@ def require_single_process(command: str) -> None:
         raise ConfigError(
             where=f"{command}: WORLD_SIZE",
             given=os.environ["WORLD_SIZE"],
-            allowed="1: text-only training runs in one process so far",
+            allowed="1: it trains one block at a time, in one process",
             do="start it without a launcher, or with one process",
         )

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.models import best_device, load_model, load_tokenizer, model_folder, require_weights
-from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import begin_run, default_output, discard, require_single_process, settings, with_precision
-from eqat_mm.data.windows import TextWindows, text_windows
+from eqat_mm.commands.models import best_device, load_model, model_folder, require_weights
+from eqat_mm.commands.recipes import deepspeed_path, warn_without_recipe
+from eqat_mm.commands.runs import begin_run, default_output, discard, settings, with_precision
+from eqat_mm.commands.samples import Samples, image_text_samples, text_samples
+from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.data.windows import TextWindows
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.files import write_jsonl
+from eqat_mm.runtime.files import read_json, write_jsonl
 from eqat_mm.runtime.progress import say
-from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, WindowDataset, run_e2e_qp
+from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp, training_arguments
+from llava_adapters import arch_for
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class E2EQPJob(E2EQPConfig):
         quantized: packed checkpoint to start from. Default: runs/MODEL-SPEC/block-ap/model.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/e2e-qp.
         data: text to train on.
+        conversations: conversations about images to train on instead, with a vision-language model.
         device: cpu, cuda, cuda:N, or auto.
         overwrite: discard a run that is already in the output folder.
         recipe_for: models that these settings were tuned for (set by recipes).
@@ -40,18 +52,18 @@ class E2EQPJob(E2EQPConfig):
     quantized: Path | None = None
     output: Path | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(length=4096, count=4096))
+    conversations: ImageTextData | None = None
     device: str = "auto"
     overwrite: bool = False
     recipe_for: tuple[str, ...] = ()
 
 
 def e2e_qp(job: E2EQPJob) -> Path:
-    """Run or continue E2E-QP; return the folder of the checkpoint.
+    """Run or continue E2E-QP, alone or as one of a launcher's processes; return the folder of the checkpoint.
 
     Raises:
         EqatError: any bad input, before anything is written.
     """
-    require_single_process(STAGE)
     warn_without_recipe(job.model, job.recipe_for, STAGE)
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
@@ -59,24 +71,99 @@ def e2e_qp(job: E2EQPJob) -> Path:
     folder = job.output or runs / STAGE
     _require_apart(base, folder)
     device = best_device(job.device)
-    windows = text_windows(load_tokenizer(base), job.data)
-    verify_checkpoint(base)
+    deepspeed = _deepspeed(job)
+    samples = _samples(base, job)
+    if deepspeed is not None:
+        _require_images_everywhere(deepspeed, samples)
+    arch = arch_for(verify_checkpoint(base).arch)
     if job.loss == "kl":
         require_weights(model_folder(job.model))
-    if job.overwrite:
-        discard(folder)
-    job = with_precision(job, folder, device)
-    record = begin_run(folder, STAGE, settings(job, windows), job.seed)
+    shared = replace(job, deepspeed=None if deepspeed is None else str(deepspeed))
+    arguments = training_arguments(shared, folder / "trainer", device)
+    first = arguments.process_index == 0
+    with arguments.main_process_first(local=False):
+        if job.overwrite and first:
+            discard(folder)
+        job = with_precision(job, folder, device)
+        record = begin_run(folder, STAGE, settings(job, samples.digest), job.seed, write=first)
     if record is None:
         return folder / "model"
-    teacher = load_model(model_folder(job.model), device) if job.loss == "kl" else None
-    model = load(base, device=device, verify=False)
-    log = run_e2e_qp(model, WindowDataset(windows), job, folder / "trainer", teacher=teacher, device=device)
-    write_jsonl(folder / "metrics.jsonl", log)
-    save_like(model, folder / "model", base, STAGE, record)
-    discard(folder / "trainer")
-    say(f"checkpoint: {folder / 'model'}")
+    with _whole_models(arguments):
+        teacher = load_model(model_folder(job.model), arguments.device) if job.loss == "kl" else None
+        model = load(base, device=arguments.device, verify=False)
+    log = run_e2e_qp(
+        model,
+        samples.dataset,
+        job,
+        arguments,
+        teacher=teacher,
+        projector=arch.find_projector(model),
+        collator=samples.collator,
+        order=samples.order,
+    )
+    if first:
+        write_jsonl(folder / "metrics.jsonl", log)
+        save_like(model, folder / "model", base, STAGE, record)
+        discard(folder / "trainer")
+        say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
+
+
+def _samples(base: Path, job: E2EQPJob) -> Samples:
+    if job.conversations is None:
+        return text_samples(base, job.data)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return image_text_samples(base, job.conversations, job.batch_size * job.accumulation * processes)
+
+
+def _deepspeed(job: E2EQPJob) -> Path | None:
+    """Return the file with DeepSpeed's settings, where the job names one and a launcher started this process.
+
+    Raises:
+        ConfigError: an unknown name, or DeepSpeed is not installed.
+    """
+    if job.deepspeed is None:
+        return None
+    path = deepspeed_path(job.deepspeed)
+    if "LOCAL_RANK" not in os.environ:
+        return None
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            where=f"--deepspeed {job.deepspeed}",
+            given="DeepSpeed is not installed",
+            allowed="an environment with it",
+            do="pip install 'eqat-mm[deepspeed]', or leave --deepspeed out",
+        )
+    return path
+
+
+def _require_images_everywhere(deepspeed: Path, samples: Samples) -> None:
+    """Check that under ZeRO-3 every process needs the same parameters at the same time.
+
+    Raises:
+        ConfigError: some samples have images and some have not.
+    """
+    stage = read_json(deepspeed).get("zero_optimization", {}).get("stage", 0)
+    texts, total = samples.without_images, len(samples.dataset)  # type: ignore[arg-type]
+    if stage == 3 and 0 < texts < total:
+        raise ConfigError(
+            where=f"--deepspeed {deepspeed.stem} (ZeRO-3)",
+            given=f"{texts} of {total} samples without images",
+            allowed="images in every sample: ZeRO-3 gathers the vision tower on all processes at once, or waits",
+            do="use --deepspeed zero-2, or leave the samples without images out",
+        )
+
+
+@contextmanager
+def _whole_models(arguments: transformers.TrainingArguments) -> Iterator[None]:
+    """Let transformers make whole models: under ZeRO-3 it scatters their parameters as soon as they exist."""
+    config: Any = getattr(arguments, "hf_deepspeed_config", None)
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            set_hf_deepspeed_config(config)
 
 
 def _require_block_ap(base: Path, job: E2EQPJob) -> None:

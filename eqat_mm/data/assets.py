@@ -75,7 +75,8 @@ _TABLE = (
         sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
         license="MIT",
         description="easy-VQA (Victor Zhou): 4,000 training and 1,000 test images of 64x64 pixels with one "
-        "coloured shape each, 38,575 and 9,673 questions, 13 possible answers, 3 MB.",
+        "coloured shape each, 38,575 and 9,673 questions, 13 possible answers, 3 MB. As a data source: "
+        "demo-easy-vqa, its training questions.",
     ),
 )
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in _TABLE}

@@ -9,9 +9,7 @@ Sources
 - a `.jsonl` file: one object per line, the document in its field `text`. Blank lines are skipped.
 - a `.parquet` file: one document per row of its column `text`.
 - a folder: every such file below it, in the order of their paths; hidden files are ignored.
-- `hf:NAME[:CONFIG[:SPLIT]]`: a Hugging Face data set, column `text`; the default split is `train`,
-  and `hf:NAME::SPLIT` leaves the configuration to the data set. A large one can be sliced:
-  `hf:NAME::train[:1%]`.
+- `hf:NAME[:CONFIG[:SPLIT]]`: a Hugging Face data set, column `text` (see `eqat_mm.data.hub`).
 - `demo-wikipedia`: 10,033 lead sections of English Wikipedia articles (see `eqat_mm.data.assets`).
 
 Records that hold only white space are skipped (published corpora are full of them); a file or data
@@ -23,10 +21,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from eqat_mm.data.assets import fetch_asset
+from eqat_mm.data.hub import HUB_PREFIX, load_hub
 from eqat_mm.data.text_files import (
     SOURCES,
     SUFFIXES,
-    package_missing,
     read_text_file,
     require_column,
     require_text,
@@ -37,7 +35,6 @@ from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.seeding import derive_seed
 
 _DEMO = "demo-wikipedia"
-_HUB_PREFIX = "hf:"
 
 
 def load_documents(source: str) -> list[str]:
@@ -50,7 +47,7 @@ def load_documents(source: str) -> list[str]:
     """
     if source == _DEMO:
         return _read_demo(fetch_asset(_DEMO))
-    if source.startswith(_HUB_PREFIX):
+    if source.startswith(HUB_PREFIX):
         return _read_hub(source)
     path = Path(source).expanduser()
     files = _files_below(path) if path.is_dir() else [path]
@@ -114,28 +111,7 @@ def _read_demo(folder: Path) -> list[str]:
 
 
 def _read_hub(source: str) -> list[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise package_missing(source, "datasets") from error
-    name, config, split = _parse_hub(source)
-    try:
-        table = datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            source,
-            f"the data set cannot be loaded: {error}",
-            "a data set, configuration and split that the hub or the local cache has",
-            "check the three names and the network, or give a local file",
-        ) from error
+    table = load_hub(source)
     require_column(table.column_names, source)
     rows = (require_text(value, f"{source}, row {row}") for row, value in enumerate(table["text"]))
     return without_blank(source, rows)
-
-
-def _parse_hub(source: str) -> tuple[str, str, str]:
-    # Not more than three parts: a slice such as train[:1%] has a colon of its own.
-    name, config, split = (*source.removeprefix(_HUB_PREFIX).split(":", 2), "", "")[:3]
-    if not name:
-        raise DataError(source, "no data set name", "hf:NAME[:CONFIG[:SPLIT]]", "name the data set")
-    return name, config, split

@@ -6,6 +6,7 @@ in pretraining; the tokens after the last full window are dropped.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -74,6 +75,11 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, config: TextWindows) -> Ten
     """
     documents = _documents_of(config)
     return pack_windows(tokenizer, documents, config.length, config.count, seed=config.seed)
+
+
+def digest_of(windows: Tensor) -> str:
+    """Return a hash of token windows, by which changed text is noticed."""
+    return hashlib.blake2b(windows.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def pack_windows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -18,6 +19,8 @@ def interactive() -> bool:
 
 def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Iterate over `items` behind a bar named `what` that shows rate and ETA (on stderr)."""
+    if not speaks():
+        return iter(items)
     terminal = interactive()
     return iter(
         tqdm(
@@ -33,8 +36,15 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: s
     )
 
 
+def speaks() -> bool:
+    """Whether this process talks to the user: of several that a launcher started, only the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(line: str) -> None:
     """Print one line for the user without tearing a progress bar that is on the screen."""
+    if not speaks():
+        return
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 

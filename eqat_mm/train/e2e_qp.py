@@ -1,13 +1,14 @@
 """E2E-QP (EfficientQAT): train the step sizes of the whole packed model, end to end.
 
-Integers, zero points and everything else are frozen. The trainer is transformers' own `Trainer`; only the loss and
-the optimizer's parameters differ, so resuming, schedules, logging, accumulation, checkpoint rotation and DeepSpeed
-are those.
+Integers, zero points and everything else are frozen; a vision-language model may train its projector as well. The
+trainer is transformers' own `Trainer`; only the loss and the optimizer's parameters differ, so resuming, schedules,
+logging, accumulation, checkpoint rotation and DeepSpeed are those.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +18,18 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from eqat_mm.errors import TrainingError
+from eqat_mm.data.batching import SampleOrder
+from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.runtime.memory import keep_freed_memory
-from eqat_mm.runtime.precision import Precision, resolve
+from eqat_mm.runtime.precision import Precision, autocast, resolve
 from eqat_mm.runtime.progress import interactive
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 
 STAGE = "e2e-qp"
+
+Sample = dict[str, Tensor]
+Trained = Literal["scales", "projector", "scales+projector"]
 
 
 @dataclass(frozen=True)
@@ -32,24 +37,30 @@ class E2EQPConfig:
     """E2E-QP without the model and the data. The defaults are the paper's, for 2 bits and 7B parameters and up.
 
     Attributes:
+        trains: `scales` (step sizes), `projector` (of a vision-language model), or `scales+projector`.
         loss: `cross-entropy` (paper), or `kl` to the full-precision model's predictions.
         learning_rate: peak, of the step sizes (paper: 2e-5 at 2 bits, 1e-5 at 3 and 4).
+        lr_projector: peak, of the projector; null takes `learning_rate`.
         lr_floor: last learning rate as a fraction of the peak (cosine in between).
         warmup_steps: optimizer steps over which the learning rate rises.
         epochs: passes over the data.
         max_steps: optimizer steps; overrides `epochs` where it is given.
-        batch_size: sequences per device and forward.
+        batch_size: sequences per process and forward.
         accumulation: forwards per optimizer step.
         clip_norm: largest gradient norm.
         gradient_checkpointing: recompute activations of blocks in the backward.
         precision: of matrix products; `auto` takes bfloat16 where it is faster (see `runtime.precision`).
+        deepspeed: JSON file with the settings of DeepSpeed, where a launcher started several processes; without one
+            they run as plain data parallelism, and a single process needs none.
         logging_steps: optimizer steps between log lines.
         save_steps: optimizer steps between checkpoints to resume from; 0 keeps none.
         seed: of the order of the data.
     """
 
+    trains: Trained = "scales"
     loss: Literal["cross-entropy", "kl"] = "cross-entropy"
     learning_rate: float = 2e-5
+    lr_projector: float | None = None
     lr_floor: float = 0.05
     warmup_steps: int = 0
     epochs: float = 1.0
@@ -59,53 +70,93 @@ class E2EQPConfig:
     clip_norm: float = 1.0
     gradient_checkpointing: bool = False
     precision: Precision = "auto"
+    deepspeed: str | None = None
     logging_steps: int = 8
     save_steps: int = 100
     seed: int = 0
 
 
 class E2EQPTrainer(transformers.Trainer):
-    """`Trainer` of the step sizes of a packed model.
+    """`Trainer` of some parameters of a packed model.
 
     Args:
+        groups: AdamW parameter groups, from `trainable_groups`.
         teacher: full-precision model for the `kl` loss; None trains on `cross-entropy`.
+        order: of the samples; None shuffles them.
+        of_images: those of the trained parameters that a batch without images does not reach.
+        precision: of matrix products.
         **kwargs: as for `transformers.Trainer`.
     """
 
-    def __init__(self, *, teacher: nn.Module | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        groups: list[dict[str, Any]],
+        teacher: nn.Module | None = None,
+        order: SampleOrder | None = None,
+        of_images: Sequence[nn.Parameter] = (),
+        precision: Literal["float32", "bfloat16"] = "float32",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self.groups = groups
+        self.order = order
+        self.of_images = of_images
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        self.precision = precision
         self.model_accepts_loss_kwargs = True  # compute_loss averages over all sequences of a step
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Give the optimizer the step sizes, and nothing else."""
+        """Give the optimizer what is to be trained, and nothing else."""
         if self.optimizer is None:
-            assert isinstance(self.model, nn.Module)
-            scales = scale_parameters(self.model)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = kind([{"params": scales, "weight_decay": 0.0}], **options)
+            self.optimizer = kind(self.groups, **options)
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Sample,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the mean loss per predicted token over the whole optimizer step."""
         columns, labels = predictions_that_count(inputs["labels"])
         forward = {name: value for name, value in inputs.items() if name != "labels"} | {"logits_to_keep": columns}
-        outputs = model(**forward, use_cache=False)
+        with autocast(self.precision, columns.device):
+            outputs = model(**forward, use_cache=False)
         if self.teacher is None:
             loss = cross_entropy(outputs.logits, labels, num_items_in_batch)
         else:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(self.precision, columns.device):
                 wanted = self.teacher(**forward, use_cache=False).logits
             loss = kl_divergence(outputs.logits, wanted, labels, num_items_in_batch)
+        if self.of_images and "pixel_values" not in inputs:
+            loss = loss + self._zero()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _zero(self) -> Tensor:
+        """Return 0, with gradients of 0 in what only images give gradients to.
+
+        Data-parallel processes reduce gradients in the order they appear; one with a batch without images would not
+        meet one with images.
+        """
+        return torch.stack([parameter.sum() for parameter in self.of_images]).sum() * 0.0
+
+
+class _EpochOfOrder(transformers.TrainerCallback):
+    """Tells the order which epoch begins: a continued run wraps the sampler where the Trainer does not find it."""
+
+    def __init__(self, order: SampleOrder) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
+        self.order.set_epoch(int(state.epoch or 0))
 
 
 class WindowDataset(Dataset[dict[str, Tensor]]):
@@ -127,28 +178,54 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
 def run_e2e_qp(
     model: transformers.PreTrainedModel,
-    data: Dataset[dict[str, Tensor]],
+    data: Dataset[Sample],
     config: E2EQPConfig,
-    folder: Path,
+    arguments: transformers.TrainingArguments,
     *,
     teacher: nn.Module | None,
-    device: torch.device,
+    projector: nn.Module | None = None,
+    collator: transformers.DataCollator | None = None,
+    order: SampleOrder | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the step sizes of the packed `model` in place and round them to their storage dtype.
+    """Train the step sizes, or what `config.trains` says, of the packed `model` in place.
 
-    Continues from the last Trainer checkpoint in `folder`, where there is one.
+    Step sizes are rounded to their storage dtype at the end. Continues from the last Trainer checkpoint in the output
+    folder of `arguments`, where there is one.
+
+    Args:
+        model: packed.
+        data: samples.
+        config: settings.
+        arguments: the same settings as `training_arguments` translates them.
+        teacher: full-precision model, for the `kl` loss.
+        projector: the part of `model` between vision tower and language model, where there is one.
+        collator: makes a batch of samples; None stacks them.
+        order: of the samples, over all processes; None shuffles them.
 
     Returns:
         The Trainer's log, one record per line.
 
     Raises:
-        TrainingError: a step size or the loss is not finite at the end.
+        ConfigError: a projector is to be trained and there is none.
+        TrainingError: a trained parameter or the loss is not finite at the end.
     """
     keep_freed_memory()
-    arguments = training_arguments(config, folder, device)
-    trainer = E2EQPTrainer(model=model, args=arguments, train_dataset=data, teacher=teacher)
-    last = transformers.trainer_utils.get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=last)
+    groups = trainable_groups(model, projector, config)
+    trainer = E2EQPTrainer(
+        model=model,
+        args=arguments,
+        groups=groups,
+        train_dataset=data,
+        data_collator=collator,
+        teacher=teacher,
+        order=order,
+        of_images=[p for p in projector.parameters() if p.requires_grad] if projector is not None else (),
+        precision=resolve(config.precision, arguments.device),
+    )
+    if order is not None:
+        trainer.add_callback(_EpochOfOrder(order))
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(Path(str(arguments.output_dir))))
+    _make_whole(model)
     _require_finite(model, result.training_loss, config)
     for module in model.modules():
         if isinstance(module, PackedLinear):
@@ -157,7 +234,7 @@ def run_e2e_qp(
 
 
 def training_arguments(config: E2EQPConfig, folder: Path, device: torch.device) -> transformers.TrainingArguments:
-    """Translate the configuration for the Trainer."""
+    """Translate the configuration for the Trainer; under a launcher this joins the other processes."""
     return transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
@@ -172,8 +249,9 @@ def training_arguments(config: E2EQPConfig, folder: Path, device: torch.device) 
         weight_decay=0.0,
         max_grad_norm=config.clip_norm,
         activation_checkpointing=config.gradient_checkpointing,
-        bf16=resolve(config.precision, device) == "bfloat16",
         use_cpu=device.type == "cpu",
+        deepspeed=config.deepspeed,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         logging_steps=config.logging_steps,
@@ -192,16 +270,57 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for module in model.modules() if isinstance(module, PackedLinear) for p in module.scale_parameters()]
 
 
+def trainable_groups(model: nn.Module, projector: nn.Module | None, config: E2EQPConfig) -> list[dict[str, Any]]:
+    """Return AdamW parameter groups of what is trained, and make exactly these parameters trainable.
+
+    Raises:
+        ConfigError: a projector is to be trained and there is none.
+    """
+    wanted = config.trains.split("+")
+    groups: list[dict[str, Any]] = []
+    if "scales" in wanted:
+        groups.append({"params": scale_parameters(model), "weight_decay": 0.0})
+    if "projector" in wanted:
+        if projector is None:
+            raise ConfigError(
+                where="--trains",
+                given=f"{config.trains}, of a model without a projector",
+                allowed="scales",
+                do="train the step sizes, or choose a vision-language model",
+            )
+        rate = config.learning_rate if config.lr_projector is None else config.lr_projector
+        groups.append({"params": list(projector.parameters()), "lr": rate, "weight_decay": 0.0})
+    model.requires_grad_(False)
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        parameter.requires_grad_(True)
+    return groups
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the last checkpoint of the Trainer that is complete, if any: its state is what it writes last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+@torch.no_grad()
+def _make_whole(model: nn.Module) -> None:
+    """Give every process the whole parameters, which ZeRO-3 leaves in parts."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole = parameter.detach().clone()
+            parameter.data = whole
+
+
 def _require_finite(model: nn.Module, loss: float, config: E2EQPConfig) -> None:
-    broken = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, PackedLinear) and not module.weight_scale.isfinite().all()
-    ]
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    broken = [name for name, parameter in trained if not parameter.isfinite().all()]
     if broken or not math.isfinite(loss):
         raise TrainingError(
-            where="E2E-QP" + (f", step sizes of {broken[0]}" if broken else ""),
-            given=f"training loss {loss}, {len(broken)} linears with non-finite step sizes",
+            where="E2E-QP" + (f", {broken[0]}" if broken else ""),
+            given=f"training loss {loss}, {len(broken)} of {len(trained)} trained tensors not finite",
             allowed="finite numbers",
             do=f"lower --learning_rate (now {config.learning_rate:g}), or train with --precision float32",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,22 @@ from torch import Tensor, nn
 
 from eqat_mm.blocks.arch import Arch, Inputs
 from eqat_mm.blocks.capture import Sample
-from eqat_mm.blocks.source import OpenModel, WeightSource, open_model
+from eqat_mm.blocks.source import OpenModel, WeightSource, module_names, open_model
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.checkpoint.layout import PACKED_SUFFIX
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.rtn import run_rtn
-from llava_adapters import known_archs
+from llava_adapters import arch_for, known_archs
+from llava_adapters.tiny import IMAGE_TOKEN, tiny_llava, tiny_llava_next
+from tests.checkpoint.files import same_bytes
 from tests.tolerances import assert_close
 
 CPU = torch.device("cpu")
+CASES = known_archs() | {
+    "llava, mistral tower": replace(arch_for("llava"), tiny=lambda: tiny_llava("mistral")),
+    "llava, tied head": replace(arch_for("llava"), tiny=lambda: tiny_llava("llama", tie_word_embeddings=True)),
+    "llava_next, llama tower": replace(arch_for("llava_next"), tiny=lambda: tiny_llava_next("llama")),
+}
 
 
 @dataclass
@@ -46,9 +53,9 @@ class Case:
         return model.eval()
 
 
-@pytest.fixture(scope="module", params=sorted(known_archs()))
+@pytest.fixture(scope="module", params=sorted(CASES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    arch = known_archs()[request.param]
+    arch = CASES[request.param]
     model, batches = arch.tiny()
     folder = tmp_path_factory.mktemp(arch.name)
     model.save_pretrained(folder)  # type: ignore[operator]
@@ -104,8 +111,8 @@ def walk(case: Case, batches: list[Inputs], batch_tokens: int) -> Iterator[tuple
 def test_declared_paths_resolve(case: Case) -> None:
     opened = case.open()
     assert len(opened.blocks) >= 2
-    for path in (*case.arch.full_precision, case.arch.blocks):
-        case.arch.find(opened.model, path)
+    parts = case.arch.full_precision_parts(opened.model)
+    assert len(parts) == len(case.arch.full_precision)
     assert len(set(case.arch.linears)) == case.linears
 
 
@@ -118,7 +125,13 @@ def test_every_linear_of_a_block_is_declared(case: Case) -> None:
 def test_declared_parts_are_the_whole_model(case: Case) -> None:
     parts = tuple(f"{path}." for path in (*case.arch.full_precision, case.arch.blocks))
     names = [name for name, _ in case.open().model.named_parameters()]
-    assert [name for name in names if not name.startswith(parts)] == []
+    assert [name for name in names if not f"{name}.".startswith(parts)] == []
+
+
+def test_a_projector_is_a_part_that_only_vision_language_models_have(case: Case) -> None:
+    has_images = case.arch.auto_class == "AutoModelForImageTextToText"
+    assert (case.arch.find_projector(case.open().model) is not None) is has_images
+    assert not has_images or case.arch.projector in case.arch.full_precision
 
 
 def test_the_batches_cover_padding_on_both_sides(case: Case) -> None:
@@ -127,6 +140,18 @@ def test_the_batches_cover_padding_on_both_sides(case: Case) -> None:
     assert len(padded) < len(masks)
     assert any((mask[:, 0] == 0).any() for mask in padded)
     assert any((mask[:, -1] == 0).any() for mask in padded)
+
+
+def test_samples_of_a_vision_language_model_differ_in_images(case: Case) -> None:
+    with_images = [batch["input_ids"] for batch in case.batches if "pixel_values" in batch]
+    if case.arch.auto_class == "AutoModelForCausalLM":
+        assert with_images == []
+        return
+    assert 0 < len(with_images) < len(case.batches)
+    for tokens in with_images:
+        counts = (tokens == IMAGE_TOKEN).sum(1).tolist()
+        assert 0 in counts
+        assert len(set(counts)) == len(counts)
 
 
 def test_chained_blocks_equal_the_models_own_forward(case: Case) -> None:
@@ -208,14 +233,13 @@ def test_a_checkpoint_keeps_what_is_not_quantized_byte_for_byte(case: Case, tmp_
     opened = open_model(tmp_path / "full", case.arch)
     blocks = len(opened.blocks)
     manifest = run_rtn(opened, QuantSpec(bits=2, group_size=32), tmp_path, source="tiny", provenance={})
-    written = WeightSource(tmp_path / "model")
+    written = WeightSource(tmp_path / "model", module_names(opened.model))  # type: ignore[arg-type]
     packed = {name.removesuffix(PACKED_SUFFIX) for name in written.names() if name.endswith(PACKED_SUFFIX)}
     assert packed == {f"{case.arch.blocks}.{i}.{path}" for i in range(blocks) for path in case.arch.linears}
     assert manifest.arch == case.arch.name
-    source = WeightSource(tmp_path / "full", case.arch.renames)
-    kept = [name for name in source.names() if name.removesuffix(".weight") not in packed]
+    kept = [name for name in opened.source.names() if name.removesuffix(".weight") not in packed]
     assert any(name.startswith(case.arch.blocks) for name in kept)
     for name in kept:
-        assert source.read(name).dtype is written.read(name).dtype
-        assert torch.equal(source.read(name).view(torch.uint8), written.read(name).view(torch.uint8))
+        assert same_bytes(opened.source.read(name), written.read(name))
+        assert opened.source.stored_name(name) == written.stored_name(name)
     assert not {f"{path}.weight" for path in packed} & set(written.names())

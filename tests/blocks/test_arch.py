@@ -59,6 +59,19 @@ def test_paths_match_exactly_and_never_a_part() -> None:
         ARCH.find(ToyModel(), "proj")
 
 
+def test_a_parameter_is_a_part_of_what_holds_it() -> None:
+    model = ToyModel()
+    parts = replace(ARCH, full_precision=("embed.weight", "norm")).full_precision_parts(model)
+    assert parts == [("embed", model.embed, False), ("norm", model.norm, True)]
+
+
+@pytest.mark.parametrize("declared", [("embed",), ("embed", "norm.weight")])
+def test_a_parameter_in_no_part_is_an_error(declared: tuple[str, ...]) -> None:
+    with pytest.raises(AdapterError, match="in no declared part") as caught:
+        replace(ARCH, full_precision=declared).find_blocks(ToyModel())
+    assert "norm.bias of ToyModel" in caught.value.where
+
+
 @pytest.mark.parametrize("path", ["embed", "norm", "blocks.0"])
 def test_blocks_must_be_a_module_list(path: str) -> None:
     with pytest.raises(AdapterError, match="a ModuleList"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from eqat_mm.blocks.arch import Inputs
 from eqat_mm.blocks.source import INDEX, SINGLE, WeightSource, open_model
@@ -19,6 +19,7 @@ from eqat_mm.blocks.walker import BlockWalker, capture_front
 from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.runtime.files import read_json
 from llava_adapters import arch_for
+from tests.tiny_model import tiny_llama
 
 CPU = torch.device("cpu")
 LLAMA = arch_for("llama")
@@ -27,24 +28,14 @@ TOKENS = torch.arange(12).view(2, 6)
 
 def tiny(tie: bool = False) -> LlamaForCausalLM:
     """Return a random two-block Llama."""
-    config = LlamaConfig(
-        vocab_size=31,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tie,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = tiny_llama(tie_word_embeddings=tie).eval()
     return model
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model in several shards."""
-    tiny().save_pretrained(tmp_path, max_shard_size="20KB")
+    tiny().save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     return tmp_path
 
@@ -57,7 +48,7 @@ def shard_of(folder: Path, name: str) -> Path:
 def test_every_tensor_is_read_in_its_dtype(tmp_path: Path) -> None:
     model = tiny()
     nn.Module.to(model, torch.bfloat16)
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
     source = WeightSource(tmp_path)
     assert set(source.names()) == set(model.state_dict())
     for name, tensor in model.state_dict().items():
@@ -118,14 +109,22 @@ def test_a_missing_tensor(tmp_path: Path) -> None:
 def test_names_are_translated_to_those_of_the_modules(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path)
-    tensors = {name.replace("model.", "decoder.old_", 1): value for name, value in load_file(tmp_path / SINGLE).items()}
+    tensors = {f"old.{name}": value for name, value in load_file(tmp_path / SINGLE).items()}
     save_file(tensors, tmp_path / SINGLE)
-    source = WeightSource(tmp_path, renames=((r"^decoder\.", "model."), ("old_", "")))
+    source = WeightSource(tmp_path, lambda stored: stored.removeprefix("old."))
     assert set(source.names()) == set(model.state_dict())
-    opened = open_model(tmp_path, replace(LLAMA, renames=((r"^decoder\.old_", "model."),)))
-    opened.source.materialise(opened.blocks[0], "model.layers.0.", torch.float32, CPU)
-    for name, parameter in opened.blocks[0].named_parameters():
-        assert torch.equal(parameter, model.model.layers[0].get_parameter(name))
+    assert torch.equal(source.read("model.norm.weight"), model.model.norm.weight)
+    assert source.stored_name("model.norm.weight") == "old.model.norm.weight"
+    assert source.stored_name("model.norm.scale") == "old.model.norm.scale"
+
+
+def test_a_language_model_without_its_head_has_other_names(tmp_path: Path) -> None:
+    """As `from_pretrained` does, read the weights of the base model under the names of the whole one."""
+    tiny(tie=True).model.save_pretrained(tmp_path)
+    assert "norm.weight" in WeightSource.names_of(tmp_path / SINGLE)
+    opened = open_model(tmp_path, LLAMA)
+    assert "model.norm.weight" in opened.source
+    assert opened.source.stored_name("model.layers.0.mlp.up_proj.weight_packed") == "layers.0.mlp.up_proj.weight_packed"
 
 
 def test_a_model_is_opened_without_weights(folder: Path) -> None:
@@ -161,10 +160,12 @@ def test_the_front_is_read_and_the_head_is_not(tmp_path: Path, tie: bool) -> Non
     assert ("lm_head.weight" in opened.source) is not tie
 
     def batches() -> Iterator[Inputs]:
-        assert not opened.model.get_parameter("model.embed_tokens.weight").is_meta
-        assert opened.model.get_parameter("lm_head.weight").is_meta
         yield {"input_ids": TOKENS}
+        real = [name for name, parameter in opened.model.named_parameters() if not parameter.is_meta]
+        assert real == ["model.embed_tokens.weight"]
+        yield {"input_ids": TOKENS + 1}
 
-    (sample,) = capture_front(opened, batches(), torch.float32)
-    assert torch.equal(sample.hidden, model.model.embed_tokens(TOKENS))
+    samples = list(capture_front(opened, batches(), torch.float32))
+    assert torch.equal(samples[0].hidden, model.model.embed_tokens(TOKENS))
+    assert torch.equal(samples[1].hidden, model.model.embed_tokens(TOKENS + 1))
     assert all(parameter.is_meta for parameter in opened.model.parameters())

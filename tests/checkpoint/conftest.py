@@ -9,39 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from eqat_mm.blocks.source import open_model
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_for
+from tests.tiny_model import tiny_llama
 
 Pack = Callable[..., Path]
 PROVENANCE = {"command": "eqat rtn", "seed": 0}
 
-TINY: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-}
-
 
 def save_llama(folder: Path, **changes: Any) -> None:
     """Save a random two-block Llama in bfloat16."""
-    config = LlamaConfig(
-        vocab_size=97,
-        num_hidden_layers=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        **(TINY | changes),
-    )
+    model = tiny_llama(**changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,14 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
 
 import eqat_mm
 from eqat_kernels import unpack
-from eqat_mm.blocks.arch import set_submodule
-from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
 from tests.checkpoint.conftest import Pack
+from tests.checkpoint.foreign import assert_read_alike, foreign, logits_of, logits_of_a_stranger, packed_linears
 from tests.tolerances import assert_close
 
 GRID = [
@@ -38,99 +33,41 @@ def by_name(spec: QuantSpec) -> str:
     return spec.name
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=tokens).logits
-    return logits
-
-
-def foreign(folder: Path) -> PreTrainedModel:
-    """Load as anyone does."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
-
-
-def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
-
-
-def assert_read_alike(folder: Path, spec: QuantSpec, tokens: Tensor) -> None:
-    """Weights must agree bit for bit, and with their linears our model must give their logits exactly.
-
-    The symmetric grid is decompressed in float32; the asymmetric one in the dtype of the scales (see
-    `eqat_mm.checkpoint.layout.quantization_config`).
-    """
-    ours, theirs = eqat_mm.load(folder), foreign(folder)
-    their_logits = logits_of(theirs, tokens)
-    assert their_logits.abs().max() > 0.5
-    if spec.symmetric:
-        assert_close(logits_of(ours, tokens), their_logits, "model")
-    else:
-        assert_close(logits_of(ours, tokens), their_logits, "model", spec.storage_dtype)
-    linears = packed_linears(ours)
-    assert len(linears) == 14
-    for path, linear in linears.items():
-        dtype = torch.float32 if spec.symmetric else spec.storage_dtype
-        weight = theirs.get_parameter(f"{path}.weight")
-        assert torch.equal(weight, linear.dequantize(dtype).float())
-        set_submodule(ours, path, theirs.get_submodule(path))
-    assert torch.equal(logits_of(ours, tokens), their_logits)
-
-
 @pytest.mark.parametrize("spec", GRID, ids=by_name)
 def test_transformers_reads_the_same_model(pack: Pack, tokens: Tensor, spec: QuantSpec) -> None:
-    assert_read_alike(pack(spec), spec, tokens)
+    assert_read_alike(pack(spec), spec, {"input_ids": tokens})
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_transformers_reads_padded_words(pack: Pack, tokens: Tensor, bits: int, symmetric: bool) -> None:
     spec = QuantSpec(bits, -1, symmetric)
-    assert_read_alike(pack(spec, **ODD), spec, tokens)
+    assert_read_alike(pack(spec, **ODD), spec, {"input_ids": tokens})
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_transformers_reads_float16_scales(pack: Pack, tokens: Tensor, symmetric: bool) -> None:
     spec = QuantSpec(4, 64, symmetric, scale_dtype="float16")
-    assert_read_alike(pack(spec), spec, tokens)
+    assert_read_alike(pack(spec), spec, {"input_ids": tokens})
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_transformers_reads_biases(pack: Pack, tokens: Tensor, symmetric: bool) -> None:
     spec = QuantSpec(2, 64, symmetric)
-    assert_read_alike(pack(spec, attention_bias=True, mlp_bias=True), spec, tokens)
+    assert_read_alike(pack(spec, attention_bias=True, mlp_bias=True), spec, {"input_ids": tokens})
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_transformers_reads_a_tied_head(pack: Pack, tokens: Tensor, symmetric: bool) -> None:
     spec = QuantSpec(2, 64, symmetric)
-    assert_read_alike(pack(spec, tie_word_embeddings=True), spec, tokens)
-
-
-SCRIPT = """
-import sys
-sys.modules["eqat_mm"] = sys.modules["eqat_kernels"] = sys.modules["llava_adapters"] = None
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-folder, tokens, logits = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-with torch.no_grad():
-    save_file({"logits": model(input_ids=load_file(tokens)["tokens"]).logits}, logits)
-"""
+    assert_read_alike(pack(spec, tie_word_embeddings=True), spec, {"input_ids": tokens})
 
 
 def test_a_process_without_this_package_reads_it(pack: Pack, tokens: Tensor, tmp_path: Path) -> None:
-    folder = pack(QuantSpec(2, 64))
-    save_file({"tokens": tokens}, tmp_path / "tokens")
-    command = [sys.executable, "-W", "error", "-c", SCRIPT]
-    paths = [str(folder), str(tmp_path / "tokens"), str(tmp_path / "logits")]
-    done = subprocess.run(command + paths, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    logits = load_file(tmp_path / "logits")["logits"]
-    assert torch.equal(logits, logits_of(foreign(folder), tokens))
-    assert_close(logits_of(eqat_mm.load(folder), tokens), logits, "model", torch.bfloat16)
+    folder, inputs = pack(QuantSpec(2, 64)), {"input_ids": tokens}
+    logits = logits_of_a_stranger(folder, "AutoModelForCausalLM", inputs, tmp_path)
+    assert torch.equal(logits, logits_of(foreign(folder), inputs))
+    assert_close(logits_of(eqat_mm.load(folder), inputs), logits, "model", torch.bfloat16)
 
 
 @pytest.mark.parametrize("spec", GRID, ids=by_name)

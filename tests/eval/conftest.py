@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.eval.tiny import VOCABULARY, tiny_llama
+from llava_adapters.tiny import VOCABULARY
+from tests.tiny_model import tiny_llama, word_tokenizer
 
 
 @pytest.fixture
@@ -30,9 +28,4 @@ def windows_NT() -> Tensor:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<unk>": 0, "</s>": 1} | {f"w{index}": index for index in range(2, VOCABULARY)}
-    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"
-    )
+    return word_tokenizer()

@@ -24,6 +24,7 @@ from eqat_mm.train.e2e_qp import (
     WindowDataset,
     run_e2e_qp,
     scale_parameters,
+    trainable_groups,
     training_arguments,
 )
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
@@ -66,7 +67,8 @@ def train(
     teacher: nn.Module | None = None,
 ) -> list[float]:
     """Train; returns the loss of every optimizer step."""
-    log = run_e2e_qp(model, WindowDataset(windows), config, folder, teacher=teacher, device=CPU)
+    arguments = training_arguments(config, folder, CPU)
+    log = run_e2e_qp(model, WindowDataset(windows), config, arguments, teacher=teacher)
     return [record["loss"] for record in log if "loss" in record]
 
 
@@ -105,7 +107,9 @@ def test_only_step_sizes_get_gradients(
     model: transformers.PreTrainedModel, teacher: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path
 ) -> None:
     arguments = training_arguments(CONFIG, tmp_path, CPU)
-    trainer = E2EQPTrainer(model=model, args=arguments, train_dataset=WindowDataset(windows), teacher=teacher)
+    groups = trainable_groups(model, None, CONFIG)
+    data = WindowDataset(windows)
+    trainer = E2EQPTrainer(model=model, args=arguments, groups=groups, train_dataset=data, teacher=teacher)
     batch = {"input_ids": windows[:2], "labels": windows[:2]}
     trainer.compute_loss(model, batch).backward()
     names = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -118,7 +122,9 @@ def test_the_optimizer_holds_the_step_sizes_alone(
     model: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path
 ) -> None:
     arguments = training_arguments(CONFIG, tmp_path, CPU)
-    optimizer = E2EQPTrainer(model=model, args=arguments, train_dataset=WindowDataset(windows)).create_optimizer()
+    groups = trainable_groups(model, None, CONFIG)
+    data = WindowDataset(windows)
+    optimizer = E2EQPTrainer(model=model, args=arguments, groups=groups, train_dataset=data).create_optimizer()
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for name, parameter in model.named_parameters() if name.endswith(".weight_scale")}
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
@@ -212,7 +218,7 @@ def test_a_non_finite_loss_is_an_error(
     with pytest.raises(TrainingError) as raised:
         train(model, windows, tmp_path)
     assert_four_lines(raised.value)
-    assert "model.layers.0.self_attn.q_proj" in raised.value.where
+    assert "model.layers.0.self_attn.q_proj.weight_scale" in raised.value.where
     assert "--learning_rate (now 0.002)" in raised.value.do
 
 
@@ -229,9 +235,9 @@ def test_non_finite_step_sizes_are_an_error(
         return result
 
     monkeypatch.setattr(E2EQPTrainer, "train", break_one)
-    with pytest.raises(TrainingError, match=f"step sizes of {name}") as raised:
+    with pytest.raises(TrainingError, match=f"{name}.weight_scale") as raised:
         train(model, windows, tmp_path)
-    assert "1 linears with non-finite step sizes" in raised.value.given
+    assert "1 of 21 trained tensors not finite" in raised.value.given
 
 
 def test_windows_are_their_own_labels(windows: Tensor) -> None:

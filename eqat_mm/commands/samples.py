@@ -1,0 +1,63 @@
+"""From a job's data settings to what a trainer takes: text windows, or conversations about images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from torch.utils.data import Dataset
+
+from eqat_mm.commands.models import load_processor, load_tokenizer
+from eqat_mm.data.batching import Collator, SampleOrder
+from eqat_mm.data.image_text import ImageTextData, image_text_data
+from eqat_mm.data.windows import TextWindows, digest_of, text_windows
+from eqat_mm.train.e2e_qp import Sample, WindowDataset
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Training data of E2E-QP.
+
+    Attributes:
+        dataset: the samples.
+        collator: makes a batch of them; None stacks them.
+        order: in which they come; None shuffles them.
+        digest: a hash by which changed data is noticed.
+        without_images: number of samples that have no image; 0 where none are to have any.
+    """
+
+    dataset: Dataset[Sample]
+    collator: transformers.DataCollator | None
+    order: SampleOrder | None
+    digest: str
+    without_images: int = 0
+
+
+def text_samples(folder: Path, config: TextWindows) -> Samples:
+    """Return windows of text in the tokens of the model in `folder`.
+
+    Raises:
+        EqatError: unreadable text or tokenizer, or too little text.
+    """
+    windows = text_windows(load_tokenizer(folder), config)
+    return Samples(WindowDataset(windows), None, None, digest_of(windows))
+
+
+def image_text_samples(folder: Path, config: ImageTextData, step: int) -> Samples:
+    """Return checked conversations, with the processor of the model in `folder`.
+
+    Args:
+        folder: of the model.
+        config: which conversations.
+        step: samples in one optimizer step, over all processes and accumulated forwards.
+
+    Raises:
+        EqatError: unreadable data, bad samples, or a model without a processor.
+    """
+    processor = load_processor(folder)
+    data = image_text_data(processor, config)
+    order = SampleOrder(
+        data.lengths, data.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
+    )
+    return Samples(data, Collator(processor.tokenizer), order, data.digest(), sum(data.text_only))

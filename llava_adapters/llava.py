@@ -1,0 +1,26 @@
+"""LLaVA-1.5: a CLIP vision tower, a projector and a language tower, which alone is quantized."""
+
+from eqat_mm.blocks.arch import Arch
+from llava_adapters.llama import STAGES, SUMS
+from llava_adapters.tiny import tiny_llava
+
+FULL_PRECISION = (
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "model.language_model.embed_tokens",
+    "model.language_model.norm",
+    "lm_head",
+)
+
+ARCH = Arch(
+    name="llava",
+    model_types=("llava",),
+    auto_class="AutoModelForImageTextToText",
+    blocks="model.language_model.layers",
+    stages=STAGES,
+    sums=SUMS,
+    projector="model.multi_modal_projector",
+    full_precision=FULL_PRECISION,
+    tiny=lambda: tiny_llava("llama"),
+)
+"""The declaration; see docs/adding_a_model.md."""

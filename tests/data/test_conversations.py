@@ -1,0 +1,188 @@
+"""LLaVA's format is read from files and data sets; every fault of a record has its message."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from eqat_mm.data.conversations import Turn, read_records
+from eqat_mm.data.images import ImageFile, TableImage
+from eqat_mm.data.problems import BadSample
+from eqat_mm.errors import DataError
+
+
+def human(value: Any) -> dict[str, Any]:
+    return {"from": "human", "value": value}
+
+
+def gpt(value: Any) -> dict[str, Any]:
+    return {"from": "gpt", "value": value}
+
+
+GOOD = {"id": 7, "image": "b/a.png", "conversations": [human("<image>\nwhat?\n"), gpt(" a cat ")]}
+TEXT = {"id": "8", "conversations": [human("hello"), gpt("hi"), human("bye"), gpt("bye")]}
+
+
+def _write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def _jsonl(*records: Any) -> str:
+    return "\n\n".join(json.dumps(record) for record in records)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [("a.json", json.dumps([GOOD, TEXT]), "record 1"), ("a.jsonl", _jsonl(GOOD, TEXT), "line 3")],
+    ids=["json", "jsonl"],
+)
+def test_files_of_records(tmp_path: Path, name: str, text: str, where: str) -> None:
+    records = read_records(_write(tmp_path / name, "\ufeff" + text))
+    assert len(records) == 2
+    first, second = records.conversation(0), records.conversation(1)
+    assert first.turns == (Turn("user", "<image>\nwhat?"), Turn("assistant", "a cat"))
+    assert first.images == (ImageFile(tmp_path / "b" / "a.png"),)
+    assert [turn.role for turn in second.turns] == ["user", "assistant"] * 2
+    assert second.images == ()
+    assert second.where == records.where(1) == f"{tmp_path / name}, {where}"
+
+
+def test_several_images_and_a_folder_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    record = {
+        "image": ["a.png", "b.png"],
+        "conversations": [human("<image> or"), gpt("no"), human("<image>"), gpt("x")],
+    }
+    records = read_records(_write(tmp_path / "a.json", json.dumps([record])), tmp_path / "images")
+    assert records.conversation(0).images == tuple(ImageFile(tmp_path / "images" / name) for name in ("a.png", "b.png"))
+
+
+def test_other_names_of_speakers(tmp_path: Path) -> None:
+    turns = [{"from": name, "value": name} for name in ("system", "user", "assistant")]
+    records = read_records(_write(tmp_path / "a.json", json.dumps([{"image": None, "conversations": turns}])))
+    assert [turn.role for turn in records.conversation(0).turns] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ("text", "a JSON str instead of an object"),
+        ({"id": 1}, "no list of turns"),
+        ({"conversations": []}, "no list of turns"),
+        ({"conversations": ["hello"]}, "turn 1 has not the two strings"),
+        ({"conversations": [human("a"), gpt(None)]}, "turn 2 has not the two strings"),
+        ({"conversations": [human("a"), {"from": "bing", "value": "b"}]}, "unknown speaker 'bing' in turn 2"),
+        ({"conversations": [human("a"), gpt(" \n")]}, "empty answer in turn 2"),
+        ({"conversations": [human(""), gpt("b")]}, "empty text in turn 1"),
+        ({"conversations": [gpt("a"), human("b"), gpt("c")]}, "turn 1 is the assistant's"),
+        ({"conversations": [human("a"), human("b"), gpt("c")]}, "turn 2 is the user's"),
+        ({"conversations": [human("a"), gpt("b"), human("c")]}, "no answer to the last turn"),
+        ({"conversations": [human("a"), gpt("b <image>")], "image": "a.png"}, "<image> in turn 2"),
+        ({"conversations": [human("a \ud83d"), gpt("b")]}, "turn 1 holds text that is not Unicode"),
+        ({"conversations": [human("<image>"), gpt("b")]}, "1 <image> in the text for 0 images"),
+        ({"conversations": [human("a"), gpt("b")], "image": "a.png"}, "0 <image> in the text for 1 images"),
+        (
+            {"conversations": [human("<image><image>"), gpt("b")], "image": ["a.png"]},
+            "2 <image> in the text for 1 images",
+        ),
+        ({"conversations": [human("<image>"), gpt("b")], "image": "../a.png"}, "leaves the image folder"),
+        ({"conversations": [human("<image>"), gpt("b")], "image": 5}, "image is 5, not a path"),
+        ({"conversations": [human("<image>"), gpt("b")], "image": [""]}, "image is '', not a path"),
+    ],
+    ids=str,
+)
+def test_each_fault_of_a_record(tmp_path: Path, record: Any, problem: str) -> None:
+    records = read_records(_write(tmp_path / "a.json", json.dumps([record])))
+    with pytest.raises(BadSample) as caught:
+        records.conversation(0)
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where", "given"),
+    [
+        ("a.json", "[", "a.json", "not JSON"),
+        ("a.json", "{}", "a.json", "a JSON dict"),
+        ("a.json", "[]", "a.json", "no records"),
+        ("a.jsonl", "\n", "a.jsonl", "no records"),
+        ("a.jsonl", '{"a": 1}\n\n{"a"', "a.jsonl, line 3", "not JSON"),
+        ("a.csv", "a,b", "a.csv", "a file of type .csv"),
+    ],
+)
+def test_a_faulty_file_is_named(tmp_path: Path, name: str, text: str, where: str, given: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_records(_write(tmp_path / name, text))
+    assert caught.value.where == str(tmp_path / where)
+    assert given in caught.value.given
+
+
+def test_text_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes('["ä"]'.encode("latin-1"))
+    with pytest.raises(DataError, match="can't decode"):
+        read_records(str(tmp_path / "a.json"))
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        read_records(str(tmp_path / "a.json"))
+    with pytest.raises(DataError, match="no such folder"):
+        read_records(_write(tmp_path / "b.json", json.dumps([TEXT])), tmp_path / "images")
+
+
+def _png(colour: str) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 3), colour).save(buffer, "png")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _hub(monkeypatch: pytest.MonkeyPatch, columns: dict[str, Any], image: Any) -> None:
+    feature = {} if image is None else {"image": image}
+    turns = datasets.List({"from": datasets.Value("string"), "value": datasets.Value("string")})
+    features = datasets.Features({"id": datasets.Value("string"), "conversations": turns, **feature})
+    table = datasets.Dataset.from_dict(columns, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+
+
+def test_a_data_set_with_images_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {
+        "id": ["a", "b"],
+        "conversations": [[human("<image> what?"), gpt("red")], [human("hello"), gpt("hi")]],
+        "image": [_png("red"), None],
+    }
+    _hub(monkeypatch, columns, datasets.Image())
+    records = read_records("hf:name")
+    (image,) = records.conversation(0).images
+    assert isinstance(image, TableImage)
+    assert Image.open(image.file()).size == (2, 3)
+    assert records.conversation(1).images == ()
+    assert records.where(1) == "hf:name, row 1"
+
+
+def test_a_data_set_with_lists_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {
+        "id": ["a"],
+        "conversations": [[human("<image> or <image>?"), gpt("red")]],
+        "image": [[_png("red"), _png("blue")]],
+    }
+    _hub(monkeypatch, columns, datasets.List(datasets.Image()))
+    images = read_records("hf:name").conversation(0).images
+    assert [Image.open(image.file()).getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_a_data_set_with_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {"id": ["a"], "conversations": [[human("<image>"), gpt("red")]], "image": ["a.png"]}
+    _hub(monkeypatch, columns, datasets.Value("string"))
+    assert read_records("hf:name", tmp_path).conversation(0).images == (ImageFile(tmp_path / "a.png"),)
+
+
+def test_a_data_set_of_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(DataError, match="the columns text"):
+        read_records("hf:name")
