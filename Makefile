@@ -8,7 +8,7 @@ CODE := eqat_mm llava_adapters kernels eval scripts benchmarks tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-gpu lint format types imports check bench clean
+.PHONY: help setup demo test test-all test-gpu lint format types imports aot check bench bench-kernels clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,10 +53,16 @@ types: setup  ## mypy, strict
 imports: setup  ## the floors: who may import whom
 	$(BIN)/lint-imports --no-logo
 
-check: lint types imports test  ## everything CI runs
+aot: setup  ## compile every Triton kernel for sm_80, sm_90 and sm_100 without a GPU; a spill is an error
+	cd kernels && ../$(BIN)/python -m eqat_kernels.aot
 
-bench: setup  ## time the kernels and one block
+check: lint types imports test aot  ## everything CI runs
+
+bench: setup  ## speed and memory of the training paths, as ratios
 	$(BIN)/python benchmarks/run.py
+
+bench-kernels: setup  ## speed of the kernels, as ratios; on the CPU where there is no GPU
+	$(BIN)/python benchmarks/time_kernels.py
 
 clean:  ## remove caches and build leftovers (keeps .venv and runs/)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

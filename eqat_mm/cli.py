@@ -146,11 +146,12 @@ def _tuned_recipe(name: str, argv: Sequence[str], job_class: type[Any]) -> str |
 
     model = next((field.default for field in fields(job_class) if field.name == "model"), None)
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--config")
-    flags.add_argument("--model", default=model)
-    flags.add_argument("--quant.bits", dest="bits", default="2")
+    for flag, default in (("--config", None), ("--model", model), ("--quant.bits", "2")):
+        flags.add_argument(flag, nargs="?", default=default)  # a missing value is the real parser's to refuse
     known, _ = flags.parse_known_args(argv)
-    return None if known.config or not known.model else fitting_recipe(name, known.model, known.bits)
+    if known.config or not known.model:
+        return None
+    return fitting_recipe(name, known.model, getattr(known, "quant.bits"))
 
 
 def _spelled_out(argv: Sequence[str], job_class: type[Any]) -> list[str]:

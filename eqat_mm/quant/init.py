@@ -79,12 +79,15 @@ def _range_grid(w_OGg: Tensor, spec: QuantSpec, shrink_low: float, shrink_high: 
 
 
 def _search(w_OGg: Tensor, h_Gg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Try every pair of shrink ratios (one ratio if symmetric), refit s, keep the best per group."""
+    """Try every pair of shrink ratios (one ratio if symmetric), refit s, keep the best per group.
+
+    The full range comes first: a group that no input reaches keeps it.
+    """
     best_error = torch.full(w_OGg.shape[:2], torch.inf, device=w_OGg.device)
     best_scale = torch.ones_like(best_error)
     best_zero = torch.zeros_like(best_error)
     smallest = SMALLEST_SHRINK[spec.bits]
-    fractions = [smallest + (1 - smallest) * i / (CANDIDATES - 1) for i in range(CANDIDATES)]
+    fractions = [1 - (1 - smallest) * i / (CANDIDATES - 1) for i in range(CANDIDATES)]
     for low in fractions:
         for high in (low,) if spec.symmetric else fractions:
             scale, zero = _range_grid(w_OGg, spec, low, high)

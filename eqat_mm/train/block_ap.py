@@ -23,7 +23,7 @@ from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.fake_linear import FakeQuantLinear
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.memory import peak_bytes
+from eqat_mm.runtime.memory import peak_bytes, release_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.train.commit import RunState
@@ -101,6 +101,7 @@ def run_block_ap(
         batch_tokens=config.batch_tokens,
     )
     state.restore(walker)
+    release_freed_memory()
     console = _Console(len(walker), state.done, device)
     for step in walker.walk(state.done):
         report = quantize_block(walker, step, config)
@@ -119,6 +120,7 @@ def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) 
     walker.advance_fp(step)
     for path, linear in arch.named_linears(step.block):
         set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant))
+    release_freed_memory()
     report = fit_block(walker, step, config.fit, seed=config.seed)
     for path in arch.linears:
         fake = step.block.get_submodule(path)

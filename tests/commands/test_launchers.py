@@ -32,7 +32,7 @@ pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "e2e_qp.py")
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", SCRIPT]
-SAMPLES = 48
+SAMPLES = 64
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_continues_it(place: 
     assert not (place / "killed" / "model").exists()
     done = run(killed)
     assert done.returncode == 0, done.stderr
-    assert len(losses(place, "killed")) < len(losses(place, "whole"))
+    assert 0 < done.stdout.count("{'loss'") < len(losses(place, "whole"))
     left, right = tensors_of(place / "killed" / "model"), tensors_of(place / "whole" / "model")
     assert all(torch.equal(left[key], right[key]) for key in right)
 

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from eqat_kernels import IMPLEMENTATIONS, dequantize, dispatch, fake_quantize, quant_linear, select
+from eqat_kernels import (
+    IMPLEMENTATIONS,
+    PackedLayout,
+    dequantize,
+    dispatch,
+    fake_quantize,
+    pack,
+    quant_linear,
+    select,
+    unpack,
+)
 from tests.kernels.naive import random_packed_weight
 
 OPS = sorted(IMPLEMENTATIONS)
 TENSOR = torch.zeros(1)
+FOLDER = Path(dispatch.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +44,10 @@ def call(op: str, impl: str) -> torch.Tensor:
         return fake_quantize(torch.randn(3, 32), packed.scale, packed.zero_OG.float(), 2, impl=impl)
     if op == "dequantize":
         return dequantize(packed.words, packed.scale, packed.zero_words, packed.layout, impl=impl)
+    if op == "pack":
+        return pack(packed.codes_OI, 2, impl=impl)
+    if op == "unpack":
+        return unpack(packed.words, 2, 32, impl=impl)
     assert op == "quant_linear"
     return quant_linear(torch.randn(2, 32), packed.words, packed.scale, packed.zero_words, packed.layout, impl=impl)
 
@@ -65,6 +83,50 @@ def test_the_environment_decides_for_auto(op: str, monkeypatch: pytest.MonkeyPat
 def test_an_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EQAT_KERNELS", "fastest")
     assert select("fake_quantize", "reference", TENSOR) == "reference"
+
+
+def test_what_cannot_run_is_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    ragged = PackedLayout(bits=2, group_size=20, out_features=4, in_features=60)
+    for impl in ("cpu", "triton"):
+        with pytest.raises(ValueError, match=rf"'{impl}' cannot run: .*not in torch.float64"):
+            select("quant_linear", impl, TENSOR.double())
+        with pytest.raises(ValueError, match=rf"'{impl}' cannot run: groups must be multiples of 32"):
+            select("quant_linear", impl, TENSOR, layout=ragged)
+    with pytest.raises(ValueError, match=r"'cpu' cannot run: it trains float32 weights, not torch\.bfloat16"):
+        select("fake_quantize", "cpu", TENSOR.bfloat16())
+    with pytest.raises(ValueError, match="'cpu' cannot run: the tensor is on meta"):
+        select("fake_quantize", "cpu", TENSOR.to("meta"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="'triton' cannot run: the tensor is on cpu"):
+        select("fake_quantize", "triton", TENSOR)
+
+
+def test_auto_never_chooses_what_cannot_run() -> None:
+    ragged = PackedLayout(bits=2, group_size=20, out_features=4, in_features=60)
+    assert select("quant_linear", "auto", TENSOR, layout=ragged) == "reference"
+    assert select("quant_linear", "auto", TENSOR.double()) == "reference"
+    assert select("quant_linear", "auto", TENSOR.to("meta")) == "reference"
+    assert select("quant_linear", "auto", TENSOR) != "triton"  # interpreted: for tests that ask for it
+
+
+def test_everything_works_where_triton_is_missing() -> None:
+    """In a process of its own, whose import system knows no Triton."""
+    code = """
+import sys, torch
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'triton': raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import eqat_kernels
+w = torch.ones(2, 32)
+assert torch.equal(eqat_kernels.fake_quantize(w, torch.ones(2, 1), torch.zeros(2, 1), 2), w)
+assert 'triton' not in sys.modules
+try: eqat_kernels.fake_quantize(w, torch.ones(2, 1), torch.zeros(2, 1), 2, impl='triton')
+except ValueError as error: print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=FOLDER)
+    assert done.returncode == 0, done.stderr
+    assert "implementation 'triton' cannot run: Triton is not installed" in done.stdout
 
 
 def test_a_choice_is_logged_once_per_op(caplog: pytest.LogCaptureFixture) -> None:

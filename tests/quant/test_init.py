@@ -169,3 +169,12 @@ def test_grids_are_float32_and_the_weight_is_left_alone(dtype: torch.dtype, init
 def test_a_group_that_does_not_divide_names_the_layer() -> None:
     with pytest.raises(ConfigError, match=r"layers\.3\.up_proj"):
         initial_grid(torch.randn(4, 80), QuantSpec(2, 32), layer="layers.3.up_proj", init="minmax")
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=by_name)
+def test_groups_that_no_input_reaches_keep_the_full_range(spec: QuantSpec) -> None:
+    weight = torch.randn(7, 192)
+    full = initial_grid(weight, spec, layer="layer", init="minmax")
+    searched = initial_grid(weight, spec, layer="layer", init="search", hessian=torch.zeros(192, 192))
+    assert torch.equal(searched.scale, full.scale)
+    assert torch.equal(searched.zero_point, full.zero_point)

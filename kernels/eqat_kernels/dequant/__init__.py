@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eqat_kernels.dequant import reference
-from eqat_kernels.dispatch import select
-from eqat_kernels.packing import PackedLayout
-
-_RUN = {"reference": reference.dequantize}
+from eqat_kernels.dispatch import implementation, select
+from eqat_kernels.layout import PackedLayout
 
 
 def dequantize(
@@ -35,7 +32,9 @@ def dequantize(
     Returns:
         W_hat, [O, I].
     """
-    return _RUN[select("dequantize", impl, words)](words, scale, zero_words, layout, dtype)
+    chosen = select("dequantize", impl, words, dtype=dtype, layout=layout)
+    weight: Tensor = implementation("dequantize", chosen).dequantize(words, scale, zero_words, layout, dtype)
+    return weight
 
 
 __all__ = ["dequantize"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eqat_kernels.packing import PackedLayout, unpack
+from eqat_kernels.layout import PackedLayout
+from eqat_kernels.packing.reference import unpack
 
 
 def dequantize(

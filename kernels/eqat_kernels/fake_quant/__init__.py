@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from eqat_kernels.dispatch import select
-from eqat_kernels.fake_quant import reference
-
-_RUN = {"reference": reference.fake_quantize}
+from eqat_kernels.dispatch import implementation, select
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, impl: str = "auto") -> Tensor:
@@ -23,7 +23,24 @@ def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, 
     Returns:
         W_hat, float [O, I], eqs. 1 and 2 of EfficientQAT (arXiv 2407.11062).
     """
-    return _RUN[select("fake_quantize", impl, weight)](weight, scale, zero_point, bits)
+    chosen = select("fake_quantize", impl, weight)
+    return _FakeQuantize.apply(weight, scale, zero_point, bits, chosen)  # type: ignore[no-any-return]
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Keeps the inputs and nothing else; an implementation is a module with `forward` and `backward`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, chosen: str) -> Tensor:
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.bits, ctx.chosen = bits, chosen
+        result: Tensor = implementation("fake_quantize", chosen).forward(weight, scale, zero_point, bits)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        run = implementation("fake_quantize", ctx.chosen).backward
+        return (*run(grad, *ctx.saved_tensors, ctx.bits), None, None)
 
 
 __all__ = ["fake_quantize"]

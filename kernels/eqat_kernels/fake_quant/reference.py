@@ -21,7 +21,6 @@ Shape letters: O output rows (of a slice), G groups, g group size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,37 +29,33 @@ SLICE = 1 << 18
 """Elements of W handled at a time: 1 MiB in float32, a common second-level cache."""
 
 
-def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """See `eqat_kernels.fake_quantize`."""
-    return _FakeQuantize.apply(weight, scale, zero_point, bits)  # type: ignore[no-any-return]
+def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Return W_hat [O, I]; see `eqat_kernels.fake_quantize`."""
+    top = (1 << bits) - 1
+    result = torch.empty_like(weight)
+    for w_OGg, s_OG1, z_OG1, out_OGg in _slices(weight, scale, zero_point, result):
+        torch.div(w_OGg, s_OG1, out=out_OGg)
+        out_OGg.round_().add_(z_OG1).clamp_(0, top).sub_(z_OG1).mul_(s_OG1)
+    return result
 
 
-class _FakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-        ctx.save_for_backward(weight, scale, zero_point)
-        ctx.top = (1 << bits) - 1
-        result = torch.empty_like(weight)
-        for w_OGg, s_OG1, z_OG1, out_OGg in _slices(weight, scale, zero_point, result):
-            torch.div(w_OGg, s_OG1, out=out_OGg)
-            out_OGg.round_().add_(z_OG1).clamp_(0, ctx.top).sub_(z_OG1).mul_(s_OG1)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        weight, scale, zero_point = ctx.saved_tensors
-        grad_w = torch.empty_like(weight)
-        grads_s, grads_z = [], []
-        for w_OGg, s_OG1, z_OG1, grad_OGg, grad_w_OGg in _slices(weight, scale, zero_point, grad, grad_w):
-            u_OGg = w_OGg / s_OG1
-            v_OGg = u_OGg.round().add_(z_OG1)
-            q_OGg = v_OGg.clamp(0, ctx.top)
-            inside_OGg = v_OGg.eq_(q_OGg)  # 1.0 or 0.0: products with a bool tensor are several times slower
-            torch.mul(grad_OGg, inside_OGg, out=grad_w_OGg)
-            slope_OGg = q_OGg.sub_(z_OG1).sub_(u_OGg.mul_(inside_OGg))
-            grads_s.append(slope_OGg.mul_(grad_OGg).sum(-1))
-            grads_z.append((grad_w_OGg.sum(-1) - grad_OGg.sum(-1)).mul_(s_OG1.squeeze(-1)))
-        return grad_w, torch.cat(grads_s), torch.cat(grads_z), None
+def backward(
+    grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients dW [O, I], ds and dz [O, G] from that of W_hat."""
+    top = (1 << bits) - 1
+    grad_w = torch.empty_like(weight)
+    grads_s, grads_z = [], []
+    for w_OGg, s_OG1, z_OG1, grad_OGg, grad_w_OGg in _slices(weight, scale, zero_point, grad, grad_w):
+        u_OGg = w_OGg / s_OG1
+        v_OGg = u_OGg.round().add_(z_OG1)
+        q_OGg = v_OGg.clamp(0, top)
+        inside_OGg = v_OGg.eq_(q_OGg)  # 1.0 or 0.0: products with a bool tensor are several times slower
+        torch.mul(grad_OGg, inside_OGg, out=grad_w_OGg)
+        slope_OGg = q_OGg.sub_(z_OG1).sub_(u_OGg.mul_(inside_OGg))
+        grads_s.append(slope_OGg.mul_(grad_OGg).sum(-1))
+        grads_z.append((grad_w_OGg.sum(-1) - grad_OGg.sum(-1)).mul_(s_OG1.squeeze(-1)))
+    return grad_w, torch.cat(grads_s), torch.cat(grads_z)
 
 
 def _slices(weight: Tensor, scale: Tensor, zero_point: Tensor, *like_weight: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -8,10 +8,11 @@ codes that fills whole bytes is 4, 8, 2 and 1 codes in 1, 3, 1 and 1 bytes.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from eqat_kernels.layout import words_for
 
 _RUN = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
 """bits -> (codes per run, bytes per run)"""
@@ -20,41 +21,11 @@ if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("eqat_kernels packs codes by viewing words as bytes and needs a little-endian machine")
 
 
-@dataclass(frozen=True)
-class PackedLayout:
-    """Shape of one packed weight matrix W[O, I].
-
-    Attributes:
-        bits: N, width of a code.
-        group_size: input channels that share a step size; it divides `in_features`.
-        out_features: O.
-        in_features: I.
-    """
-
-    bits: int
-    group_size: int
-    out_features: int
-    in_features: int
-
-    @property
-    def groups(self) -> int:
-        """G, groups per output row."""
-        return self.in_features // self.group_size
-
-
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack unsigned codes along the last dimension.
-
-    Args:
-        codes: integers in [0, 2^bits), any integer dtype, shape [..., n].
-        bits: 2, 3, 4 or 8.
-
-    Returns:
-        int32 [..., ceil(n * bits / 32)].
-    """
+    """See `eqat_kernels.pack`."""
     per_run, run_bytes = _RUN[bits]
     length = codes.shape[-1]
-    words = -(-length * bits // 32)
+    words = words_for(length, bits)
     runs = -(-length // per_run)
     runs_of_codes = _pad_last(codes, runs * per_run).unflatten(-1, (runs, per_run))
     stream = torch.zeros(*codes.shape[:-1], runs, dtype=torch.int32, device=codes.device)
@@ -67,16 +38,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, length: int) -> Tensor:
-    """Inverse of `pack`.
-
-    Args:
-        words: int32 [..., ceil(length * bits / 32)].
-        bits: 2, 3, 4 or 8.
-        length: n, codes per row.
-
-    Returns:
-        uint8 [..., n].
-    """
+    """See `eqat_kernels.unpack`."""
     per_run, run_bytes = _RUN[bits]
     runs = -(-length // per_run)
     # the last run may end before the last word, or reach beyond it; the extra axis has stride 1, as `view` requires

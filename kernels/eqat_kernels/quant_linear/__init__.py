@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from eqat_kernels.dispatch import select
-from eqat_kernels.packing import PackedLayout
-from eqat_kernels.quant_linear import reference
-
-_RUN = {"reference": reference.quant_linear}
+from eqat_kernels.dispatch import implementation, select
+from eqat_kernels.layout import PackedLayout
 
 
 def quant_linear(
@@ -24,8 +23,7 @@ def quant_linear(
 ) -> Tensor:
     """Return x @ W_hat.T + bias; differentiable in `x`, `scale` and `bias`.
 
-    Between forward and backward only `x` and the packed integers are kept; the backward rebuilds the dense
-    weight of this one layer.
+    Between forward and backward only `x` and the packed integers are kept.
 
     Args:
         x: activations, float [..., I]; under autocast they are cast first.
@@ -41,7 +39,47 @@ def quant_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _RUN[select("quant_linear", impl, x)](x, words, scale, zero_words, layout, bias)
+    chosen = select("quant_linear", impl, x, layout=layout)
+    x_TI = x.reshape(-1, x.shape[-1])
+    y_TO: Tensor
+    if torch.is_grad_enabled():
+        y_TO = _QuantLinear.apply(x_TI, words, scale, zero_words, layout, bias, chosen)
+    else:
+        y_TO = implementation("quant_linear", chosen).forward(x_TI, words, scale, zero_words, layout, bias)
+    return y_TO.view(*x.shape[:-1], layout.out_features)
+
+
+class _QuantLinear(torch.autograd.Function):
+    """Wires an implementation, a module with `forward` and `backward`, to autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        words: Tensor,
+        scale: Tensor,
+        zero_words: Tensor | None,
+        layout: PackedLayout,
+        bias: Tensor | None,
+        chosen: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, words, scale, zero_words)
+        ctx.layout, ctx.chosen = layout, chosen
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y: Tensor = implementation("quant_linear", chosen).forward(x, words, scale, zero_words, layout, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+        run = implementation("quant_linear", ctx.chosen).backward
+        grad_x, grad_s = run(grad, *ctx.saved_tensors, ctx.layout, wanted)
+        grad_b = (
+            grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
+            if ctx.needs_input_grad[5]
+            else None
+        )
+        return grad_x, None, grad_s, None, None, grad_b, None
 
 
 __all__ = ["quant_linear"]

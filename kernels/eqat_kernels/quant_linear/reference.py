@@ -9,46 +9,36 @@ Shape letters: T tokens (all leading dimensions), I inputs, O outputs, G groups,
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from eqat_kernels.dequant.reference import centred_codes, dequantize
-from eqat_kernels.packing import PackedLayout
+from eqat_kernels.layout import PackedLayout
 
 
-def quant_linear(
+def forward(
+    x: Tensor, words: Tensor, scale: Tensor, zero_words: Tensor | None, layout: PackedLayout, bias: Tensor | None
+) -> Tensor:
+    """Return y [T, O] of x [T, I]; see `eqat_kernels.quant_linear`."""
+    y = torch.nn.functional.linear(x, dequantize(words, scale, zero_words, layout, x.dtype))
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def backward(
+    grad: Tensor,
     x: Tensor,
     words: Tensor,
     scale: Tensor,
     zero_words: Tensor | None,
     layout: PackedLayout,
-    bias: Tensor | None,
-) -> Tensor:
-    """See `eqat_kernels.quant_linear`."""
-    y: Tensor = _QuantLinear.apply(x, words, scale, zero_words, layout)
-    return y if bias is None else y + bias.to(y.dtype)
-
-
-class _QuantLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, words: Tensor, scale: Tensor, zero_words: Tensor | None, layout: PackedLayout
-    ) -> Tensor:
-        ctx.save_for_backward(x, words, scale, zero_words)
-        ctx.layout = layout
-        return torch.nn.functional.linear(x, dequantize(words, scale, zero_words, layout, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        x, words, scale, zero_words = ctx.saved_tensors
-        c_OGg = centred_codes(words, zero_words, ctx.layout, grad.dtype)
-        grad_x = grad_s_OG = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ (c_OGg * scale.to(grad.dtype).unsqueeze(-1)).flatten(1)
-        if ctx.needs_input_grad[2]:
-            grad_w_OI = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            grad_w_OGg = grad_w_OI.unflatten(1, c_OGg.shape[1:])
-            grad_s_OG = torch.einsum("ogi,ogi->og", grad_w_OGg, c_OGg).to(scale.dtype)
-        return grad_x, None, grad_s_OG, None, None
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dx [T, I] and ds [O, G] from dy [T, O]; None for what is not `wanted`."""
+    c_OGg = centred_codes(words, zero_words, layout, grad.dtype)
+    grad_x = grad_s = None
+    if wanted[0]:
+        grad_x = grad @ (c_OGg * scale.to(grad.dtype).unsqueeze(-1)).flatten(1)
+    if wanted[1]:
+        grad_w_OGg = (grad.T @ x).unflatten(1, c_OGg.shape[1:])
+        grad_s = torch.einsum("ogi,ogi->og", grad_w_OGg, c_OGg).to(scale.dtype)
+    return grad_x, grad_s

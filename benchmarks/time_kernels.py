@@ -1,0 +1,196 @@
+"""Time the kernel layer: on a GPU against what the device can do, on a CPU as ratios to the dense model.
+
+    python benchmarks/time_kernels.py                 on whatever is there
+    python benchmarks/time_kernels.py --cpu           on the CPU: training step, decode and prefill, peak memory
+    python benchmarks/time_kernels.py --tune          on a GPU: every tile of `TILES` for every row count
+
+The correctness sweep runs first. Where a test fails no number is printed.
+
+Not called `kernels.py`: transformers imports a public package of that name, and would find this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import torch
+from time_kernels_cpu import cpu_ratios
+from torch import Tensor
+
+from eqat_kernels import PackedLayout, dequantize, fake_quantize, pack, quant_linear
+from eqat_kernels.quant_linear import tiles
+
+LAYERS = {
+    "7B": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "13B": ((5120, 5120), (13824, 5120), (5120, 13824)),
+    "70B": ((8192, 8192), (28672, 8192), (8192, 28672)),
+}
+"""(O, I) of the linear layers of Llama-2."""
+
+ROWS = (1, 16, 2048)
+GROUP = 64
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def require_green(marker: str) -> None:
+    """Run the correctness sweep; leave if it is red."""
+    tests = ["tests/kernels/test_triton.py"] if marker == "gpu" else ["tests/kernels/test_cpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *tests]
+    command += ["-m", "gpu"] if marker == "gpu" else []
+    interpret = {"TRITON_INTERPRET": "0" if marker == "gpu" else "1"}
+    if subprocess.run(command, cwd=ROOT, env=os.environ | interpret, check=False).returncode:
+        sys.exit("the correctness sweep is red: no numbers")
+
+
+def gpu_seconds(function: Callable[[], object], repetitions: int = 30) -> float:
+    """Median seconds of a call on the device, with its second-level cache cleared before each."""
+    cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    function()
+    times = []
+    for _ in range(repetitions):
+        cache.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return median(times)
+
+
+def measured_limits() -> tuple[float, float]:
+    """Bytes per second of a copy of 1 GiB, and operations per second of an 8192^3 bfloat16 product."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * source.numel() / gpu_seconds(lambda: target.copy_(source)), 2 * 8192**3 / gpu_seconds(
+        lambda: square @ square
+    )
+
+
+class Layer:
+    """A random packed layer on the device, asymmetric, and its dense twin."""
+
+    def __init__(self, outputs: int, inputs: int, bits: int) -> None:
+        self.layout = PackedLayout(bits, GROUP, outputs, inputs)
+        self.words = pack(torch.randint(0, 1 << bits, (outputs, inputs), dtype=torch.uint8, device="cuda"), bits)
+        self.scale = torch.rand(outputs, inputs // GROUP, device="cuda") + 0.5
+        zeros = torch.randint(0, 1 << bits, (inputs // GROUP, outputs), dtype=torch.uint8, device="cuda")
+        self.zero_words = pack(zeros, bits).T.contiguous()
+        self.dense = dequantize(self.words, self.scale, self.zero_words, self.layout, torch.bfloat16)
+
+    def bytes(self) -> int:
+        """Packed words, step sizes and zero points."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.words, self.scale, self.zero_words))
+
+    @torch.no_grad()
+    def run(self, x: Tensor) -> Tensor:
+        """Forward."""
+        return quant_linear(x, self.words, self.scale, self.zero_words, self.layout, impl="triton")
+
+
+def forward_table(limits: tuple[float, float]) -> None:
+    """Print the forward of every layer: time, share of the measured limits, ratio to the dense bfloat16 product."""
+    print(f"{'layer':>18} bits rows {'us':>9} {'copy rate':>9} {'FLOP rate':>9} {'dense/packed':>12}")
+    for (name, shapes), bits in product(LAYERS.items(), (2, 3, 4, 8)):
+        for outputs, inputs in shapes:
+            layer = Layer(outputs, inputs, bits)
+            for rows in ROWS:
+                x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
+                packed_s = gpu_seconds(lambda layer=layer, x=x: layer.run(x))  # type: ignore[misc]
+                dense_s = gpu_seconds(lambda layer=layer, x=x: torch.nn.functional.linear(x, layer.dense))  # type: ignore[misc]
+                moved = (layer.bytes() + 2 * rows * (inputs + outputs)) / packed_s / limits[0]
+                done = 2 * rows * outputs * inputs / packed_s / limits[1]
+                label = f"{name} {outputs}x{inputs}"
+                print(
+                    f"{label:>18} {bits:4} {rows:4} {packed_s * 1e6:9.1f} {moved:9.1%} {done:9.1%}"
+                    f" {dense_s / packed_s:12.2f}"
+                )
+
+
+def training_table(limits: tuple[float, float]) -> None:
+    """Print backward and elementwise ops on the layers of 7B, 2048 rows."""
+    print(f"\n{'layer':>14} bits {'forward+backward us':>20} {'dequantize':>10} {'fake_quantize f+b':>18}")
+    for (outputs, inputs), bits in product(LAYERS["7B"], (2, 3, 4, 8)):
+        layer = Layer(outputs, inputs, bits)
+        layer.scale.requires_grad_()
+        x = torch.randn(2048, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn(2048, outputs, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(outputs, inputs, device="cuda", requires_grad=True)
+        zero = torch.full_like(layer.scale, 1.0).requires_grad_()
+
+        def step(layer: Layer = layer, x: Tensor = x, grad: Tensor = grad) -> None:
+            quant_linear(x, layer.words, layer.scale, layer.zero_words, layer.layout, impl="triton").backward(grad)
+
+        def fake(layer: Layer = layer, weight: Tensor = weight, zero: Tensor = zero, bits: int = bits) -> None:
+            fake_quantize(weight, layer.scale, zero, bits, impl="triton").backward(weight.detach())
+
+        dense_s = gpu_seconds(
+            lambda layer=layer: dequantize(  # type: ignore[misc]
+                layer.words, layer.scale.detach(), layer.zero_words, layer.layout, torch.bfloat16, impl="triton"
+            )
+        )
+        dense_rate = (layer.bytes() + 2 * outputs * inputs) / dense_s / limits[0]
+        fake_rate = 20 * outputs * inputs / (fake_s := gpu_seconds(fake)) / limits[0]
+        print(
+            f"{f'{outputs}x{inputs}':>14} {bits:4} {gpu_seconds(step) * 1e6:20.1f} {dense_rate:10.1%}"
+            f" {fake_s * 1e6:10.1f} {fake_rate:7.1%}"
+        )
+
+
+def candidates(rows: int) -> Iterator[tiles.Tile]:
+    """Tiles worth trying for a number of rows: the neighbours of the default, one step in each direction."""
+    base = tiles.DECODE if rows <= tiles.DECODE_ROWS else tiles.FEW if rows <= tiles.FEW.M else tiles.MANY
+    for outputs, inputs, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+        yield replace(base, N=outputs, K=inputs, num_warps=warps, num_stages=stages)
+
+
+def tune() -> None:
+    """Print the three fastest tiles of the forward for each row count and bit width on a 4096 x 4096 layer."""
+    for rows, bits in product((1, 16, 64, 2048), (2, 3, 4, 8)):
+        layer = Layer(4096, 4096, bits)
+        x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+        name = "DECODE" if rows <= tiles.DECODE_ROWS else "FEW" if rows <= tiles.FEW.M else "MANY"
+        default, found = getattr(tiles, name), []
+        for tile in candidates(rows):
+            setattr(tiles, name, tile)
+            try:
+                found.append((gpu_seconds(lambda layer=layer, x=x: layer.run(x), 10), str(tile)))  # type: ignore[misc]
+            except Exception as error:  # noqa: BLE001 - a tile that does not fit the device is no candidate
+                print(f"  {tile}: {type(error).__name__}")
+        setattr(tiles, name, default)
+        print(f"{rows} rows, {bits} bits (now {default}):")
+        print("\n".join(f"  {seconds * 1e6:8.1f} us  {tile}" for seconds, tile in sorted(found)[:3]))
+
+
+def main() -> None:
+    """Check, then time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
+    parser.add_argument("--tune", action="store_true", help="try tiles on the GPU")
+    parser.add_argument("--only", nargs="+", help="CPU: some of step, step-7b, memory, decode")
+    arguments = parser.parse_args()
+    if arguments.cpu or not torch.cuda.is_available():
+        require_green("cpu")
+        cpu_ratios(arguments.only)
+        return
+    require_green("gpu")
+    if arguments.tune:
+        tune()
+        return
+    limits = measured_limits()
+    print(f"{torch.cuda.get_device_name()}: copy {limits[0] / 1e12:.2f} TB/s, bfloat16 {limits[1] / 1e12:.0f} TFLOP/s")
+    forward_table(limits)
+    training_table(limits)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and print what it needs.
+
+    python -m eqat_kernels.aot                   all kernels and bit widths, sm_80, sm_90 and sm_100
+    python -m eqat_kernels.aot --arch 90         one architecture
+    python -m eqat_kernels.aot --markdown        as a table for the documentation
+
+Each kernel is compiled for every bit width as it is launched on a 4096 x 4096 layer with groups of 64, asymmetric, in
+bfloat16; the products in float32, too, and at 4 bits in float16. Registers are per thread, spills the bytes of local
+memory a thread is short of registers for, shared memory is per program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from eqat_kernels.dequant import triton_impl as dequant
+from eqat_kernels.fake_quant import triton_impl as fake_quant
+from eqat_kernels.layout import BITS, PackedLayout, columns_of_tile
+from eqat_kernels.packing import triton_impl as packing
+from eqat_kernels.quant_linear import tiles
+from eqat_kernels.quant_linear import triton_impl as quant_linear
+
+ARCHITECTURES = (80, 90, 100)
+GROUP, SIZE = 64, 4096
+ALIGNED = ("inputs", "outputs", "row_count", "columns_count", "length", "words", "groups", "group_size", "size")
+"""Sizes of a layer, multiples of 16 in every large model: Triton compiles a version of its own for that."""
+
+_FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as it is launched.
+
+    Attributes:
+        name: for the table.
+        function: decorated with `triton.jit`.
+        pointers: dtype of every pointer argument, by name.
+        constants: constexpr arguments, by name.
+        options: `num_warps` and `num_stages`, where not Triton's own choice.
+    """
+
+    name: str
+    function: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel needs: registers per thread, bytes spilled per thread, shared bytes per program."""
+
+    name: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+
+
+def kernels() -> Iterator[Kernel]:
+    """Every kernel for every bit width."""
+    yield Kernel("combine", quant_linear.combine_kernel, _types("bf16", parts="fp32"), {"BLOCK": 1024}, {})
+    for bits in BITS:
+        yield from _elementwise(bits)
+        for dtype in ("bf16", "fp32", "fp16") if bits == 4 else ("bf16", "fp32"):
+            yield from _products(bits, dtype)
+
+
+def _elementwise(bits: int) -> Iterator[Kernel]:
+    rows, columns = fake_quant.tile_of(GROUP)
+    tile = {"BITS": bits, "R": rows, "K": columns}
+    yield Kernel(f"fake_quantize forward w{bits}", fake_quant.forward_kernel, _types("fp32"), tile, {})
+    yield Kernel(f"fake_quantize backward w{bits}", fake_quant.backward_kernel, _types("fp32"), tile, {})
+    columns = columns_of_tile(_layout(bits), 64)
+    tile = {"BITS": bits, "R": dequant.ROWS, "K": columns}
+    yield Kernel(f"dequantize w{bits} bf16", dequant.dequantize_kernel, _types("bf16"), tile, {})
+    tile = {"BITS": bits, "R": packing.ROWS, "K": packing.COLUMNS}
+    yield Kernel(f"unpack w{bits}", packing.unpack_kernel, _types("u8"), tile, {})
+    tile = {"BITS": bits, "R": packing.ROWS, "W": packing.WORDS}
+    yield Kernel(f"pack w{bits}", packing.pack_kernel, _types("u8"), tile, {})
+
+
+def _products(bits: int, dtype: str) -> Iterator[Kernel]:
+    layout, float_type = _layout(bits), _FLOATS[dtype]
+    for tokens in (1, 64, 2048):
+        if dtype == "fp32" and tokens == 64:
+            continue  # the tile of 2048
+        tile = tiles.forward_tile(tokens, layout, float_type)
+        split = tiles.splits(tokens, layout, tile, torch.device("cpu"))[0] > 1
+        types = _types(dtype, y="fp32") if split else _types(dtype)
+        yield _product(f"quant_linear {tokens} rows", quant_linear.forward_kernel, types, bits, dtype, tile, split)
+    types = _types(dtype)
+    tile = tiles.input_gradient_tile(layout, float_type)
+    yield _product("quant_linear dx", quant_linear.input_gradient_kernel, types, bits, dtype, tile)
+    tile = tiles.scale_gradient_tile(layout, float_type)
+    yield _product("quant_linear ds", quant_linear.scale_gradient_kernel, types, bits, dtype, tile)
+
+
+def _product(
+    name: str, function: Any, types: dict[str, str], bits: int, dtype: str, tile: tiles.Tile, split: bool = False
+) -> Kernel:
+    arguments = tile.arguments()
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {"BITS": bits, "PRECISION": "ieee", **arguments, **({"bias_ptr": None} if split else {})}
+    return Kernel(f"{name} w{bits} {dtype}", function, types, constants, options)
+
+
+def _layout(bits: int) -> PackedLayout:
+    return PackedLayout(bits, GROUP, SIZE, SIZE)
+
+
+def _types(values: str, **others: str) -> dict[str, str]:
+    """Pointer types by argument name: words and zero points int32, step sizes and sums float32, all else `values`."""
+    fixed = {"words": "i32", "zeros": "i32", "scale": "fp32", "parts": "fp32", "grad_s": "fp32", "grad_z": "fp32"}
+    names = ("x", "y", "w", "s", "z", "out", "bias", "codes", "weight", "grad", "grad_w", "grad_x")
+    return {f"{name}_ptr": f"*{kind}" for name, kind in ({**dict.fromkeys(names, values), **fixed} | others).items()}
+
+
+def compile_for(kernel: Kernel, arch: int) -> Compiled:
+    """Compile one kernel for one architecture to machine code."""
+    names = kernel.function.arg_names
+    constants = kernel.constants
+    signature = {name: "constexpr" if name in constants else kernel.pointers.get(name, "i32") for name in names}
+    # what the launcher finds out at run time: pointers and the sizes of a layer are multiples of 16
+    unit = {name for name in names if name.endswith("_column")}
+    constants = constants | dict.fromkeys(unit, 1)
+    signature |= dict.fromkeys(unit, "constexpr")
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name.endswith(("_ptr", "_row")) or name in ALIGNED
+        if signature[name] != "constexpr"
+    }
+    source = ASTSource(kernel.function, signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
+    registers, spills = resources(compiled.asm["cubin"])
+    return Compiled(kernel.name, arch, registers, spills, compiled.metadata.shared)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Return registers per thread and bytes of local memory per thread of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|LOCAL|STACK):(\d+)", text)}
+    return found["REG"], max(found["LOCAL"], found["STACK"])
+
+
+def table(results: list[Compiled], *, markdown: bool) -> str:
+    """Lay out registers / spills / shared memory, a row for each kernel, a column for each architecture."""
+    architectures = sorted({result.arch for result in results})
+    cells = {(result.name, result.arch): result for result in results}
+    heads = ["kernel", *(f"sm_{arch} regs/spills/shared" for arch in architectures)]
+    rows = [heads]
+    for name in dict.fromkeys(result.name for result in results):
+        found = (cells[name, arch] for arch in architectures)
+        rows.append([name, *(f"{each.registers} / {each.spills} / {each.shared:,}" for each in found)])
+    if markdown:
+        rows.insert(1, ["---"] * len(heads))
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _compile_one(index: int, arch: int) -> Compiled:
+    return compile_for(list(kernels())[index], arch)
+
+
+def main() -> int:
+    """Compile and print; return 1 if a kernel spills."""
+    parser = argparse.ArgumentParser(prog="python -m eqat_kernels.aot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, such as 90")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    arguments = parser.parse_args()
+    if not isinstance(packing.pack_kernel, triton.JITFunction):
+        sys.exit("TRITON_INTERPRET is set: nothing would be compiled; unset it")
+    chosen = [index for index, kernel in enumerate(kernels()) if arguments.only in kernel.name]
+    jobs = [(index, arch) for index in chosen for arch in arguments.arch]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(_compile_one, *zip(*jobs, strict=True)))
+    print(table(results, markdown=arguments.markdown))  # noqa: T201 - the table is what this command is for
+    spilling = [f"{result.name} on sm_{result.arch}" for result in results if result.spills]
+    print(f"{len(results)} kernels compiled, {len(spilling)} spill" + "".join(f"\n  {name}" for name in spilling))  # noqa: T201
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

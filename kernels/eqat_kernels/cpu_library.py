@@ -1,0 +1,109 @@
+"""Compiles `cpu_library.c` with the machine's own C compiler at first use, and calls it.
+
+The library is kept in `$EQAT_CACHE/kernels` (by default `~/.cache/eqat-mm/kernels`) under a hash of source, compiler,
+flags and processor, so a folder shared by different machines is no danger. It takes a second, once. Where there is no
+compiler, `obstacle` says so and the references are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eqat_kernels.layout import PackedLayout
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = (
+    *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    "-fno-math-errno",  # lets rintf and comparisons be vectorized; values stay those of IEEE arithmetic
+    "-fno-trapping-math",
+    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
+)
+
+
+class Packed(ctypes.Structure):
+    """`Packed` of the C source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("words", "end", "zeros")),
+        *((name, ctypes.c_int64) for name in ("columns", "groups", "row_words", "first", "last")),
+    )
+
+
+def packed(words: Tensor, zeros: Tensor | None, layout: PackedLayout, rows: range) -> Packed:
+    """Describe some rows of a packed weight. The tensors are contiguous and outlive the description."""
+    start, zero_start = words.data_ptr(), None if zeros is None else zeros.data_ptr()
+    end = start + 4 * words.numel()
+    return Packed(start, end, zero_start, layout.in_features, layout.groups, words.shape[1], rows.start, rows.stop)
+
+
+def call(function: str, *arguments: int | Tensor | Packed) -> None:
+    """Run a function of the library on torch's number of threads; tensors are passed as pointers."""
+    converted = (
+        ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor)
+        else ctypes.byref(value) if isinstance(value, Packed)
+        else ctypes.c_int64(value)
+        for value in arguments
+    )  # fmt: skip
+    library, reason = _load()
+    assert library is not None, reason
+    getattr(library, function)(*converted, torch.get_num_threads())
+
+
+def obstacle() -> str | None:
+    """Say why the library cannot be used on this machine; None where it can."""
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """Return the library, or the reason why there is none; a reason is logged once."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        reason = "there is no C compiler (cc, gcc, clang or $CC)"
+    else:
+        try:
+            return ctypes.CDLL(str(_compiled(compiler))), None
+        except subprocess.CalledProcessError as error:
+            reason = f"{compiler} could not compile {SOURCE.name}: {error.stderr.strip()[:500]}"
+        except OSError as error:
+            reason = f"the library compiled by {compiler} cannot be used: {error}"
+    log.warning("no compiled CPU kernels, the torch references are used: %s", reason)
+    return None, reason
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the path of the compiled library; compile it unless it is there."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    identity = "\0".join((SOURCE.read_text("utf-8"), version, *FLAGS, _processor()))
+    folder = Path(os.environ.get("EQAT_CACHE") or "~/.cache/eqat-mm").expanduser() / "kernels"
+    path = folder / f"{SOURCE.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            built = Path(temporary) / path.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            built.replace(path)  # whole or not at all: several processes may do this at once
+    return path
+
+
+def _processor() -> str:
+    """Return what `-march=native` depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {features}"

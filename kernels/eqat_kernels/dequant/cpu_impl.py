@@ -1,0 +1,37 @@
+"""W_hat = (W_int - z) * s in C, from the packed words to the dense weight in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eqat_kernels.cpu_library import call, packed
+from eqat_kernels.layout import PackedLayout
+
+
+def dequantize(
+    words: Tensor, scale: Tensor, zero_words: Tensor | None, layout: PackedLayout, dtype: torch.dtype
+) -> Tensor:
+    """See `eqat_kernels.dequantize`."""
+    return dequantize_rows(words, scale, zero_words, layout, dtype, range(layout.out_features))
+
+
+def dequantize_rows(
+    words: Tensor,
+    scale: Tensor,
+    zero_words: Tensor | None,
+    layout: PackedLayout,
+    dtype: torch.dtype,
+    rows: range,
+) -> Tensor:
+    """Return some rows of W_hat, [len(rows), I]."""
+    words, scale, zeros = words.contiguous(), scale.float().contiguous(), contiguous(zero_words)
+    direct = dtype if dtype is torch.bfloat16 else torch.float32
+    weight = torch.empty(len(rows), layout.in_features, dtype=direct)
+    call("dequantize", layout.bits, packed(words, zeros, layout, rows), scale, weight, direct is torch.bfloat16)
+    return weight.to(dtype)
+
+
+def contiguous(zero_words: Tensor | None) -> Tensor | None:
+    """Return the zero points one row after another; None on the symmetric grid."""
+    return None if zero_words is None else zero_words.contiguous()

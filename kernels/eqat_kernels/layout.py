@@ -1,0 +1,47 @@
+"""Shape of a packed weight matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BITS = (2, 3, 4, 8)
+"""Widths of a code, the N of the formulas."""
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Shape of one packed weight matrix W[O, I].
+
+    Attributes:
+        bits: N, width of a code.
+        group_size: input channels that share a step size; it divides `in_features`.
+        out_features: O.
+        in_features: I.
+    """
+
+    bits: int
+    group_size: int
+    out_features: int
+    in_features: int
+
+    @property
+    def groups(self) -> int:
+        """G, groups per output row."""
+        return self.in_features // self.group_size
+
+
+def words_for(codes: int, bits: int) -> int:
+    """Return how many 32-bit words a row of `codes` codes takes."""
+    return -(-codes * bits // 32)
+
+
+def columns_of_tile(layout: PackedLayout, most: int) -> int:
+    """Return the largest of 32, 64, 128, .. up to `most` that divides the group size: a tile's columns share one group.
+
+    With one group per row every width will do. Thirty-two codes fill whole words at every bit width, so tiles begin
+    at words.
+    """
+    columns = 32
+    while columns < most and (layout.groups == 1 or layout.group_size % (2 * columns) == 0):
+        columns *= 2
+    return columns
