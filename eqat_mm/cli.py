@@ -49,7 +49,7 @@ def _eval() -> tuple[type[Any], Callable[[Any], Any]]:
 
 
 def _generate() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.evaluate import GenerateJob, generate
+    from eqat_mm.commands.generate import GenerateJob, generate
 
     return GenerateJob, generate
 
@@ -74,7 +74,7 @@ COMMANDS: dict[str, _Command] = {
     "e2e-qp": _Command("train the step sizes of a packed checkpoint end to end", _e2e_qp),
     "rtn": _Command("round to nearest: the baseline", _rtn),
     "eval": _Command("perplexity on held-out text, KL and agreement with a reference", _eval),
-    "generate": _Command("write text with a packed or full-precision model", _generate),
+    "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
 }
 
@@ -146,12 +146,13 @@ def _tuned_recipe(name: str, argv: Sequence[str], job_class: type[Any]) -> str |
 
     model = next((field.default for field in fields(job_class) if field.name == "model"), None)
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag, default in (("--config", None), ("--model", model), ("--quant.bits", "2")):
+    defaults = {"--config": None, "--model": model, "--quant.bits": "2", "--quant.group_size": None}
+    for flag, default in defaults.items():
         flags.add_argument(flag, nargs="?", default=default)  # a missing value is the real parser's to refuse
     known, _ = flags.parse_known_args(argv)
     if known.config or not known.model:
         return None
-    return fitting_recipe(name, known.model, getattr(known, "quant.bits"))
+    return fitting_recipe(name, known.model, getattr(known, "quant.bits"), getattr(known, "quant.group_size"))
 
 
 def _spelled_out(argv: Sequence[str], job_class: type[Any]) -> list[str]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.source import WeightSource, module_names
+from eqat_mm.checkpoint.adapters import ADAPTER, load_adapters
 from eqat_mm.checkpoint.layout import PACKED_SUFFIX, SCALE_SUFFIX, spec_of_config
 from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError
@@ -30,7 +31,7 @@ def load(
     """Return the packed model in `folder`.
 
     Every quantized linear is a `PackedLinear`; nothing is dequantized. All parameters are frozen but the step
-    sizes, which are float32 and trainable.
+    sizes, which are float32 and trainable. Low-rank adapters of the checkpoint are active, and frozen.
 
     Args:
         folder: written by Block-AP or E2E-QP.
@@ -40,6 +41,7 @@ def load(
 
     Raises:
         CheckpointError: not a checkpoint, unfinished, truncated or altered.
+        ConfigError: it has adapters, and `peft` is not installed.
     """
     folder = Path(folder)
     manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
@@ -54,6 +56,8 @@ def load(
         kept = torch.float32 if isinstance(module, PackedLinear) else dtype
         source.materialise(module, f"{path}." if path else "", kept, torch.device(device), recurse=False)
     model.tie_weights()
+    if any(name.startswith(f"{ADAPTER}/") for name in manifest.files):
+        load_adapters(model, folder / ADAPTER)
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, PackedLinear):

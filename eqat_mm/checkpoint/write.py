@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eqat_mm.blocks.source import INDEX, OpenModel, WeightSource, module_names, weight_files
+from eqat_mm.checkpoint.adapters import ADAPTER, has_adapters, save_adapters, state_without_adapters
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX, ignored_linears, quantization_config
 from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest
 from eqat_mm.quant.packed_linear import PackedLinear
@@ -84,8 +85,8 @@ def stored_state(module: nn.Module) -> dict[str, Tensor]:
 def save_like(model: PreTrainedModel, folder: Path, base: Path, stage: str, provenance: dict[str, Any]) -> Manifest:
     """Write `model`, a trained copy of the checkpoint `base`, with the shards, names and dtypes of `base`.
 
-    What training left as it was is copied byte for byte, whatever the dtype the model was loaded in. The folder
-    appears whole: it is written under a temporary name and renamed.
+    What training left as it was is copied byte for byte, whatever the dtype the model was loaded in; adapters lie in
+    a folder beside. The folder appears whole: it is written under a temporary name and renamed.
 
     Args:
         model: packed model, loaded from `base`.
@@ -96,17 +97,18 @@ def save_like(model: PreTrainedModel, folder: Path, base: Path, stage: str, prov
     """
     before = read_manifest(base)
     with _folder_in_the_making(folder) as partial:
-        state, rename, source = model.state_dict(), module_names(model), WeightSource(base)
+        state, rename, source = state_without_adapters(model), module_names(model), WeightSource(base)
         files = []
         for path in weight_files(base):
             names = WeightSource.names_of(path)
             save_shard(partial / path.name, {name: _like(source.read(name), state[rename(name)]) for name in names})
             files.append(partial / path.name)
+        adapters = save_adapters(model, partial / ADAPTER) if has_adapters(model) else []
         copy_companions(base, partial)
         config = read_json(base / "config.json")
         spec = QuantSpec(**before.spec)
         history = [*before.provenance, provenance]
-        return _seal(partial, files, config, before.arch, spec, stage, before.source, history)
+        return _seal(partial, files, config, before.arch, spec, stage, before.source, history, adapters)
 
 
 def _like(stored: Tensor, value: Tensor) -> Tensor:
@@ -149,17 +151,18 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 def _seal(
     folder: Path,
-    files: Iterable[Path],
+    files: list[Path],
     config: dict[str, Any],
     arch: str,
     spec: QuantSpec,
     stage: str,
     source: str,
     provenance: list[dict[str, Any]],
+    adapters: Iterable[Path] = (),
 ) -> Manifest:
-    weight_map, total, digests = {}, 0, {}
+    weight_map, total = {}, 0
+    digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in (*files, *adapters)}
     for path in files:
-        digests[path.name] = sha256_of(path)
         total += path.stat().st_size
         weight_map.update(dict.fromkeys(WeightSource.names_of(path), path.name))
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,4 +1,4 @@
-"""`eqat eval` and `eqat generate`: what a model predicts and writes."""
+"""`eqat eval`: what a model predicts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eqat_eval.generation import generate_text
+import torch
+
 from eqat_eval.perplexity import ReferenceOutputs, evaluate_perplexity
 from eqat_mm.blocks.source import WeightSource
+from eqat_mm.commands.lmms import evaluate_tasks, task_line
 from eqat_mm.commands.models import (
     best_device,
     is_packed,
@@ -18,6 +20,7 @@ from eqat_mm.commands.models import (
     require_model,
 )
 from eqat_mm.data.windows import TextWindows, text_windows
+from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision, autocast, resolve
 from eqat_mm.runtime.progress import duration, say
@@ -25,13 +28,15 @@ from eqat_mm.runtime.progress import duration, say
 
 @dataclass(frozen=True)
 class EvalJob:
-    """Perplexity on held-out text, with KL and top-1 agreement against a reference where one is named.
+    """Perplexity on held-out text, with KL and top-1 agreement against a reference; or the score on tasks of lmms-eval.
 
     Attributes:
         model: packed checkpoint, model folder, alias or hub repository.
         reference: full-precision model to compare the predictions with.
         data: held-out text.
-        batch_size: windows per forward.
+        tasks: tasks of lmms-eval, separated by commas, instead of held-out text: easy_vqa, mme, scienceqa_img, ...
+        limit: questions of each task to answer, the first ones; all by default.
+        batch_size: windows, or questions of tasks, per forward.
         precision: of matrix products; `auto` takes bfloat16 where it is faster.
         device: cpu, cuda, cuda:N, or auto.
         output: JSON file for the result.
@@ -40,35 +45,12 @@ class EvalJob:
     model: str = "smollm2-135m"
     reference: str | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
+    tasks: str | None = None
+    limit: int | None = None
     batch_size: int = 4
     precision: Precision = "float32"
     device: str = "auto"
     output: Path | None = None
-
-
-@dataclass(frozen=True)
-class GenerateJob:
-    """Write text.
-
-    Attributes:
-        model: packed checkpoint, model folder, alias or hub repository.
-        prompt: text to continue, or to answer with `chat`.
-        chat: put the prompt through the model's chat template.
-        max_new_tokens: most tokens to write.
-        temperature: 0 is greedy.
-        top_p: nucleus of the sampling.
-        seed: of the sampling.
-        device: cpu, cuda, cuda:N, or auto.
-    """
-
-    model: str = "smollm2-135m"
-    prompt: str = "The capital of France is"
-    chat: bool = False
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    device: str = "auto"
 
 
 def evaluate(job: EvalJob) -> dict[str, Any]:
@@ -80,6 +62,32 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
     folder = model_folder(job.model)
     require_model(folder)
     device = best_device(job.device)
+    result = {"model": job.model, "bits_per_weight": bits_per_weight(folder), **_measure(job, folder, device)}
+    if job.output is not None:
+        write_json(job.output, result)
+    say(_line(result))
+    return result
+
+
+def _measure(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
+    _check_choice(job)
+    if job.tasks is None:
+        return _perplexity(job, folder, device)
+    with autocast(resolve(job.precision, device), device):
+        return evaluate_tasks(
+            folder, job.tasks, limit=job.limit, batch_size=job.batch_size, device=device, output=job.output
+        )
+
+
+def _check_choice(job: EvalJob) -> None:
+    """Refuse options of the measurement that was not chosen."""
+    if job.tasks is None and job.limit is not None:
+        raise ConfigError("--limit", "no --tasks", "a limit for tasks", "for held-out text, set --data.count")
+    if job.tasks is not None and job.reference is not None:
+        raise ConfigError("--reference", "with --tasks", "a reference for held-out text", "evaluate both models")
+
+
+def _perplexity(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
     windows = text_windows(load_tokenizer(folder), job.data)
     with autocast(resolve(job.precision, device), device):
         reference = None
@@ -89,35 +97,7 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
             del full
         model = load_model(folder, device)
         found = evaluate_perplexity(model, windows, batch_size=job.batch_size, reference=reference)
-    result = {"model": job.model, "bits_per_weight": bits_per_weight(folder), **found.as_dict()}
-    if job.output is not None:
-        write_json(job.output, result)
-    say(_line(result))
-    return result
-
-
-def generate(job: GenerateJob) -> str:
-    """Generate text, streamed to standard output.
-
-    Raises:
-        EqatError: any bad input.
-    """
-    folder = model_folder(job.model)
-    require_model(folder)
-    model, tokenizer = load_model(folder, best_device(job.device)), load_tokenizer(folder)
-    written = generate_text(
-        model,
-        tokenizer,
-        job.prompt,
-        job.max_new_tokens,
-        temperature=job.temperature,
-        top_p=job.top_p,
-        seed=job.seed,
-        chat=job.chat,
-        stream=True,
-    )
-    say(f"[{written.tokens} tokens, {written.tokens_per_second:.1f} tokens/s]")
-    return written.text
+    return found.as_dict()
 
 
 def bits_per_weight(folder: Path) -> float | None:
@@ -135,6 +115,9 @@ def bits_per_weight(folder: Path) -> float | None:
 
 
 def _line(result: dict[str, Any]) -> str:
+    if "tasks" in result:
+        rows = ", ".join(task_line(name, row) for name, row in result["tasks"].items())
+        return f"{result['model']}: {rows} ({duration(result['seconds'])})"
     text = f"perplexity {result['perplexity']:.3f} on {result['tokens']:,} tokens"
     if result["kl"] is not None:
         text += f", KL {result['kl']:.4f}, top-1 agreement {result['top1_agreement']:.1%}"

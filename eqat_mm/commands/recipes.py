@@ -55,14 +55,19 @@ def deepspeed_path(name: str) -> Path:
     )
 
 
-def fitting_recipe(command: str, model: str, bits: str) -> str | None:
-    """Return the name of the shipped recipe of a command for this model and bit width, None where there is none."""
+def fitting_recipe(command: str, model: str, bits: str, group_size: str | None = None) -> str | None:
+    """Return the name of the shipped recipe of a command for this model and bit width, None where there is none.
+
+    Of several, the one with this group size, or with the smallest.
+    """
+    fitting: dict[int, str] = {}
     for name, path in recipes().items():
         if name.endswith(f"-{command}"):
             settings = yaml.safe_load(path.read_text())
             if model in (settings.get("recipe_for") or ()) and str(settings["quant"]["bits"]) == bits:
-                return name
-    return None
+                fitting.setdefault(settings["quant"]["group_size"], name)
+    groups = sorted(fitting, key=lambda group: (str(group) != group_size, group))
+    return fitting[groups[0]] if groups else None
 
 
 def warn_without_recipe(model: str, recipe_for: tuple[str, ...], command: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from eqat_mm.checkpoint.adapters import add_adapters, require_peft
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
@@ -23,12 +24,18 @@ from eqat_mm.commands.runs import begin_run, default_output, discard, settings, 
 from eqat_mm.commands.samples import Samples, image_text_samples, text_samples
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.windows import TextWindows
-from eqat_mm.errors import CheckpointError, ConfigError
+from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_jsonl
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp, training_arguments
 from llava_adapters import arch_for
+
+_INSTRUCTIONS = {
+    "llava_v1_5_mix665k.json": "liuhaotian/LLaVA-Instruct-150K",
+    "blip_laion_cc_sbu_558k.json": "liuhaotian/LLaVA-Pretrain",
+}
+"""Published instruction data and the repository it is in."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class E2EQPJob(E2EQPConfig):
         model: the full-precision model it was made from: names the default folders, teaches with `loss: kl`.
         quant: finds the default Block-AP run of `model`; the checkpoint itself knows its spec.
         quantized: packed checkpoint to start from. Default: runs/MODEL-SPEC/block-ap/model.
-        output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/e2e-qp.
+        output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/e2e-qp; lora or
+            projector in place of e2e-qp where step sizes are not trained.
         data: text to train on.
         conversations: conversations about images to train on instead, with a vision-language model.
         device: cpu, cuda, cuda:N, or auto.
@@ -68,10 +76,13 @@ def e2e_qp(job: E2EQPJob) -> Path:
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
     _require_block_ap(base, job)
-    folder = job.output or runs / STAGE
+    stage = STAGE if "scales" in job.trains else job.trains.partition("+")[0]
+    folder = job.output or runs / stage
     _require_apart(base, folder)
     device = best_device(job.device)
     deepspeed = _deepspeed(job)
+    if _adapts(job):
+        require_peft(f"--trains {job.trains}")
     samples = _samples(base, job)
     if deepspeed is not None:
         _require_images_everywhere(deepspeed, samples)
@@ -91,6 +102,8 @@ def e2e_qp(job: E2EQPJob) -> Path:
     with _whole_models(arguments):
         teacher = load_model(model_folder(job.model), arguments.device) if job.loss == "kl" else None
         model = load(base, device=arguments.device, verify=False)
+    if _adapts(job):
+        add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
     log = run_e2e_qp(
         model,
         samples.dataset,
@@ -103,17 +116,48 @@ def e2e_qp(job: E2EQPJob) -> Path:
     )
     if first:
         write_jsonl(folder / "metrics.jsonl", log)
-        save_like(model, folder / "model", base, STAGE, record)
+        save_like(model, folder / "model", base, stage, record)
         discard(folder / "trainer")
         say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
 
 
+def _adapts(job: E2EQPJob) -> bool:
+    return "lora" in job.trains.split("+")
+
+
 def _samples(base: Path, job: E2EQPJob) -> Samples:
     if job.conversations is None:
         return text_samples(base, job.data)
+    _require_instructions(job.conversations)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return image_text_samples(base, job.conversations, job.batch_size * job.accumulation * processes)
+
+
+def _require_instructions(config: ImageTextData) -> None:
+    """Check that LLaVA's instruction data and images are there, where they are named; other data is read as it is.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    file = Path(config.source).expanduser()
+    if file.name not in _INSTRUCTIONS:
+        return
+    if not file.is_file():
+        fetch = ["hf", "download", _INSTRUCTIONS[file.name], file.name]
+        raise DataError(
+            where=f"--conversations.source {config.source}",
+            given="no such file",
+            allowed="LLaVA's instruction data, or your own in its format",
+            do=f"{shlex.join([*fetch, '--repo-type', 'dataset', '--local-dir', str(file.parent)])}, or name another",
+        )
+    if config.image_folder is not None and not config.image_folder.is_dir():
+        raise DataError(
+            where=f"--conversations.image_folder {config.image_folder}",
+            given="no such folder",
+            allowed=f"the folder that image paths in {file.name} are relative to",
+            do="fetch the images with the commands in docs/llava.md, or name the folder where they are",
+        )
 
 
 def _deepspeed(job: E2EQPJob) -> Path | None:

@@ -107,6 +107,7 @@ def run_block_ap(
         report = quantize_block(walker, step, config)
         writer.write_block(step.index, step.block)
         state.commit(walker, console.record(step, report))
+    release_freed_memory()
     manifest = writer.finish(STAGE, source, provenance)
     state.clean()
     return manifest

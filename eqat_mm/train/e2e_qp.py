@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +18,20 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from eqat_mm.checkpoint.adapters import adapter_parameters
 from eqat_mm.data.batching import SampleOrder
 from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import Precision, autocast, resolve
 from eqat_mm.runtime.progress import interactive
+from eqat_mm.train.lora import LoRA
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 
 STAGE = "e2e-qp"
 
 Sample = dict[str, Tensor]
-Trained = Literal["scales", "projector", "scales+projector"]
+Trained = Literal["scales", "projector", "scales+projector", "lora", "lora+projector"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class E2EQPConfig:
     """E2E-QP without the model and the data. The defaults are the paper's, for 2 bits and 7B parameters and up.
 
     Attributes:
-        trains: `scales` (step sizes), `projector` (of a vision-language model), or `scales+projector`.
+        trains: `scales` (step sizes), `projector` (of a vision-language model), `lora` (adapters on the frozen packed
+            model: the baseline), or one of these with the projector.
         loss: `cross-entropy` (paper), or `kl` to the full-precision model's predictions.
         learning_rate: peak, of the step sizes (paper: 2e-5 at 2 bits, 1e-5 at 3 and 4).
         lr_projector: peak, of the projector; null takes `learning_rate`.
+        lora: adapters of `trains: lora`, with their own learning rate.
         lr_floor: last learning rate as a fraction of the peak (cosine in between).
         warmup_steps: optimizer steps over which the learning rate rises.
         epochs: passes over the data.
@@ -61,6 +65,7 @@ class E2EQPConfig:
     loss: Literal["cross-entropy", "kl"] = "cross-entropy"
     learning_rate: float = 2e-5
     lr_projector: float | None = None
+    lora: LoRA = field(default_factory=LoRA)
     lr_floor: float = 0.05
     warmup_steps: int = 0
     epochs: float = 1.0
@@ -193,7 +198,7 @@ def run_e2e_qp(
     folder of `arguments`, where there is one.
 
     Args:
-        model: packed.
+        model: packed; with its adapters where these are to be trained.
         data: samples.
         config: settings.
         arguments: the same settings as `training_arguments` translates them.
@@ -280,12 +285,15 @@ def trainable_groups(model: nn.Module, projector: nn.Module | None, config: E2EQ
     groups: list[dict[str, Any]] = []
     if "scales" in wanted:
         groups.append({"params": scale_parameters(model), "weight_decay": 0.0})
+    if "lora" in wanted:
+        rate = config.lora.learning_rate
+        groups.append({"params": adapter_parameters(model), "lr": rate, "weight_decay": 0.0})
     if "projector" in wanted:
         if projector is None:
             raise ConfigError(
                 where="--trains",
                 given=f"{config.trains}, of a model without a projector",
-                allowed="scales",
+                allowed="scales or lora",
                 do="train the step sizes, or choose a vision-language model",
             )
         rate = config.learning_rate if config.lr_projector is None else config.lr_projector

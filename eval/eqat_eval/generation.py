@@ -14,17 +14,25 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from eqat_eval.inference import inference
-from eqat_eval.prompts import encode_prompt
+from eqat_eval.prompts import encode_image_prompt, encode_prompt
 from eqat_eval.repetition import Repetition, repetition
 from eqat_eval.windows import check_positive
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.progress import progress
 from eqat_mm.runtime.seeding import derive_seed
 
-__all__ = ["GeneratedText", "GenerationJudgement", "generate_text", "judge_generation", "repetition"]
+__all__ = [
+    "GeneratedText",
+    "GenerationJudgement",
+    "generate_about_images",
+    "generate_text",
+    "judge_generation",
+    "repetition",
+]
 
 
 @dataclass(frozen=True)
@@ -110,22 +118,69 @@ def generate_text(
         ConfigError: an option out of range, or `chat` with a tokenizer that has no chat template.
         DataError: a prompt without a token.
     """
+    prompt_1T = encode_prompt(tokenizer, prompt, chat=chat)
+    inputs = {"input_ids": prompt_1T, "attention_mask": torch.ones_like(prompt_1T)}
+    sampling = sampling_arguments(temperature, top_p)
+    return _continued(model, tokenizer, inputs, max_new_tokens, sampling, seed=seed, stream=stream)
+
+
+def generate_about_images(
+    model: PreTrainedModel,
+    processor: Any,
+    prompt: str,
+    images: Sequence[Any],
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stream: bool = False,
+) -> GeneratedText:
+    """Answer a user's message about images; otherwise as `generate_text`.
+
+    Args:
+        model: a vision-language model.
+        processor: its processor, with a chat template.
+        prompt: the user's message.
+        images: what it is about, in mode RGB; they come before the message. None: a message in words alone.
+        max_new_tokens: upper bound; generation ends earlier at an end-of-text token.
+        temperature: 0 for greedy decoding, above 0 for sampling.
+        top_p: sample from the smallest set of tokens with this total probability; 1 for all.
+        seed: of the sampling; greedy decoding ignores it.
+        stream: print the text on stdout as it is generated.
+
+    Raises:
+        ConfigError: an option out of range, or a processor without a chat template.
+    """
+    inputs = encode_image_prompt(processor, prompt, images)
+    sampling = sampling_arguments(temperature, top_p)
+    return _continued(model, processor.tokenizer, inputs, max_new_tokens, sampling, seed=seed, stream=stream)
+
+
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Tensor],
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    *,
+    seed: int,
+    stream: bool,
+) -> GeneratedText:
+    """Continue one encoded prompt; `inputs` is what the model's forward takes, batch of one."""
     check_positive("max_new_tokens", max_new_tokens)
-    sampling = _sampling(temperature, top_p)
-    prompt_1T = encode_prompt(tokenizer, prompt, chat=chat).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     generator: Any = model  # transformers adds `generate` by a mixin its types do not show
     started = time.perf_counter()
     with inference(model), _seeded(derive_seed(seed, "generation")):
         tokens_1T = generator.generate(
-            input_ids=prompt_1T,
-            attention_mask=torch.ones_like(prompt_1T),
+            **{name: value.to(model.device) for name, value in inputs.items()},
             max_new_tokens=max_new_tokens,
             streamer=streamer,
             **sampling,
-            **_ending(model, tokenizer),
+            **ending_arguments(model, tokenizer),
         )
-    new = tuple(tokens_1T[0, prompt_1T.shape[1] :].tolist())
+    new = tuple(tokens_1T[0, inputs["input_ids"].shape[1] :].tolist())
     seconds = time.perf_counter() - started
     return GeneratedText(str(tokenizer.decode(list(new), skip_special_tokens=True)), new, seconds)
 
@@ -186,7 +241,7 @@ def _mean_of_known(values: list[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
+def sampling_arguments(temperature: float, top_p: float) -> dict[str, Any]:
     """Return arguments of `generate` that leave nothing to the model's own generation config.
 
     Greedy decoding wants the sampling options absent: None, or transformers warns about them.
@@ -210,7 +265,7 @@ def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
     }
 
 
-def _ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def ending_arguments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return end and padding ids: the model's own end ids (a chat model has several), or the tokenizer's."""
     config = model.generation_config
     end = config.eos_token_id if config is not None else None

@@ -1,7 +1,8 @@
-"""From a prompt to token ids, plainly or through the tokenizer's chat template."""
+"""From a prompt to what a model takes: plainly, through the tokenizer's chat template, or with images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,32 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
             do="write a longer prompt, or use chat=True",
         )
     return torch.tensor([ids])
+
+
+def encode_image_prompt(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Tensor]:
+    """Return what a vision-language model's forward takes, batch of one, ready for the assistant's turn.
+
+    Args:
+        processor: with a chat template.
+        prompt: the user's message.
+        images: in mode RGB; they come before the message.
+
+    Raises:
+        ConfigError: the processor has no chat template.
+    """
+    if not processor.chat_template:
+        raise ConfigError(
+            where="processor",
+            given=f"{type(processor).__name__} without a chat template",
+            allowed="the processor of a vision-language model, with its chat template",
+            do="put chat_template.jinja beside the weights",
+        )
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    begin = processor.tokenizer.bos_token
+    starts = begin is not None and text.startswith(begin)  # a template may have written the first token itself
+    inputs = processor(text=[text], images=list(images) or None, return_tensors="pt", add_special_tokens=not starts)
+    return dict(inputs)
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -10,7 +10,8 @@ import torch
 
 from eqat_eval.perplexity import evaluate_perplexity
 from eqat_mm.commands.assets import AssetsJob, assets
-from eqat_mm.commands.evaluate import EvalJob, GenerateJob, bits_per_weight, evaluate, generate
+from eqat_mm.commands.evaluate import EvalJob, bits_per_weight, evaluate
+from eqat_mm.commands.generate import GenerateJob, generate
 from eqat_mm.commands.models import best_device, load_model, load_tokenizer
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.data.assets import ASSETS

@@ -1,0 +1,131 @@
+"""Low-rank adapters on the packed linears of a model, in `peft`'s own format, in the folder `adapter` of a checkpoint.
+
+They are never merged: a merged weight would leave its grid. `peft` changes the model in place, so its class, its
+modules' paths and its methods stay what they were.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from eqat_mm.errors import CheckpointError, ConfigError
+from eqat_mm.quant.packed_linear import PackedLinear
+from eqat_mm.runtime.seeding import derive_seed
+
+ADAPTER = "adapter"
+"""Folder inside a checkpoint."""
+
+_WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."  # in peft's files
+
+
+def require_peft(where: str) -> Any:
+    """Return the package `peft`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if find_spec("peft") is None:
+        raise ConfigError(
+            where=where,
+            given="peft is not installed",
+            allowed="an environment with it",
+            do="pip install 'eqat-mm[peft]'",
+        )
+    return import_module("peft")
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether adapters are on the packed linears of `model`."""
+    return hasattr(model, "peft_config")
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: int, seed: int) -> None:
+    """Put a new adapter on every packed linear of `model`; it adds nothing before it is trained.
+
+    Args:
+        model: packed.
+        rank: of the adapters.
+        alpha: what they add is scaled by alpha / rank.
+        seed: of the random factor A; B starts at zero.
+
+    Raises:
+        ConfigError: `peft` is not installed, or the model has adapters already.
+    """
+    peft = require_peft("adapters")
+    if has_adapters(model):
+        raise ConfigError(
+            where="--quantized",
+            given="a checkpoint that has adapters already",
+            allowed="a packed checkpoint without adapters",
+            do="start from the output of Block-AP",
+        )
+    targets = [path for path, module in model.named_modules() if isinstance(module, PackedLinear)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "adapters"))
+        _inject(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the factors A and B of every adapter, as the modules name them."""
+    return [parameter for name, parameter in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
+
+
+def state_without_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict that the packed model has without its adapters."""
+    if not has_adapters(model):
+        return dict(model.state_dict())
+    state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if ".lora_A." not in name and ".lora_B." not in name}
+
+
+def save_adapters(model: nn.Module, folder: Path) -> list[Path]:
+    """Write the adapters of `model` in `peft`'s format; return the files."""
+    peft = require_peft(str(folder))
+    folder.mkdir()
+    configs: Any = model.peft_config
+    configs["default"].save_pretrained(folder)
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file(
+        {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        folder / _WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    return [folder / _CONFIG, folder / _WEIGHTS]
+
+
+def load_adapters(model: nn.Module, folder: Path) -> None:
+    """Put the adapters in `folder` on the packed `model`.
+
+    Raises:
+        ConfigError: `peft` is not installed.
+        CheckpointError: they are not adapters of this model.
+    """
+    peft = require_peft(str(folder))
+    stored = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / _WEIGHTS).items()}
+    _inject(model, peft.LoraConfig.from_pretrained(str(folder)))
+    given = peft.set_peft_model_state_dict(model, stored)
+    missing = [name for name in given.missing_keys if ".lora_" in name]
+    if given.unexpected_keys or missing:
+        raise CheckpointError(
+            where=str(folder),
+            given=f"{len(given.unexpected_keys)} tensors too many, {len(missing)} too few",
+            allowed="the adapters of this model",
+            do="copy or make the checkpoint again",
+        )
+
+
+def _inject(model: nn.Module, config: Any) -> None:
+    from eqat_mm.quant.packed_lora import PackedLoRA
+
+    # peft calls this experimental; it is the one way to adapt a class of modules that it does not know.
+    config._register_custom_module({PackedLinear: PackedLoRA})
+    require_peft("adapters").inject_adapter_in_model(config, model)

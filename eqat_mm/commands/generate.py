@@ -1,0 +1,100 @@
+"""`eqat generate`: what a model writes, about images where there are some."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from eqat_eval.generation import GeneratedText, generate_about_images, generate_text
+from eqat_mm.commands.models import best_device, load_model, load_processor, load_tokenizer, model_folder, require_model
+from eqat_mm.data.images import ImageFile, read_image
+from eqat_mm.data.problems import BadSample
+from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.runtime.progress import say
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """Write text.
+
+    Attributes:
+        model: packed checkpoint, model folder, alias or hub repository.
+        prompt: text to continue, or to answer with `chat` or `image`.
+        image: files of images that the prompt is about, for a vision-language model; they come before it in the
+            model's chat template. Several: --image '[a.png, b.png]'.
+        chat: put the prompt through the model's chat template.
+        max_new_tokens: most tokens to write.
+        temperature: 0 is greedy.
+        top_p: nucleus of the sampling.
+        seed: of the sampling.
+        device: cpu, cuda, cuda:N, or auto.
+    """
+
+    model: str = "smollm2-135m"
+    prompt: str = "The capital of France is"
+    image: tuple[Path, ...] | Path = ()
+    chat: bool = False
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+
+
+def generate(job: GenerateJob) -> str:
+    """Generate text, streamed to standard output.
+
+    Raises:
+        EqatError: any bad input.
+    """
+    folder = model_folder(job.model)
+    require_model(folder)
+    takes_images = _takes_images(folder)
+    paths = job.image if isinstance(job.image, tuple) else (job.image,)
+    if paths and not takes_images:
+        raise ConfigError(
+            where="--image",
+            given=f"{len(paths)} images for {job.model}, which reads text only",
+            allowed="a vision-language model, such as llava-1.5-7b",
+            do="leave --image out, or choose a vision-language model",
+        )
+    images = [_read(path) for path in paths]
+    written = _written(job, folder, images, through_processor=takes_images and (job.chat or bool(images)))
+    say(f"[{written.tokens} tokens, {written.tokens_per_second:.1f} tokens/s]")
+    return written.text
+
+
+def _written(job: GenerateJob, folder: Path, images: list[Any], *, through_processor: bool) -> GeneratedText:
+    settings: dict[str, Any] = {
+        "temperature": job.temperature,
+        "top_p": job.top_p,
+        "seed": job.seed,
+        "stream": True,
+    }
+    if through_processor:
+        processor = load_processor(folder)
+        model = load_model(folder, best_device(job.device))
+        return generate_about_images(model, processor, job.prompt, images, job.max_new_tokens, **settings)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, best_device(job.device))
+    return generate_text(model, tokenizer, job.prompt, job.max_new_tokens, chat=job.chat, **settings)
+
+
+def _takes_images(folder: Path) -> bool:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _read(path: Path) -> Any:
+    """Return an image in mode RGB.
+
+    Raises:
+        DataError: it is missing or unreadable.
+    """
+    try:
+        return read_image(ImageFile(path))
+    except BadSample as error:
+        raise DataError("--image", str(error), "an image file that Pillow can read", "check the path") from error

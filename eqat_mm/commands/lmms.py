@@ -1,0 +1,150 @@
+"""`eqat eval --tasks`: tasks of lmms-eval, those that come with eqat among them, on one model folder."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.resources
+import importlib.util
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eqat_mm.errors import ConfigError
+
+SCORE = "exact_match"
+"""Metric that is reported as the accuracy; with a suffix it is that of one type of question."""
+
+
+def task_names(tasks: str) -> list[str]:
+    """Return the names in a list separated by commas, as lmms-eval takes them.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--tasks", repr(tasks), "names of tasks, separated by commas", "name one: --tasks easy_vqa")
+    return names
+
+
+def evaluate_tasks(
+    folder: Path,
+    tasks: str,
+    *,
+    limit: int | None = None,
+    batch_size: int = 1,
+    device: torch.device,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Answer the questions of tasks and score the answers.
+
+    Args:
+        folder: packed checkpoint or full-precision folder of a vision-language model.
+        tasks: their names, separated by commas.
+        limit: answer only so many questions of each, the first ones.
+        batch_size: questions per forward.
+        device: to compute on.
+        output: tasks that write files of their own (submissions) put them into the folder of this file.
+
+    Returns:
+        `tasks`: for each by name, `accuracy` and `by_type` where it is measured by exact match (from 0 to 1),
+        `questions` (how many were answered) and `metrics` (all of lmms-eval's); `seconds` for everything.
+
+    Raises:
+        ConfigError: lmms-eval is not installed, no such task, a limit below 1.
+        CheckpointError: the folder is not a vision-language model.
+    """
+    names = task_names(tasks)
+    if limit is not None and limit < 1:
+        raise ConfigError("--limit", str(limit), "an integer >= 1", "leave it out for all questions")
+    _require_lmms_eval()
+    from lmms_eval.evaluator import simple_evaluate
+
+    from eqat_eval.lmms_model import EqatVLM
+
+    manager = _task_manager(names)
+    started = time.perf_counter()
+    found = simple_evaluate(
+        model=EqatVLM(str(folder), device=str(device), batch_size=batch_size),
+        tasks=list(names),
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=False,
+        cli_args=argparse.Namespace(
+            output_path=None if output is None else str(output.parent), process_with_media=False
+        ),
+    )
+    questions = found["n-samples"]
+    rows = {name: task_row(row, questions.get(name)) for name, row in found["results"].items()}
+    return {"tasks": rows, "seconds": time.perf_counter() - started}
+
+
+def task_row(metrics: Mapping[str, Any], questions: Mapping[str, int] | None) -> dict[str, Any]:
+    """Return what is reported of one task.
+
+    Args:
+        metrics: as lmms-eval names them, `metric,filter`.
+        questions: its counts; None for a group of tasks.
+    """
+    values = {
+        name.split(",")[0]: value
+        for name, value in metrics.items()
+        if "," in name and "_stderr" not in name and isinstance(value, int | float)
+    }
+    prefix = f"{SCORE}_"
+    return {
+        "accuracy": values.get(SCORE),
+        "questions": None if questions is None else questions["effective"],
+        "by_type": {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)},
+        "metrics": values,
+    }
+
+
+def task_line(name: str, row: Mapping[str, Any]) -> str:
+    """Return one line for the user about one row of `evaluate_tasks`."""
+    if row["accuracy"] is None:
+        said = ", ".join(f"{metric} {value:.4g}" for metric, value in row["metrics"].items())
+    else:
+        types = ", ".join(f"{kind} {value:.1%}" for kind, value in row["by_type"].items())
+        said = f"accuracy {row['accuracy']:.1%}" + (f" ({types})" if types else "")
+    return f"{name}: {said}" + ("" if row["questions"] is None else f" on {row['questions']:,} questions")
+
+
+def tasks_folder() -> Path:
+    """Return the folder of the tasks that come with eqat: what lmms-eval wants after --include_path."""
+    return Path(str(importlib.resources.files("eqat_eval"))) / "tasks"
+
+
+def _require_lmms_eval() -> None:
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise ConfigError(
+            "--tasks",
+            "lmms-eval is not installed",
+            "an environment with lmms-eval",
+            "install it: pip install 'eqat-mm[lmms-eval,vlm]'",
+        )
+
+
+def _task_manager(names: Sequence[str]) -> Any:
+    """Return lmms-eval's index of tasks: ours alone where they are enough, because indexing its own takes long."""
+    from lmms_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, model_name="eqat")
+    if all(name in manager.all_tasks for name in names):
+        return manager
+    manager = TaskManager(include_path=str(tasks_folder()), model_name="eqat")
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=5) or ["easy_vqa", "mme", "scienceqa_img"]
+            raise ConfigError(
+                "--tasks",
+                repr(name),
+                f"a task of lmms-eval or easy_vqa; similar: {', '.join(close)}",
+                "choose one; `lmms-eval --tasks list` lists all",
+            )
+    return manager

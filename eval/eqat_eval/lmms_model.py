@@ -1,0 +1,248 @@
+"""`eqat`, a model of lmms-eval: a packed checkpoint, or a full-precision folder, that answers in batches.
+
+Axes: B samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from torch import Tensor
+
+from eqat_eval.generation import ending_arguments, sampling_arguments
+from eqat_eval.inference import inference
+from eqat_eval.windows import check_positive
+from eqat_mm.checkpoint.read import load
+from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.errors import CheckpointError, ConfigError, DataError
+from eqat_mm.runtime.progress import progress
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class EqatVLM(lmms):  # type: ignore[misc]
+    """A vision-language model behind lmms-eval's interface.
+
+    Prompts are what the processor's chat template makes of one user message, images first. Generation is greedy
+    unless a task asks for sampling, and takes nothing from the checkpoint's generation_config.json but its end tokens.
+
+    Args:
+        pretrained: folder of a packed checkpoint of ours, or of a full-precision model.
+        device: `auto` is the GPU of this process, or the CPU where there is none.
+        dtype: float32, bfloat16 or float16, of what is not quantized.
+        batch_size: samples per forward.
+
+    Raises:
+        CheckpointError: not a usable model folder, or one without processor and chat template.
+        ConfigError: unknown dtype, or a batch size below 1.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self, pretrained: str, device: str = "auto", dtype: str = "float32", batch_size: int | str = 1
+    ) -> None:
+        super().__init__()
+        if dtype not in _DTYPES:
+            raise ConfigError("dtype", repr(dtype), ", ".join(_DTYPES), "choose one of these")
+        self.batch_size = int(batch_size)
+        check_positive("batch_size", self.batch_size)
+        self.dtype = _DTYPES[dtype]
+        self.device = torch.device(_own_device() if device == "auto" else device)
+        folder = Path(pretrained)
+        self.processor = _processor(folder)
+        self.model = _model(folder, self.dtype, self.device)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Return the answer to every request, in order."""
+        answers = [""] * len(requests)
+        batches = list(_batches(requests, self.batch_size, lambda request: request.args[1]))
+        for indices in progress(batches, what="answers", total=len(batches), unit="batch"):
+            batch = [requests[index] for index in indices]
+            samples = [self._sample(*request.args[:1], *request.args[2:]) for request in batch]
+            for index, answer in zip(indices, self.generate(samples, batch[0].args[1]), strict=True):
+                answers[index] = answer
+        return answers
+
+    def generate(self, samples: Sequence[tuple[str, list[Any]]], options: Mapping[str, Any]) -> list[str]:
+        """Answer one batch.
+
+        Args:
+            samples: (prompt, images) of each.
+            options: generation kwargs of lmms-eval; `do_sample: false` means greedy whatever the temperature.
+        """
+        inputs = self._encode(samples, padding_side="left")
+        sampled = options.get("do_sample", True)
+        top_p = options.get("top_p")
+        arguments = {
+            **sampling_arguments(float(options.get("temperature") or 0) if sampled else 0.0, top_p or 1.0),
+            "num_beams": options.get("num_beams", 1),
+            "max_new_tokens": options.get("max_new_tokens", 1024),
+        }
+        generator: Any = self.model
+        with inference(self.model):
+            tokens_BT = generator.generate(
+                **inputs, **arguments, **ending_arguments(self.model, self.processor.tokenizer)
+            )
+        texts = self.processor.batch_decode(tokens_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_until(text, options.get("until") or ()) for text in texts]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Return (mean negative log-likelihood of the answer's tokens, whether greedy decoding gives them), in order.
+
+        lmms-eval takes the *lowest* value for the best choice, so this is a loss, in nats per token. The answer is
+        what the chat template adds for it, an end token included.
+        """
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        batches = list(_batches(requests, self.batch_size, lambda _: None))
+        for indices in progress(batches, what="likelihoods", total=len(batches), unit="batch"):
+            samples, answers = [], []
+            for context, answer, *where in (requests[index].args for index in indices):
+                *_, doc_id, task, split = where
+                known = isinstance(answer, str)
+                answers.append(answer if known else str(answer(self.task_dict[task][split][doc_id])))
+                samples.append(self._sample(context, *where))
+            for index, result in zip(indices, self.score(samples, answers), strict=True):
+                results[index] = result
+        return results
+
+    def score(self, samples: Sequence[tuple[str, list[Any]]], answers: Sequence[str]) -> list[tuple[float, bool]]:
+        """Score one batch of given answers; arguments and result as in `generate` and `loglikelihood`.
+
+        Raises:
+            DataError: the tokens of an answer cannot be told from those of its prompt.
+        """
+        whole = [
+            (self._complete(prompt, answer), images) for (prompt, images), answer in zip(samples, answers, strict=True)
+        ]
+        # padded on the right, so that positions are those of an unpadded sample whatever the model does with them
+        inputs = self._encode(whole, padding_side="right")
+        with inference(self.model):
+            logits_BTV = self.model(**inputs, use_cache=False).logits
+            return [
+                _score_row(logits_TV, ids_T[: int(mask_T.sum())], self._encode([sample], "right")["input_ids"][0])
+                for logits_TV, ids_T, mask_T, sample in zip(
+                    logits_BTV, inputs["input_ids"], inputs["attention_mask"], samples, strict=True
+                )
+            ]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Refuse conversations of several rounds."""
+        raise ConfigError(
+            "lmms-eval task",
+            "one of several rounds (generate_until_multi_round)",
+            "tasks of one question and one answer: generate_until, loglikelihood, multiple_choice",
+            "choose another task",
+        )
+
+    def _sample(self, context: str, to_images: Any, doc_id: int, task: str, split: str) -> tuple[str, list[Any]]:
+        images = list(to_images(self.task_dict[task][split][doc_id]) or ())
+        return self.prompt(context, len(images)), images
+
+    def prompt(self, context: str, images: int) -> str:
+        """Return the chat template's text for a question; a context that places its images itself keeps them there."""
+        placed = self.processor.image_token in context
+        content = [{"type": "image"}] * (0 if placed else images) + [{"type": "text", "text": context}]
+        message = {"role": "user", "content": content}
+        return str(self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
+
+    def _complete(self, prompt: str, answer: str) -> str:
+        """Return the prompt followed by what the template writes for the answer."""
+        question = {"role": "user", "content": [{"type": "text", "text": ""}]}
+        given = {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
+        render = self.processor.apply_chat_template
+        before = str(render([question], add_generation_prompt=True, tokenize=False))
+        after = str(render([question, given], add_generation_prompt=False, tokenize=False))
+        if not after.startswith(before):
+            raise _unclear(answer, "the chat template does not write it behind the prompt")
+        return prompt + after.removeprefix(before).rstrip()
+
+    def _encode(self, samples: Sequence[tuple[str, list[Any]]], padding_side: str) -> Any:
+        images = [image for _, own in samples for image in own]
+        inputs = self.processor(
+            text=[prompt for prompt, _ in samples],
+            images=images or None,
+            padding=True,
+            padding_side=padding_side,
+            return_tensors="pt",
+        )
+        return inputs.to(self.device, self.dtype)
+
+
+def _batches(requests: Sequence[Instance], size: int, options: Any) -> Iterator[list[int]]:
+    """Yield indices of requests with the same options, the longest contexts first: little padding, early failure."""
+    groups: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(json.dumps(options(request), sort_keys=True, default=str), []).append(index)
+    for indices in groups.values():
+        indices.sort(key=lambda index: -len(requests[index].args[0]))
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
+
+
+def _score_row(logits_TV: Tensor, ids_T: Tensor, prompt_T: Tensor) -> tuple[float, bool]:
+    start = len(prompt_T)
+    if len(ids_T) <= start or not torch.equal(ids_T[:start], prompt_T):
+        raise _unclear(f"token ids {ids_T[start:].tolist()}", "its first token reaches into the prompt, or it has none")
+    predicted_TV = logits_TV[start - 1 : len(ids_T) - 1].float()
+    loss = torch.nn.functional.cross_entropy(predicted_TV, ids_T[start:])
+    return float(loss), bool(torch.equal(predicted_TV.argmax(-1), ids_T[start:]))
+
+
+def _unclear(answer: str, reason: str) -> DataError:
+    return DataError(
+        "lmms-eval loglikelihood",
+        f"{answer}: {reason}",
+        "an answer of at least one token that leaves the tokens of its prompt as they are",
+        "use a task that generates, or a chat template that ends the prompt at a token's border",
+    )
+
+
+def _until(text: str, stops: str | Sequence[str]) -> str:
+    """Return the text before the first of the stop strings."""
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.split(stop, 1)[0] if stop else text
+    return text
+
+
+def _own_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _model(folder: Path, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:
+    if (folder / MANIFEST).is_file():
+        return load(folder, dtype=dtype, device=device)
+    model: transformers.PreTrainedModel = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    torch.nn.Module.to(model, device)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _processor(folder: Path) -> Any:
+    try:
+        processor: Any = transformers.AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise _no_processor(folder, " ".join(str(error).split())[:200]) from error
+    if not isinstance(processor, transformers.ProcessorMixin):
+        raise _no_processor(folder, f"a text-only {type(processor).__name__}")
+    if not getattr(processor, "chat_template", None):
+        raise _no_processor(folder, "a processor without chat template")
+    return processor
+
+
+def _no_processor(folder: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        where=str(folder),
+        given=f"no usable processor ({found})",
+        allowed="the folder of a vision-language model, with processor and chat template",
+        do="give the folder of such a model; the processor's files belong beside the weights",
+    )

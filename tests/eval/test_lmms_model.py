@@ -1,0 +1,187 @@
+"""The model `eqat` of lmms-eval: against a direct computation, against itself, and against lmms-eval's own LLaVA."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from eqat_eval.easy_vqa import FILE_VARIABLE
+from eqat_mm.checkpoint.read import load
+from eqat_mm.commands.lmms import tasks_folder
+from eqat_mm.commands.quantize import RTNJob, rtn
+from eqat_mm.errors import CheckpointError, ConfigError
+from tests.commands.jobs import SPEC
+from tests.eval.questions import COUNT, images, write_questions
+from tests.tiny_llava import save_tiny_llava
+from tests.tiny_model import save_tiny
+from tests.tolerances import assert_close
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval"),
+    pytest.mark.filterwarnings("ignore"),  # lmms-eval 0.7.3 and what it imports warn of much; 2026-11-23
+]
+
+QUESTIONS = ["w5", "w6 w7 w8", "w9 w10", "w11 w12 w13 w14 w15"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "tiny-llava"
+    save_tiny_llava(path, dtype=torch.float32)
+    return path
+
+
+def model_of(folder: Path, **options: Any) -> Any:
+    from eqat_eval.lmms_model import EqatVLM
+
+    return EqatVLM(str(folder), **({"device": "cpu"} | options))
+
+
+def requests_of(model: Any, kind: str, second: Any) -> list[Any]:
+    """One request about each question; the third has no image."""
+    from lmms_eval.api.instance import Instance
+
+    model.task_dict = {"tiny": {"test": list(range(len(QUESTIONS)))}}
+    return [
+        Instance(
+            kind,
+            (
+                text,
+                *_ordered(kind, second, lambda index: [] if index == 2 else [images()[index]]),
+                index,
+                "tiny",
+                "test",
+            ),
+            0,
+            {"task": "tiny", "doc_id": index, "repeats": 1},
+        )
+        for index, text in enumerate(QUESTIONS)
+    ]
+
+
+def images_of(index: int) -> list[Any]:
+    return [] if index == 2 else [images()[index]]
+
+
+def _ordered(kind: str, second: Any, to_images: Any) -> tuple[Any, Any]:
+    return (dict(second), to_images) if kind == "generate_until" else (second, to_images)
+
+
+def answers(folder: Path, batch_size: int, **options: Any) -> list[str]:
+    model = model_of(folder, batch_size=batch_size)
+    return list(model.generate_until(requests_of(model, "generate_until", {"max_new_tokens": 6} | options)))
+
+
+def test_answers_do_not_depend_on_the_batch(folder: Path) -> None:
+    one_by_one = answers(folder, 1)
+    assert len(set(one_by_one)) > 1
+    assert answers(folder, 3) == answers(folder, 4) == one_by_one
+
+
+def test_the_image_is_seen(folder: Path) -> None:
+    model = model_of(folder)
+    prompt = model.prompt("w5", 1)
+    black, white = (Image.new("RGB", (16, 16), colour) for colour in ("black", "white"))
+    losses = [model.score([(prompt, [image])], ["w7"])[0][0] for image in (black, white)]
+    assert losses[0] != losses[1]
+
+
+def test_an_answer_ends_at_a_stop_string(folder: Path) -> None:
+    whole = answers(folder, 4)
+    stop = whole[0].split()[1]
+    assert answers(folder, 4, until=[stop]) == [text.split(stop)[0] for text in whole]
+
+
+def test_do_sample_false_is_greedy_at_any_temperature(folder: Path) -> None:
+    assert answers(folder, 4, temperature=5.0, do_sample=False) == answers(folder, 4)
+    assert answers(folder, 4, temperature=5.0) != answers(folder, 4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_likelihood_is_that_of_one_forward(folder: Path, batch_size: int) -> None:
+    model = model_of(folder, batch_size=batch_size)
+    found = model.loglikelihood(requests_of(model, "loglikelihood", "w7 w8"))
+    expected = [direct_loss(model, index) for index in range(len(QUESTIONS))]
+    assert_close(torch.tensor([loss for loss, _ in found]), torch.tensor([loss for loss, _ in expected]), "model")
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def direct_loss(model: Any, index: int) -> tuple[float, bool]:
+    has_image = index != 2
+    text = f"USER: {'<image> ' if has_image else ''}{QUESTIONS[index]} ASSISTANT: w7 w8 </s>"
+    inputs = model.processor(text=text, images=[images()[index]] if has_image else None, return_tensors="pt")
+    with torch.inference_mode():
+        logits_TV = model.model(**inputs).logits[0, -4:-1]
+    answer_T = inputs["input_ids"][0, -3:]
+    chosen_T = logits_TV.log_softmax(-1)[torch.arange(3), answer_T]
+    return -float(chosen_T.mean()), torch.equal(logits_TV.argmax(-1), answer_T)
+
+
+def test_the_greedy_answer_is_known_as_such(folder: Path) -> None:
+    model = model_of(folder)
+    sample = (model.prompt("w5", 1), images()[:1])
+    inputs = model._encode([sample], "left")
+    with torch.inference_mode():
+        first = model.model(**inputs).logits[0, -1].argmax()
+    model._complete = lambda prompt, answer: prompt + answer
+    assert model.score([sample], [model.processor.tokenizer.decode(first)])[0][1]
+
+
+def test_a_packed_checkpoint_answers(folder: Path, tmp_path: Path) -> None:
+    packed = rtn(RTNJob(model=str(folder), output=tmp_path / "packed", quant=SPEC))
+    model = model_of(packed, batch_size=4)
+    assert torch.equal(next(load(packed).parameters()), next(model.model.parameters()))
+    assert answers(packed, 4) == answers(packed, 1)
+
+
+def test_both_models_of_lmms_eval_answer_alike(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("decord")
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    write_questions(tmp_path / "questions.parquet")
+    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "questions.parquet"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    theirs = f"pretrained={folder},device=cpu,dtype=float32,device_map=cpu"
+    said = {}
+    for name, model, arguments in (("eqat", model_of(folder, batch_size=4), ""), ("llava_hf", "llava_hf", theirs)):
+        tasks = TaskManager(include_path=str(tasks_folder()), include_defaults=False)
+        found = simple_evaluate(
+            model=model, model_args=arguments, tasks=["easy_vqa"], task_manager=tasks, bootstrap_iters=0
+        )
+        assert found["n-samples"]["easy_vqa"]["effective"] == COUNT
+        said[name] = [sample["filtered_resps"] for sample in found["samples"]["easy_vqa"]]
+    assert said["eqat"] == said["llava_hf"]
+
+
+def test_the_manifest_names_the_class() -> None:
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    from eqat_eval.lmms_manifest import EQAT
+    from eqat_eval.lmms_model import EqatVLM
+
+    registry = ModelRegistryV2()
+    registry.register_manifest(EQAT)
+    assert registry.get_model_class("eqat") is EqatVLM
+
+
+def test_unusable_options_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="float32, bfloat16, float16"):
+        model_of(folder, dtype="int8")
+    with pytest.raises(ConfigError, match="batch_size"):
+        model_of(folder, batch_size=0)
+
+
+def test_a_language_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no usable processor"):
+        model_of(save_tiny(tmp_path).folder)
+
+
+def test_several_rounds_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="several rounds"):
+        model_of(folder).generate_until_multi_round([])
