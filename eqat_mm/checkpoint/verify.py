@@ -20,7 +20,7 @@ class Manifest:
     Attributes:
         arch: adapter name.
         spec: fields of the `QuantSpec`.
-        stage: what made it, `round-to-nearest`, `block-ap` or `e2e-qp`.
+        stage: what made it, `round-to-nearest`, `block-ap`, `e2e-qp`, `lora` or `projector`.
         source: the full-precision model it was made from.
         files: SHA-256 of every weight file.
         provenance: command, configuration, seed and versions of every stage, first to last.

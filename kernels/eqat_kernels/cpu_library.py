@@ -1,8 +1,8 @@
 """Compiles `cpu_library.c` with the machine's own C compiler at first use, and calls it.
 
 The library is kept in `$EQAT_CACHE/kernels` (by default `~/.cache/eqat-mm/kernels`) under a hash of source, compiler,
-flags and processor, so a folder shared by different machines is no danger. It takes a few seconds, once. Where there is no
-compiler, `obstacle` says so and the references are used.
+flags and processor, so a folder shared by different machines is no danger. It takes a few seconds, once. Where there
+is no compiler, `obstacle` says so and the references are used.
 """
 
 from __future__ import annotations
