@@ -8,7 +8,8 @@ logging, accumulation, checkpoint rotation and DeepSpeed are those.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +89,7 @@ class E2EQPTrainer(transformers.Trainer):
         groups: AdamW parameter groups, from `trainable_groups`.
         teacher: full-precision model for the `kl` loss; None trains on `cross-entropy`.
         order: of the samples; None shuffles them.
-        of_images: those of the trained parameters that a batch without images does not reach.
+        projector: where it is trained; None otherwise.
         precision: of matrix products.
         **kwargs: as for `transformers.Trainer`.
     """
@@ -99,14 +100,14 @@ class E2EQPTrainer(transformers.Trainer):
         groups: list[dict[str, Any]],
         teacher: nn.Module | None = None,
         order: SampleOrder | None = None,
-        of_images: Sequence[nn.Parameter] = (),
+        projector: nn.Module | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.groups = groups
         self.order = order
-        self.of_images = of_images
+        self.projector = projector
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
         self.precision = precision
         self.model_accepts_loss_kwargs = True  # compute_loss averages over all sequences of a step
@@ -131,7 +132,7 @@ class E2EQPTrainer(transformers.Trainer):
         """Return the mean loss per predicted token over the whole optimizer step."""
         columns, labels = predictions_that_count(inputs["labels"])
         forward = {name: value for name, value in inputs.items() if name != "labels"} | {"logits_to_keep": columns}
-        with autocast(self.precision, columns.device):
+        with autocast(self.precision, columns.device), self._reached_projector("pixel_values" in inputs):
             outputs = model(**forward, use_cache=False)
         if self.teacher is None:
             loss = cross_entropy(outputs.logits, labels, num_items_in_batch)
@@ -139,19 +140,33 @@ class E2EQPTrainer(transformers.Trainer):
             with torch.no_grad(), autocast(self.precision, columns.device):
                 wanted = self.teacher(**forward, use_cache=False).logits
             loss = kl_divergence(outputs.logits, wanted, labels, num_items_in_batch)
-        if self.of_images and "pixel_values" not in inputs:
-            loss = loss + self._zero()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _zero(self) -> Tensor:
-        """Return 0, with gradients of 0 in what only images give gradients to.
+    @contextmanager
+    def _reached_projector(self, has_images: bool) -> Iterator[None]:
+        """Let a batch without images give the projector gradients of zero, when and in the order images would.
 
-        Data-parallel processes reduce gradients in the order they appear; one with a batch without images would not
-        meet one with images.
+        Data-parallel processes reduce gradients in the order they appear. Were they missing in one process, it would
+        not meet the others; were they early, ZeRO-2 would add up different parameters.
         """
-        return torch.stack([parameter.sum() for parameter in self.of_images]).sum() * 0.0
+        if self.projector is None or has_images:
+            yield
+            return
+        projector = self.projector
+        features = next(parameter for parameter in projector.parameters() if parameter.dim() == 2).shape[1]
+
+        def add_nothing(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+            nothing: Tensor = projector(embedded.new_zeros(1, features)).sum() * 0.0
+            return embedded + nothing
+
+        assert isinstance(self.model, transformers.PreTrainedModel)
+        handle = self.model.get_input_embeddings().register_forward_hook(add_nothing)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class _EpochOfOrder(transformers.TrainerCallback):
@@ -224,7 +239,7 @@ def run_e2e_qp(
         data_collator=collator,
         teacher=teacher,
         order=order,
-        of_images=[p for p in projector.parameters() if p.requires_grad] if projector is not None else (),
+        projector=projector if "projector" in config.trains else None,
         precision=resolve(config.precision, arguments.device),
     )
     if order is not None:
