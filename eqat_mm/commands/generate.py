@@ -6,10 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from eqat_eval.generation import GeneratedText, generate_about_images, generate_text
-from eqat_mm.commands.models import best_device, load_model, load_processor, load_tokenizer, model_folder, require_model
+from eqat_mm.commands.models import (
+    best_device,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    model_folder,
+    require_model,
+    takes_images,
+)
 from eqat_mm.data.images import ImageFile, read_image
 from eqat_mm.data.problems import BadSample
 from eqat_mm.errors import ConfigError, DataError
@@ -52,9 +58,8 @@ def generate(job: GenerateJob) -> str:
     """
     folder = model_folder(job.model)
     require_model(folder)
-    takes_images = _takes_images(folder)
     paths = job.image if isinstance(job.image, tuple) else (job.image,)
-    if paths and not takes_images:
+    if paths and not takes_images(folder):
         raise ConfigError(
             where="--image",
             given=f"{len(paths)} images for {job.model}, which reads text only",
@@ -62,7 +67,8 @@ def generate(job: GenerateJob) -> str:
             do="leave --image out, or choose a vision-language model",
         )
     images = [_read(path) for path in paths]
-    written = _written(job, folder, images, through_processor=takes_images and (job.chat or bool(images)))
+    through_processor = bool(images) or (job.chat and takes_images(folder))
+    written = _written(job, folder, images, through_processor=through_processor)
     say(f"[{written.tokens} tokens, {written.tokens_per_second:.1f} tokens/s]")
     return written.text
 
@@ -81,11 +87,6 @@ def _written(job: GenerateJob, folder: Path, images: list[Any], *, through_proce
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, best_device(job.device))
     return generate_text(model, tokenizer, job.prompt, job.max_new_tokens, chat=job.chat, **settings)
-
-
-def _takes_images(folder: Path) -> bool:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def _read(path: Path) -> Any:

@@ -50,6 +50,12 @@ def is_packed(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def takes_images(folder: Path) -> bool:
+    """Whether the folder holds a vision-language model, by its configuration."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedModel:
     """Load a packed or a full-precision model, language or vision-language, for evaluation; float32 where unquantized.
 
@@ -59,9 +65,7 @@ def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedMod
     if is_packed(folder):
         return load(folder, device=device)
     require_weights(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    takes_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto = transformers.AutoModelForImageTextToText if takes_images else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForImageTextToText if takes_images(folder) else transformers.AutoModelForCausalLM
     model: transformers.PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
     torch.nn.Module.to(model, device)
     model.eval()

@@ -13,8 +13,7 @@ from eqat_mm.errors import ConfigError
 
 def recipes() -> dict[str, Path]:
     """Return the shipped recipes by name."""
-    folder = Path(str(files("eqat_configs"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return _shipped("recipes", "*.yaml")
 
 
 def recipe_path(name: str) -> Path:
@@ -23,17 +22,7 @@ def recipe_path(name: str) -> Path:
     Raises:
         ConfigError: neither a file nor a shipped recipe.
     """
-    if Path(name).is_file():
-        return Path(name)
-    shipped = recipes()
-    if name in shipped:
-        return shipped[name]
-    raise ConfigError(
-        where="--config",
-        given=repr(name),
-        allowed=f"a YAML file, or a shipped recipe: {', '.join(shipped)}",
-        do="check the path, or choose one of these",
-    )
+    return _file_named("--config", name, recipes(), "a YAML file, or a shipped recipe: ")
 
 
 def deepspeed_path(name: str) -> Path:
@@ -42,15 +31,22 @@ def deepspeed_path(name: str) -> Path:
     Raises:
         ConfigError: neither a file nor shipped.
     """
+    return _file_named("--deepspeed", name, _shipped("deepspeed", "*.json"), "a JSON file, or one of ")
+
+
+def _shipped(folder: str, pattern: str) -> dict[str, Path]:
+    return {path.stem: path for path in sorted((Path(str(files("eqat_configs"))) / folder).glob(pattern))}
+
+
+def _file_named(option: str, name: str, shipped: dict[str, Path], allowed: str) -> Path:
     if Path(name).is_file():
         return Path(name)
-    shipped = {path.stem: path for path in sorted((Path(str(files("eqat_configs"))) / "deepspeed").glob("*.json"))}
     if name in shipped:
         return shipped[name]
     raise ConfigError(
-        where="--deepspeed",
+        where=option,
         given=repr(name),
-        allowed=f"a JSON file, or one of {', '.join(shipped)}",
+        allowed=allowed + ", ".join(shipped),
         do="check the path, or choose one of these",
     )
 

@@ -86,9 +86,13 @@ def command(place: Path, name: str, launcher: list[str], *, data: str = "mixed",
     return [*launcher, *flags]
 
 
+def environment() -> dict[str, str]:
+    """One thread a process, and the commands of this interpreter first."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment(), cwd=ROOT)
 
 
 def losses(place: Path, name: str) -> Tensor:
@@ -155,9 +159,8 @@ def test_a_killed_process_ends_the_run_and_the_same_command_continues_it(place: 
 
 def kill_a_process_of(words: list[str], trainer: Path) -> int:
     """Start a launcher, kill its second process once there is a checkpoint, and return the launcher's exit status."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(), cwd=ROOT
     ) as launcher:
         while not list(trainer.glob("checkpoint-*/trainer_state.json")):
             assert launcher.poll() is None, "the run ended before its first checkpoint"
