@@ -60,6 +60,12 @@ def _demo() -> tuple[type[Any], Callable[[Any], Any]]:
     return LadderJob, ladder
 
 
+def _demo_vlm() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.vlm_ladder import VLMLadderJob, vlm_ladder
+
+    return VLMLadderJob, vlm_ladder
+
+
 def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.assets import AssetsJob, assets
 
@@ -70,6 +76,7 @@ COMMANDS: dict[str, _Command] = {
     "demo": _Command(
         "quantize SmolLM2-135M to 2 bits and print the ladder of stages", _demo, "smollm2-135m-w2g64-demo"
     ),
+    "demo-vlm": _Command("the same for a small LLaVA, with questions about images, scored by lmms-eval", _demo_vlm),
     "block-ap": _Command("train W, s, z of one block at a time and write a packed checkpoint", _block_ap),
     "e2e-qp": _Command("train the step sizes of a packed checkpoint end to end", _e2e_qp),
     "rtn": _Command("round to nearest: the baseline", _rtn),

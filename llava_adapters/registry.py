@@ -23,6 +23,7 @@ _BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH, llava.ARCH, llava_next.
 
 ALIASES: dict[str, str] = {
     "smollm2-135m": "asset:smollm2-135m",
+    "demo-llava": "asset:demo-llava",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-2-13b": "meta-llama/Llama-2-13b-hf",
     "llama-2-70b": "meta-llama/Llama-2-70b-hf",

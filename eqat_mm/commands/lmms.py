@@ -61,7 +61,7 @@ def evaluate_tasks(
     names = task_names(tasks)
     if limit is not None and limit < 1:
         raise ConfigError("--limit", str(limit), "an integer >= 1", "leave it out for all questions")
-    _require_lmms_eval()
+    require_lmms_eval()
     from lmms_eval.evaluator import simple_evaluate
 
     from eqat_eval.lmms_model import EqatVLM
@@ -120,7 +120,12 @@ def tasks_folder() -> Path:
     return Path(str(importlib.resources.files("eqat_eval"))) / "tasks"
 
 
-def _require_lmms_eval() -> None:
+def require_lmms_eval() -> None:
+    """Check that lmms-eval is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ConfigError(
             "--tasks",

@@ -18,7 +18,14 @@ from eqat_mm.runtime.files import read_json
 from llava_adapters import resolve_alias
 from llava_adapters.original import refuse_original_folder
 
-_ASSET_MODELS = {"smollm2-135m": smollm2_folder}
+
+def _demo_llava_folder() -> Path:
+    from llava_adapters.demo_llava import demo_llava_folder  # it needs what reads images
+
+    return demo_llava_folder()
+
+
+_ASSET_MODELS = {"smollm2-135m": smollm2_folder, "demo-llava": _demo_llava_folder}
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 

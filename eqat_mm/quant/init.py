@@ -1,4 +1,4 @@
-"""Where a grid starts: min-max, the range with the least weighted error, or that range with GPTQ rounding.
+"""Where a grid starts: min-max, the range with the least weighted error, GPTQ on that range, or GPTQ refined.
 
 Shape letters: O output rows, I inputs, G groups, g group size.
 """
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from eqat_mm.quant.gptq import gptq
 from eqat_mm.quant.grid import away_from_zero
+from eqat_mm.quant.refine import refine
 from eqat_mm.quant.spec import QuantSpec
 
-Init = Literal["minmax", "search", "gptq"]
+Init = Literal["minmax", "search", "gptq", "refined"]
 
 SMALLEST_SHRINK = {2: 0.3, 3: 0.55, 4: 0.75, 8: 0.95}
 """bits -> smallest fraction of the range that the search tries; the fewer codes, the more clipping pays."""
@@ -45,7 +46,8 @@ def initial_grid(weight: Tensor, spec: QuantSpec, *, layer: str, init: Init, hes
         spec: bits, group size, symmetry.
         layer: name for messages.
         init: `minmax` (the paper); `search`, which minimises sum_j h_j * (W_hat - W)_j^2 per group with h the
-            diagonal of the Hessian; `gptq`, which adds GPTQ's error compensation to the weight on that grid.
+            diagonal of the Hessian; `gptq`, which adds GPTQ's error compensation to the weight on that grid;
+            `refined`, which goes on from there (see `eqat_mm.quant.refine`).
         hessian: sum of x x^T over calibration tokens, float [I, I]; not used by `minmax`.
 
     Raises:
@@ -63,6 +65,9 @@ def initial_grid(weight: Tensor, spec: QuantSpec, *, layer: str, init: Init, hes
     if init == "search":
         return Grid(*search(w_OGg, hessian.diagonal().unflatten(0, (-1, group))))
     compensated, scale, zero_point = gptq(weight, hessian, group, spec.top, search)
+    if init == "refined":
+        compensated, scale = refine(weight.detach().float(), compensated, scale, zero_point, hessian, spec.top)
+        scale = away_from_zero(scale, signed=spec.symmetric)
     return Grid(scale, zero_point, compensated)
 
 

@@ -1,13 +1,13 @@
 """Where the grids of a block start.
 
-`minmax` is the paper's. `search` and `gptq` go through the stages of the block in the order data passes them, each
-measured on the quantized stream behind the stages already rounded. `gptq` first moves each weight to the
+`minmax` is the paper's. The others go through the stages of the block in the order data passes them, each
+measured on the quantized stream behind the stages already rounded. `gptq` and `refined` first move each weight to the
 least-squares one that makes up for the difference between the two streams,
 
     W' = W + D (H + damping)^-1,   H = sum x_q x_q^T,   D = sum d x_q^T,
 
 where d is what the layer's output lacks: W (x_fp - x_q), or, for a layer whose output is added to the residual
-stream, the difference of the two sums. Then it rounds with error compensation. Training continues from there.
+stream, the difference of the two sums. Then they round with error compensation. Training continues from there.
 
 Where the sums are known, each token counts by `train.losses.token_weights`.
 
@@ -38,8 +38,9 @@ class WarmStartConfig:
     """How a block's grids are initialised.
 
     Attributes:
-        init: `minmax` (paper), `search` (least weighted error), or `gptq` (search, stream correction, GPTQ).
-        samples: calibration samples for the statistics of `search` and `gptq`.
+        init: `minmax` (paper), `search` (least weighted error), `gptq` (search, stream correction, GPTQ), or `refined`
+            (after GPTQ, step sizes and codes in turn).
+        samples: calibration samples for the statistics of all but `minmax`.
         correction_damping: damping of the stream correction, as a fraction of the Hessian's mean diagonal.
     """
 
@@ -74,7 +75,7 @@ def initial_grids(
             linear = working.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             weight: Tensor = linear.weight
-            if config.init == "gptq":
+            if config.init in ("gptq", "refined"):
                 weight = weight + seen.correction(weight, config.correction_damping)
             grid = initial_grid(weight, spec, layer=f"{step.name}.{path}", init=config.init, hessian=seen.hessian_II)
             start = weight if grid.weight is None else grid.weight

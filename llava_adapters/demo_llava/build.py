@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -137,10 +138,14 @@ def tokenizer_with_image_token(language_folder: Path) -> Any:
 
 
 def llava_config(vision: Any, language: Any, processor: LlavaProcessor) -> LlavaConfig:
-    """Return the configuration of the whole model."""
+    """Return the configuration of the whole model.
+
+    It has copies of the parts' configurations: transformers clears the attention implementation of those it is given,
+    and a model whose own is cleared adds boolean masks to its scores instead of masking.
+    """
     return LlavaConfig(
-        vision_config=vision,
-        text_config=language,
+        vision_config=copy.deepcopy(vision),
+        text_config=copy.deepcopy(language),
         image_token_index=processor.image_token_id,
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         tie_word_embeddings=language.tie_word_embeddings,

@@ -51,7 +51,12 @@ def llava(folders: tuple[Path, Path]) -> Any:
 
 @pytest.fixture
 def reader(llava: Any, folders: tuple[Path, Path]) -> language.Reader:
+    """As `scripts/train_demo_llava.py` puts it together: the configuration of the whole is made first."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folders[0])
+    vision_config = transformers.CLIPVisionModel.from_pretrained(
+        folders[0].parent / "parts" / build.VISION_TOWER
+    ).config
+    build.llava_config(vision_config, model.config, build.llava_processor(folders[0], vision_config))
     return language.Reader(llava.model.multi_modal_projector, model, llava.config.image_token_id, precision="float32")
 
 

@@ -1,0 +1,233 @@
+"""`eqat demo-vlm`: the ladder of stages on a vision-language model, as commands.
+
+For every bit width: round-to-nearest; Block-AP, on text; Block-AP + LoRA, the baseline, where asked for; Block-AP +
+E2E-QP, on conversations about images, in several processes under DeepSpeed. Every rung is judged by the command line of
+lmms-eval. Each command is printed as it could be typed, and continues or skips what an earlier start of it has done; so
+does the ladder.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from eqat_mm.commands.evaluate import bits_per_weight
+from eqat_mm.commands.lmms import require_lmms_eval, task_row, tasks_folder
+from eqat_mm.commands.models import model_folder, require_model
+from eqat_mm.commands.runs import discard, settings
+from eqat_mm.errors import ConfigError, TrainingError
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.files import read_json, write_json
+from eqat_mm.runtime.progress import duration, say
+from eqat_mm.runtime.provenance import provenance
+
+TASK = "easy_vqa"
+FULL_PRECISION = "full precision"
+
+Bits = Literal[2, 3, 4, 8]
+
+
+@dataclass(frozen=True)
+class VLMLadderJob:
+    """The ladder of stages of a vision-language model.
+
+    Settings of the stages are those of the shipped recipes for the model and bit width.
+
+    Attributes:
+        model: full-precision model: folder, alias (`eqat assets`) or hub repository.
+        bits: bit widths, one ladder each.
+        group_size: weights that share a step size.
+        lora: adds the LoRA baseline, on the samples of E2E-QP and for as many steps.
+        processes: of E2E-QP, under DeepSpeed.
+        questions: questions of easy_vqa each quantized model answers, the first ones; null for all.
+        questions_full_precision: the same for the full-precision model.
+        batch_size: questions per forward.
+        output: folder of all runs and of results.json.
+        fresh: discard finished rungs in the output folder.
+
+    Raises:
+        ConfigError: no bit width, or a number below 1.
+    """
+
+    model: str = "demo-llava"
+    bits: tuple[Bits, ...] = (2,)
+    group_size: int = 64
+    lora: bool = False
+    processes: int = 2
+    questions: int | None = 500
+    questions_full_precision: int | None = 500
+    batch_size: int = 32
+    output: Path = Path("runs/demo-vlm")
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if not self.bits:
+            raise ConfigError("--bits", "none", "one or more of 2, 3, 4, 8", "name one: --bits '[2]'")
+        for name in ("processes", "questions", "questions_full_precision", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name}", str(value), "an integer >= 1", f"raise --{name}")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One row of the table.
+
+    Attributes:
+        stage: its name.
+        bits: of the weights; 16 for full precision.
+        command: what makes it, as arguments; None where nothing is to be made.
+        folder: the model, once it is made.
+    """
+
+    stage: str
+    bits: int
+    command: list[str] | None
+    folder: Path
+
+
+def vlm_ladder(job: VLMLadderJob) -> list[dict[str, Any]]:
+    """Climb the ladder; print the table, write `results.json`, and return its rows.
+
+    Raises:
+        EqatError: bad input, or a command that failed.
+    """
+    require_lmms_eval()
+    folder = model_folder(job.model)
+    require_model(folder)
+    if job.fresh:
+        discard(job.output)
+    blind = blind_accuracy()
+    rows: list[dict[str, Any]] = []
+    for rung in rungs(job, folder):
+        say(f"== {rung.stage}, {rung.bits} bits")
+        seconds = _make(rung)
+        full = rung.stage == FULL_PRECISION
+        found = _ask(rung, job.questions_full_precision if full else job.questions, job)
+        rows.append(
+            {
+                "bits": rung.bits,
+                "stage": rung.stage,
+                "accuracy": found["accuracy"],
+                "questions": found["questions"],
+                "by_type": found["by_type"],
+                "bits_per_weight": bits_per_weight(rung.folder),
+                "seconds": round(seconds, 1),
+            }
+        )
+        record = {"model": job.model, "group_size": job.group_size, "blind_accuracy": blind, "rows": rows}
+        write_json(job.output / "results.json", record | {"provenance": provenance("demo-vlm", settings(job), 0)})
+        say(table(rows, blind))
+    return rows
+
+
+def rungs(job: VLMLadderJob, full_precision: Path) -> Iterator[Rung]:
+    """Yield the rungs of all ladders, each after those it is made from."""
+    yield Rung(FULL_PRECISION, 16, None, full_precision)
+    for bits in job.bits:
+        start = ["--quantized", str(_root(job, bits) / "block-ap" / "model")]
+        yield _rung(job, bits, "round-to-nearest", _eqat("rtn"), "rtn")
+        yield _rung(job, bits, "Block-AP", _eqat("block-ap"), "block-ap")
+        if job.lora:
+            yield _rung(job, bits, "Block-AP + LoRA", _eqat("e2e-qp"), "lora", *start, "--trains", "lora")
+        yield _rung(job, bits, "Block-AP + E2E-QP", _deepspeed(job.processes), "e2e-qp", *start)
+
+
+def _root(job: VLMLadderJob, bits: Bits) -> Path:
+    return job.output / QuantSpec(bits, job.group_size).name
+
+
+def _rung(job: VLMLadderJob, bits: Bits, stage: str, launcher: list[str], name: str, *more: str) -> Rung:
+    folder = _root(job, bits) / name
+    flags = ["--model", job.model, "--quant.bits", str(bits), "--quant.group_size", str(job.group_size)]
+    return Rung(stage, bits, [*launcher, *flags, "--output", str(folder), *more], folder / "model")
+
+
+def _eqat(command: str) -> list[str]:
+    return [sys.executable, "-m", "eqat_mm.cli", command]
+
+
+def _deepspeed(processes: int) -> list[str]:
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)]
+    return [*runner, "--no_local_rank", "--module", "eqat_mm.cli", "e2e-qp"]
+
+
+def _make(rung: Rung) -> float:
+    """Make the model of a rung; return the seconds it took, also where that was in an earlier start."""
+    if rung.command is None:
+        return 0.0
+    noted = rung.folder.parent / "seconds.json"
+    start = time.monotonic()
+    _run(rung.command)
+    if not noted.is_file():
+        write_json(noted, time.monotonic() - start)
+    return float(read_json(noted))
+
+
+def _ask(rung: Rung, questions: int | None, job: VLMLadderJob) -> dict[str, Any]:
+    """Return `task_row` of easy_vqa for the model of a rung, as an earlier start has noted it or measured anew."""
+    place = job.output / "eval" / f"{rung.stage.replace(' + ', '-').replace(' ', '-').lower()}-{rung.bits}"
+    noted = place / f"{TASK}-{questions or 'all'}.json"
+    if not noted.is_file():
+        limit = [] if questions is None else ["--limit", str(questions)]
+        model = ["--model", "eqat", "--model_args", f"pretrained={rung.folder}", "--batch_size", str(job.batch_size)]
+        task = ["--include_path", str(tasks_folder()), "--tasks", TASK, *limit]
+        discard(place / "lmms-eval")
+        _run([sys.executable, "-m", "lmms_eval", *model, *task, "--output_path", str(place / "lmms-eval")])
+        (file,) = (place / "lmms-eval").rglob("*_results.json")
+        found = read_json(file)
+        write_json(noted, task_row(found["results"][TASK], found["n-samples"][TASK]))
+    return dict(read_json(noted))
+
+
+def _run(words: list[str]) -> None:
+    """Run a command in a process of its own, one thread for each core divided among its processes.
+
+    Raises:
+        TrainingError: it failed; it has said why.
+    """
+    say(f"$ {shlex.join(words)}")
+    status = subprocess.run(words, check=False, env=_environment(words)).returncode
+    if status != 0:
+        raise TrainingError(
+            where=shlex.join(words),
+            given=f"exit status {status}",
+            allowed="a command that succeeds",
+            do="see what it said above; the same ladder goes on from here",
+        )
+
+
+def _environment(words: list[str]) -> dict[str, str]:
+    processes = int(words[words.index("--num_gpus") + 1]) if "--num_gpus" in words else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // processes))} | dict(os.environ)
+
+
+def blind_accuracy() -> float:
+    """Return the share of easy-VQA's test questions that the commonest training answer to the same words gets right."""
+    from llava_adapters.demo_llava.accuracy import accuracy_by_type, blind_answers
+    from llava_adapters.demo_llava.images import Images
+
+    train, test = (list(chain(*Images.of(part).asked)) for part in ("train", "test"))
+    return accuracy_by_type(blind_answers(train, [each.question for each in test]), test)["all"]
+
+
+def table(rows: Sequence[dict[str, Any]], blind: float) -> str:
+    """Return the rows as lines of text."""
+    lines = [f"{'bits':>4}  {'stage':<20}{'bits/weight':>12}{'accuracy':>10}{'questions':>11}{'time':>8}"]
+    for row in rows:
+        stored = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
+        lines.append(
+            f"{row['bits']:>4}  {row['stage']:<20}{stored:>12}{row['accuracy']:>10.1%}{row['questions']:>11,}"
+            f"{duration(row['seconds']):>8}"
+        )
+    return "\n".join([*lines, f"      {'guessing blind':<20}{'':>12}{blind:>10.1%}"])
