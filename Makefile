@@ -3,12 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.setup-done
+STAMP_VLM := .venv/.setup-vlm-done
 EXTRAS := dev,demo
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 CODE := eqat_mm llava_adapters kernels eval scripts benchmarks tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-gpu lint format types imports aot check bench bench-kernels clean
+.PHONY: help setup demo demo-vlm test test-all test-gpu lint format types imports aot check bench bench-kernels clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,12 +25,20 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv." >&2; \
 	  rm -rf .venv; exit 1; }
 	@echo "Installing eqat-mm and PyTorch into .venv (a few minutes the first time) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@
 	@echo "Ready: $(BIN)/eqat --help"
 
+$(STAMP_VLM): $(STAMP)
+	@echo "Installing lmms-eval into .venv ..."
+	@$(INSTALL) -e '.[$(EXTRAS),lmms-eval]'
+	@touch $@
+
 demo: setup  ## quantize a real small model on the CPU and compare it with round-to-nearest
 	@$(BIN)/eqat demo
+
+demo-vlm: $(STAMP_VLM)  ## the same for a small LLaVA: two DeepSpeed processes, scored by lmms-eval
+	@$(BIN)/eqat demo-vlm
 
 test: setup  ## the default tests: offline, no GPU, a few minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q

@@ -74,7 +74,7 @@ def test_symmetric_minmax_represents_the_largest_weight(spec: QuantSpec) -> None
     assert_close(w_hat_OGg.gather(-1, largest), w_OGg.gather(-1, largest), "elementwise")
 
 
-@pytest.mark.parametrize("init", ["minmax", "search", "gptq"])
+@pytest.mark.parametrize("init", ["minmax", "search", "gptq", "refined"])
 @pytest.mark.parametrize("spec", SPECS, ids=by_name)
 def test_a_group_of_zeros_stays_zero(spec: QuantSpec, init: Init) -> None:
     grid = initial_grid(torch.zeros(3, 192), spec, layer="layer", init=init, hessian=torch.eye(192))
@@ -155,7 +155,7 @@ def test_channels_without_inputs_leave_the_search_finite() -> None:
     assert plain_rounding(weight, grid, spec).isfinite().all()
 
 
-@pytest.mark.parametrize("init", ["minmax", "search", "gptq"])
+@pytest.mark.parametrize("init", ["minmax", "search", "gptq", "refined"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_grids_are_float32_and_the_weight_is_left_alone(dtype: torch.dtype, init: Init) -> None:
     weight = torch.randn(5, 64).to(dtype)

@@ -23,7 +23,7 @@ from tests.tiny_model import Tiny
 from tests.train.problems import SAMPLES, SPEC, step_behind_rounded_block, values_of, walker_of
 
 TRAINED, HELD_OUT = range(3, SAMPLES), range(3)
-INITS: tuple[Init, ...] = ("minmax", "search", "gptq")
+INITS: tuple[Init, ...] = ("minmax", "search", "gptq", "refined")
 
 
 @pytest.fixture
@@ -73,8 +73,9 @@ def same_grids(left: dict[str, Grid], right: dict[str, Grid]) -> bool:
 
 @pytest.mark.parametrize("spec", [SPEC, QuantSpec(3, 64), QuantSpec(3, 32, symmetric=True)], ids=lambda s: s.name)
 def test_each_start_is_better_than_the_one_before(walker: BlockWalker, step: BlockStep, spec: QuantSpec) -> None:
-    minmax, search, gptq = (output_error(walker, step, grids_of(walker, step, init, spec), spec) for init in INITS)
-    assert gptq < search < minmax
+    errors = (output_error(walker, step, grids_of(walker, step, init, spec), spec) for init in INITS)
+    minmax, search, gptq, refined = errors
+    assert refined < gptq < search < minmax
 
 
 def test_gptq_makes_up_for_the_blocks_before(walker: BlockWalker, step: BlockStep) -> None:
@@ -128,7 +129,7 @@ def test_the_block_and_the_streams_are_not_changed(walker: BlockWalker, step: Bl
     assert all(torch.equal(a, b) for a, b in zip(streams, now, strict=True))
 
 
-@pytest.mark.parametrize("init", ["search", "gptq"])
+@pytest.mark.parametrize("init", ["search", "gptq", "refined"])
 def test_statistics_are_of_the_samples_given(walker: BlockWalker, step: BlockStep, init: Init) -> None:
     before = grids_of(walker, step, init)
     add_noise(step, HELD_OUT)
@@ -146,7 +147,7 @@ def test_no_more_samples_are_used_than_asked_for(walker: BlockWalker, step: Bloc
     assert not same_grids(initial_grids(walker, step, SPEC, config, TRAINED), before)
 
 
-@pytest.mark.parametrize("init", ["search", "gptq"])
+@pytest.mark.parametrize("init", ["search", "gptq", "refined"])
 def test_a_block_starts_without_its_validation_samples(tiny: Tiny, init: Init) -> None:
     config = BlockAPConfig(SPEC, WarmStartConfig(init=init), FitConfig(epochs=0, validation_samples=len(HELD_OUT)))
 

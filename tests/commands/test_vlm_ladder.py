@@ -1,0 +1,142 @@
+"""The ladder of a vision-language model: which commands it gives, and what it does with what they leave.
+
+The commands themselves are not run here: `make demo-vlm` is that, and each has tests of its own.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eqat_mm.cli import parse_job
+from eqat_mm.commands import vlm_ladder as module
+from eqat_mm.commands.quantize import BlockAPJob
+from eqat_mm.commands.tune import E2EQPJob
+from eqat_mm.commands.vlm_ladder import VLMLadderJob, rungs, table, vlm_ladder
+from eqat_mm.errors import ConfigError, TrainingError
+from eqat_mm.runtime.files import read_json, write_json
+from tests.checkpoint.files import assert_four_lines
+
+STAGES = ["full precision", "round-to-nearest", "Block-AP", "Block-AP + LoRA", "Block-AP + E2E-QP"]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> VLMLadderJob:
+    return VLMLadderJob(model=str(tmp_path / "model"), bits=(4, 2), lora=True, output=tmp_path / "runs", questions=20)
+
+
+@pytest.fixture
+def ran(job: VLMLadderJob, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What would have been run; lmms-eval finds half of the answers right."""
+    (Path(job.model)).mkdir()
+    (Path(job.model) / "config.json").write_text("{}")
+    commands: list[list[str]] = []
+
+    def run(words: list[str]) -> None:
+        commands.append(words)
+        if "lmms_eval" in words:
+            place = Path(words[words.index("--output_path") + 1])
+            asked = int(words[words.index("--limit") + 1]) if "--limit" in words else 9673
+            metrics = {"exact_match,none": 0.5, "exact_match_shape,none": 1.0, "alias": "easy_vqa"}
+            found = {"results": {"easy_vqa": metrics}, "n-samples": {"easy_vqa": {"effective": asked}}}
+            write_json(place / "model" / "20261124_results.json", found)
+
+    monkeypatch.setattr(module, "_run", run)
+    monkeypatch.setattr(module, "require_lmms_eval", lambda: None)
+    monkeypatch.setattr(module, "blind_accuracy", lambda: 0.678)
+    monkeypatch.setattr(module, "bits_per_weight", lambda folder: None if folder == Path(job.model) else 2.28)
+    return commands
+
+
+def test_every_bit_width_has_its_rungs(job: VLMLadderJob) -> None:
+    found = [(rung.bits, rung.stage) for rung in rungs(job, Path("full"))]
+    assert found == [(16, STAGES[0]), *((bits, stage) for bits in (4, 2) for stage in STAGES[1:])]
+    without = [rung.stage for rung in rungs(replace(job, lora=False, bits=(2,)), Path("full"))]
+    assert without == [stage for stage in STAGES if stage != "Block-AP + LoRA"]
+
+
+def test_the_commands_are_ones_that_eqat_takes(job: VLMLadderJob) -> None:
+    by_stage = {rung.stage: rung for rung in rungs(replace(job, model="demo-llava", bits=(3,)), Path("full"))}
+    fitted = by_stage["Block-AP"].folder
+    for stage, name, kind, trains in (
+        ("Block-AP", "block-ap", BlockAPJob, None),
+        ("Block-AP + LoRA", "e2e-qp", E2EQPJob, "lora"),
+        ("Block-AP + E2E-QP", "e2e-qp", E2EQPJob, "scales"),
+    ):
+        words = by_stage[stage].command
+        assert words is not None
+        parsed: Any = parse_job(name, kind, words[words.index(name) + 1 :])
+        assert (parsed.model, parsed.quant.bits, parsed.quant.group_size) == ("demo-llava", 3, 64)
+        assert parsed.recipe_for == ("demo-llava",)
+        assert parsed.output == by_stage[stage].folder.parent
+        if trains is not None:
+            assert (parsed.trains, parsed.quantized) == (trains, fitted)
+
+
+def test_e2e_qp_runs_under_deepspeed(job: VLMLadderJob) -> None:
+    words = {rung.stage: rung.command for rung in rungs(replace(job, processes=4), Path("full"))}["Block-AP + E2E-QP"]
+    assert "deepspeed.launcher.runner --num_gpus 4 " in shlex.join(words or [])
+    assert int(module._environment(words or [])["OMP_NUM_THREADS"]) >= 1
+
+
+def test_the_results_have_one_row_per_rung(job: VLMLadderJob, ran: list[list[str]]) -> None:
+    rows = vlm_ladder(job)
+    found = read_json(job.output / "results.json")
+    assert found["rows"] == rows
+    assert found["blind_accuracy"] == 0.678
+    assert [row["stage"] for row in rows] == STAGES + STAGES[1:]
+    assert [row["questions"] for row in rows] == [500] + 8 * [20]
+    assert all((row["accuracy"], row["by_type"]) == (0.5, {"shape": 1.0}) for row in rows)
+    assert [row["bits_per_weight"] for row in rows] == [None] + 8 * [2.28]
+    assert len(ran) == 8 + 9
+
+
+def test_a_second_climb_asks_nothing_again_and_keeps_the_times(job: VLMLadderJob, ran: list[list[str]]) -> None:
+    rows = vlm_ladder(job)
+    ran.clear()
+    assert vlm_ladder(job) == rows
+    assert not any("lmms_eval" in words for words in ran)  # the others know themselves whether they are finished
+    vlm_ladder(replace(job, fresh=True))
+    assert sum("lmms_eval" in words for words in ran) == 9
+
+
+def test_another_number_of_questions_is_asked_anew(job: VLMLadderJob, ran: list[list[str]]) -> None:
+    vlm_ladder(job)
+    ran.clear()
+    rows = vlm_ladder(replace(job, questions_full_precision=None))
+    assert rows[0]["questions"] == 9673
+    assert sum("lmms_eval" in words for words in ran) == 1
+
+
+def test_the_table_has_a_line_per_rung_and_one_for_guessing(job: VLMLadderJob, ran: list[list[str]]) -> None:
+    lines = table(vlm_ladder(job), 0.678).splitlines()
+    assert len(lines) == 1 + 9 + 1
+    assert [line[6:26].strip() for line in lines[1:-1]] == STAGES + STAGES[1:]
+    assert lines[-1].split() == ["guessing", "blind", "67.8%"]
+
+
+def test_a_command_that_fails_ends_the_ladder(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TrainingError, match="exit status 2") as raised:
+        module._run([*module._eqat("rtn"), "--model", "no-such-model"])
+    assert_four_lines(raised.value)
+    assert "no-such-model" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VLMLadderJob(bits=()), "--bits"),
+        (lambda: VLMLadderJob(questions=0), "--questions"),
+        (lambda: VLMLadderJob(processes=0), "--processes"),
+    ],
+    ids=["no bits", "no questions", "no processes"],
+)
+def test_bad_values_are_refused(make: Callable[[], VLMLadderJob], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        make()
+    assert_four_lines(raised.value)
