@@ -3,9 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.setup-done
-STAMP_VLM := .venv/.setup-vlm-done
-EXTRAS := dev,demo
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
+EXTRAS := dev,demo,lmms-eval
 CODE := eqat_mm llava_adapters kernels eval scripts benchmarks tests
 
 .DEFAULT_GOAL := help
@@ -25,19 +23,14 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv." >&2; \
 	  rm -rf .venv; exit 1; }
 	@echo "Installing eqat-mm and PyTorch into .venv (a few minutes the first time) ..."
-	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 	@echo "Ready: $(BIN)/eqat --help"
-
-$(STAMP_VLM): $(STAMP)
-	@echo "Installing lmms-eval into .venv ..."
-	@$(INSTALL) -e '.[$(EXTRAS),lmms-eval]'
-	@touch $@
 
 demo: setup  ## quantize a real small model on the CPU and compare it with round-to-nearest
 	@$(BIN)/eqat demo
 
-demo-vlm: $(STAMP_VLM)  ## the same for a small LLaVA: two DeepSpeed processes, scored by lmms-eval
+demo-vlm: setup  ## the same for a small LLaVA: two DeepSpeed processes, scored by lmms-eval
 	@$(BIN)/eqat demo-vlm
 
 test: setup  ## the default tests: offline, no GPU, a few minutes

@@ -95,9 +95,10 @@ class BlockWalker:
         per_sample = []
         for sample in samples:
             self.fp.append(sample.hidden)
-            self.quantized.append(sample.hidden)
             per_sample.append(sample.calls)
         self.fp.seal()
+        for index in range(len(self.fp)):  # only now, when what stands before the blocks may be freed again
+            self.quantized.append(self.fp.read(index))
         self.quantized.seal()
         self._calls = list(zip(*per_sample, strict=True))
 
