@@ -54,6 +54,12 @@ def _generate() -> tuple[type[Any], Callable[[Any], Any]]:
     return GenerateJob, generate
 
 
+def _generate_data() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.generate_data import GenerateDataJob, generate_data
+
+    return GenerateDataJob, generate_data
+
+
 def _demo() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.ladder import LadderJob, ladder
 
@@ -82,6 +88,7 @@ COMMANDS: dict[str, _Command] = {
     "rtn": _Command("round to nearest: the baseline", _rtn),
     "eval": _Command("perplexity on held-out text, KL and agreement with a reference", _eval),
     "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
+    "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
 }
 
@@ -210,7 +217,7 @@ def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:<13} {command.help}" for name, command in COMMANDS.items())
     return (
         "usage: eqat COMMAND [--config RECIPE] [--option VALUE ...]\n\n"
         f"{rows}\n\n"

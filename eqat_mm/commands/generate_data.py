@@ -1,0 +1,310 @@
+"""`eqat generate-data`: training text that the model writes itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from eqat_eval.repetition import repetition
+from eqat_mm.commands.models import best_device, load_model, load_tokenizer, model_folder, require_model
+from eqat_mm.commands.runs import discard, settings
+from eqat_mm.data.generated import GeneratedTokens, Sampling, generate_tokens
+from eqat_mm.data.record_parts import (
+    SUFFIXES,
+    Part,
+    Record,
+    locked,
+    parts_folder,
+    read_parts,
+    require_writer,
+    write_records,
+)
+from eqat_mm.data.vocabulary import decoded, start_of, vocabulary_of
+from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.files import read_json, sha256_of, write_json
+from eqat_mm.runtime.progress import duration, progress, say
+from eqat_mm.runtime.provenance import provenance, require_same_config
+
+_COMMAND = "generate-data"
+_NOT_OF_THE_TEXT = ("batch_size", "shard", "device")
+_RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class GenerateDataJob:
+    """Let a model write its own training text.
+
+    Attributes:
+        model: model folder, alias or hub repository, in full precision; of a vision-language model, its language
+            tower writes.
+        output: .jsonl or .parquet file to write. Default: runs/MODEL-generated.jsonl.
+        count: number of texts.
+        length: most tokens of a text.
+        sampling: paper (first token uniform, 3 to 5 greedy, then sampled), random (all sampled) or greedy.
+        seed: of all texts.
+        batch_size: texts written side by side; does not change them.
+        shard: the share of this process, 1/4 to 4/4 where four write one output. A launcher sets it.
+        min_tokens: a text that the model ends before so many tokens is degenerate.
+        max_repeated: a text is degenerate, it loops, if more than this share of its 4-grams occurred in it before.
+        drop_degenerate: leave degenerate texts out of the file; they are counted either way.
+        device: cpu, cuda, cuda:N, or auto.
+        overwrite: discard what is already in the output.
+    """
+
+    model: str = "smollm2-135m"
+    output: Path | None = None
+    count: int = 512
+    length: int = 1024
+    sampling: Sampling = "paper"
+    seed: int = 0
+    batch_size: int = 16
+    shard: str | None = None
+    min_tokens: int = 16
+    max_repeated: float = 0.5
+    drop_degenerate: bool = False
+    device: str = "auto"
+    overwrite: bool = False
+
+
+def generate_data(job: GenerateDataJob) -> Path:
+    """Write the texts, or what is missing of them; return the file, which is there once all are written.
+
+    Raises:
+        EqatError: any bad input, before anything is written.
+    """
+    _require_sizes(job)
+    output = job.output or Path("runs") / f"{Path(job.model).name}-generated.jsonl"
+    _require_suffix(output)
+    shard, shards = _shard(job)
+    folder = model_folder(job.model)
+    require_model(folder)
+    tokenizer = load_tokenizer(folder)
+    _require_context(folder, job.length + len(start_of(tokenizer)))
+    device = best_device(_own_device(job.device))
+    config = {name: value for name, value in settings(job).items() if name not in _NOT_OF_THE_TEXT}
+    if not job.overwrite and _is_finished(output, config):
+        say(f"already finished: {output}")
+        return output
+    quantized = _say_if_quantized(folder, job.model)
+    model = load_model(folder, device)
+    record = _begin(job, output, config, quantized=quantized)
+    if record is None:
+        return output
+    written = read_parts(parts_folder(output))
+    mine = [index for index in range(job.count) if index % shards == shard - 1 and index not in written]
+    _write(job, output, model, tokenizer, mine)
+    _finish(job, output, record)
+    return output
+
+
+def _write(
+    job: GenerateDataJob,
+    output: Path,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    indices: list[int],
+) -> None:
+    """Write the texts with these indices to a part of this process."""
+    shard, shards = _shard(job)
+    part = Part(parts_folder(output), f"{shard}-of-{shards}")
+    texts = generate_tokens(
+        model,
+        vocabulary_of(model, tokenizer),
+        indices,
+        length=job.length,
+        seed=job.seed,
+        sampling=job.sampling,
+        batch_size=job.batch_size,
+    )
+    started, tokens = time.monotonic(), 0
+    total = len(indices) * (job.length - 1)
+    for text in progress(_paced(texts, job.length), what="generate", total=total, unit="token"):
+        if text is not None:
+            tokens += len(text.token_ids)
+            part.add(_record_of(text, tokenizer, job))
+    seconds = time.monotonic() - started
+    speed = f", {tokens:,} tokens in {duration(seconds)}, {tokens / seconds:.1f} tokens/s" if indices else ""
+    say(f"{len(indices):,} texts written here{speed}")
+
+
+def _paced(texts: Iterator[GeneratedTokens | None], length: int) -> Iterator[GeneratedTokens | None]:
+    """Yield what `texts` yields, and for every text as often as if it had the full length, so that an ETA is one."""
+    for text in texts:
+        yield text
+        if text is not None:
+            yield from (None for _ in range(length - len(text.token_ids) - text.ended))
+
+
+def _record_of(text: GeneratedTokens, tokenizer: transformers.PreTrainedTokenizerBase, job: GenerateDataJob) -> Record:
+    repeated = repetition(text.token_ids).repeated_4grams
+    return {
+        "text": decoded(tokenizer, text.token_ids),
+        "index": text.index,
+        "tokens": len(text.token_ids),
+        "ended": text.ended,
+        "looped": repeated is not None and repeated > job.max_repeated,
+    }
+
+
+def _ended_early(record: Record, job: GenerateDataJob) -> bool:
+    return bool(record["ended"]) and record["tokens"] < job.min_tokens
+
+
+# ---- the output -------------------------------------------------------------------------------------
+
+
+def _facts(output: Path) -> Path:
+    """Return where it is written how the output was made."""
+    return output.with_name(f"{output.name}.json")
+
+
+def _is_finished(output: Path, config: dict[str, Any]) -> bool:
+    """Return whether the output is there.
+
+    Raises:
+        ConfigError: it was made with other settings, finished or not, or not by this command.
+    """
+    if output.exists() and _facts(output).is_file():
+        require_same_config(read_json(_facts(output))["config"], config, f"--output {output}, finished")
+        return True
+    begun = parts_folder(output) / _RECORD
+    if begun.is_file():
+        require_same_config(read_json(begun)["config"], config, f"--output {output}, unfinished")
+    elif output.exists():
+        raise ConfigError(
+            where=f"--output {output}",
+            given="a file that this command did not write",
+            allowed="a new file, or one of this command with the same settings",
+            do="give another --output, or replace it with --overwrite",
+        )
+    return False
+
+
+def _begin(job: GenerateDataJob, output: Path, config: dict[str, Any], *, quantized: bool) -> dict[str, Any] | None:
+    """Record how the texts are made, unless another process has; return the record, None where all are finished."""
+    folder = parts_folder(output)
+    if job.overwrite:
+        discard(folder)
+        for path in (_facts(output), output):
+            path.unlink(missing_ok=True)
+    with locked(folder):
+        if _is_finished(output, config):
+            discard(folder)
+            return None
+        if not (folder / _RECORD).is_file():
+            write_json(folder / _RECORD, provenance(_COMMAND, config, job.seed) | {"quantized": quantized})
+        record: dict[str, Any] = read_json(folder / _RECORD)
+    return record
+
+
+def _finish(job: GenerateDataJob, output: Path, record: dict[str, Any]) -> None:
+    """Put all texts into the output, if none is missing; what says how they were made comes last."""
+    folder = parts_folder(output)
+    with locked(folder):
+        if not _facts(output).is_file():
+            records = read_parts(folder)
+            if len(records) < job.count:
+                say(f"{len(records):,} of {job.count:,} texts; whoever writes the last of them writes {output}")
+                return
+            _put_together(job, output, list(records.values()), record)
+        discard(folder)
+
+
+def _put_together(job: GenerateDataJob, output: Path, records: list[Record], record: dict[str, Any]) -> None:
+    degenerate = [each["looped"] or _ended_early(each, job) for each in records]
+    kept = [each for each, bad in zip(records, degenerate, strict=True) if not (bad and job.drop_degenerate)]
+    if not kept:
+        raise ConfigError(
+            where="--drop_degenerate",
+            given=f"{len(records):,} texts, all degenerate",
+            allowed="a model that writes text which does not loop or end at once",
+            do="read some texts without --drop_degenerate, or change --max_repeated or --min_tokens",
+        )
+    write_records(output, kept)
+    counts = {
+        "texts": len(kept),
+        "tokens": sum(each["tokens"] for each in kept),
+        "looped": sum(each["looped"] for each in records),
+        "ended": sum(each["ended"] for each in records),
+        "ended_early": sum(_ended_early(each, job) for each in records),
+        "dropped": len(records) - len(kept),
+    }
+    write_json(_facts(output), record | counts | {"sha256": sha256_of(output)})
+    say(
+        f"{output}: {counts['texts']:,} texts, {counts['tokens']:,} tokens; of {len(records):,}, "
+        f"{counts['looped']:,} loop, {counts['ended_early']:,} end before {job.min_tokens} tokens, "
+        f"{counts['dropped']:,} were dropped"
+    )
+
+
+# ---- checks -----------------------------------------------------------------------------------------
+
+
+def _require_sizes(job: GenerateDataJob) -> None:
+    for name, least in (("count", 1), ("length", 2), ("batch_size", 1), ("min_tokens", 0)):
+        value = getattr(job, name)
+        if value < least:
+            raise ConfigError(f"--{name}", str(value), f"an integer of {least} or more", f"raise --{name}")
+    if not 0 <= job.max_repeated <= 1:
+        raise ConfigError("--max_repeated", str(job.max_repeated), "a share, 0 to 1", "use 0.5")
+
+
+def _require_suffix(output: Path) -> None:
+    if output.suffix not in SUFFIXES:
+        raise ConfigError(f"--output {output}", repr(output.suffix), " or ".join(SUFFIXES), "choose one of these")
+    if output.is_dir():
+        raise ConfigError(f"--output {output}", "a folder", "a file", "give another name")
+    require_writer(output)
+
+
+def _require_context(folder: Path, length: int) -> None:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ConfigError(
+            where="--length",
+            given=f"{length} tokens, what the tokenizer puts before a text included",
+            allowed=f"up to {context}, the context of the model",
+            do="lower --length",
+        )
+
+
+def _shard(job: GenerateDataJob) -> tuple[int, int]:
+    """Return which share this process has, from 1, of how many."""
+    launched = int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
+    found = re.fullmatch(r"(\d+)/(\d+)", job.shard or f"{launched[0]}/{launched[1]}")
+    shard, shards = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= shard <= shards:
+        raise ConfigError("--shard", repr(job.shard), "1/N to N/N for N processes", "write 1/4 for the first of four")
+    if job.shard is not None and launched[1] > 1:
+        raise ConfigError("--shard", f"{job.shard} under a launcher", "one of the two", "leave --shard out")
+    if job.overwrite and shards > 1:
+        raise ConfigError(
+            where="--overwrite",
+            given=f"{shards} processes on one output, each of which would discard what the others write",
+            allowed="--overwrite in a single process",
+            do="remove the old output by hand, or give another --output",
+        )
+    return shard, shards
+
+
+def _own_device(device: str) -> str:
+    """Return the device; of a launcher's processes on GPUs, each its own."""
+    if device != "auto" or not torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def _say_if_quantized(folder: Path, model: str) -> bool:
+    quantized = "quantization_config" in read_json(folder / "config.json")
+    if quantized:
+        say(f"note: {model} is quantized; its text is that of the quantized model, not of the one it was made from")
+    return quantized
