@@ -138,7 +138,7 @@ def rungs(job: VLMLadderJob, full_precision: Path) -> Iterator[Rung]:
         yield _rung(job, bits, "round-to-nearest", _eqat("rtn"), "rtn")
         yield _rung(job, bits, "Block-AP", _eqat("block-ap"), "block-ap")
         if job.lora:
-            yield _rung(job, bits, "Block-AP + LoRA", _eqat("e2e-qp"), "lora", *start, "--trains", "lora")
+            yield _rung(job, bits, "Block-AP + LoRA", _deepspeed(job.processes), "lora", *start, "--trains", "lora")
         yield _rung(job, bits, "Block-AP + E2E-QP", _deepspeed(job.processes), "e2e-qp", *start)
 
 
