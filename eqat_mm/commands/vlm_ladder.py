@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -157,7 +158,19 @@ def _eqat(command: str) -> list[str]:
 
 
 def _deepspeed(processes: int) -> list[str]:
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)]
+    """Return DeepSpeed's launcher of so many processes, on a port that is free now: its own choice is always the same."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    runner = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(processes),
+        "--master_port",
+        str(port),
+    ]
     return [*runner, "--no_local_rank", "--module", "eqat_mm.cli", "e2e-qp"]
 
 
