@@ -158,20 +158,12 @@ def _eqat(command: str) -> list[str]:
 
 
 def _deepspeed(processes: int) -> list[str]:
-    """Return DeepSpeed's launcher of so many processes, on a port that is free now: its own choice is always the same."""
+    """Return the launcher of so many processes, on a port that is free now: its own choice is always the same."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    runner = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(processes),
-        "--master_port",
-        str(port),
-    ]
-    return [*runner, "--no_local_rank", "--module", "eqat_mm.cli", "e2e-qp"]
+    flags = ["--num_gpus", str(processes), "--master_port", str(port), "--no_local_rank"]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--module", "eqat_mm.cli", "e2e-qp"]
 
 
 def _make(rung: Rung) -> float:
