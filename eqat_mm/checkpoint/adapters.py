@@ -43,6 +43,12 @@ def require_peft(where: str) -> Any:
     return import_module("peft")
 
 
+def adapter_bits(folder: Path) -> int:
+    """Return the bits that the adapters beside a checkpoint take; 0 where there are none."""
+    path = folder / ADAPTER / _WEIGHTS
+    return sum(tensor.nbytes for tensor in load_file(path).values()) * 8 if path.is_file() else 0
+
+
 def has_adapters(model: nn.Module) -> bool:
     """Whether adapters are on the packed linears of `model`."""
     return hasattr(model, "peft_config")

@@ -10,6 +10,7 @@ import torch
 
 from eqat_eval.perplexity import ReferenceOutputs, evaluate_perplexity
 from eqat_mm.blocks.source import WeightSource
+from eqat_mm.checkpoint.adapters import adapter_bits
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
 from eqat_mm.commands.models import (
     best_device,
@@ -101,7 +102,7 @@ def _perplexity(job: EvalJob, folder: Path, device: torch.device) -> dict[str, A
 
 
 def bits_per_weight(folder: Path) -> float | None:
-    """Stored bits per quantized weight, step sizes and zero points included; None for full precision."""
+    """Stored bits per quantized weight with step sizes, zero points and adapters; None for full precision."""
     if not is_packed(folder):
         return None
     source = WeightSource(folder)
@@ -111,7 +112,7 @@ def bits_per_weight(folder: Path) -> float | None:
             stored += source.read(name).nbytes * 8
         elif name.endswith(".weight_shape"):
             weights += int(source.read(name).prod())
-    return stored / weights
+    return (stored + adapter_bits(folder)) / weights
 
 
 def _line(result: dict[str, Any]) -> str:
