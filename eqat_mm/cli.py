@@ -42,6 +42,18 @@ def _e2e_qp() -> tuple[type[Any], Callable[[Any], Any]]:
     return E2EQPJob, e2e_qp
 
 
+def _llm_qat() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
+
+    return LLMQATJob, llm_qat
+
+
+def _llm_qat_table() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.llm_qat_table import LLMQATTableJob, llm_qat_table
+
+    return LLMQATTableJob, llm_qat_table
+
+
 def _eval() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.evaluate import EvalJob, evaluate
 
@@ -86,6 +98,12 @@ COMMANDS: dict[str, _Command] = {
     "block-ap": _Command("train W, s, z of one block at a time and write a packed checkpoint", _block_ap),
     "e2e-qp": _Command("train the step sizes of a packed checkpoint end to end", _e2e_qp),
     "rtn": _Command("round to nearest: the baseline", _rtn),
+    "llm-qat": _Command("train all weights with weights, activations and KV cache quantized", _llm_qat),
+    "llm-qat-table": _Command(
+        "rounding, SmoothQuant and LLM-QAT at several bit widths: one table",
+        _llm_qat_table,
+        "smollm2-135m-llm-qat-table",
+    ),
     "eval": _Command("perplexity on held-out text, KL and agreement with a reference", _eval),
     "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
@@ -160,13 +178,22 @@ def _tuned_recipe(name: str, argv: Sequence[str], job_class: type[Any]) -> str |
 
     model = next((field.default for field in fields(job_class) if field.name == "model"), None)
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    defaults = {"--config": None, "--model": model, "--quant.bits": "2", "--quant.group_size": None}
+    bits, group_size = _flags_of_spec(job_class)
+    default_bits = next((str(field.default) for field in fields(job_class) if field.name == "bits"), "2")
+    defaults = {"--config": None, "--model": model, bits: default_bits, group_size: None}
     for flag, default in defaults.items():
         flags.add_argument(flag, nargs="?", default=default)  # a missing value is the real parser's to refuse
     known, _ = flags.parse_known_args(argv)
     if known.config or not known.model:
         return None
-    return fitting_recipe(name, known.model, getattr(known, "quant.bits"), getattr(known, "quant.group_size"))
+    named = vars(known)
+    return fitting_recipe(name, known.model, named[bits.lstrip("-")], named[group_size.lstrip("-")])
+
+
+def _flags_of_spec(job_class: type[Any]) -> tuple[str, str]:
+    """Return the flags of bits and group size."""
+    nested = any(field.name == "quant" for field in fields(job_class))
+    return ("--quant.bits", "--quant.group_size") if nested else ("--bits", "--group_size")
 
 
 def _spelled_out(argv: Sequence[str], job_class: type[Any]) -> list[str]:

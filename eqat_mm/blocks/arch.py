@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from eqat_mm.errors import AdapterError
+from eqat_mm.quant.smooth import NormedLinears
 
 Inputs = dict[str, Tensor]
 """Keyword arguments of one model forward, batch first."""
@@ -44,6 +45,8 @@ class Arch:
             sum is the module's input; an empty path stands for the block's output.
         full_precision: exact paths of the modules, and of the parameters outside them, that are never quantized;
             with the blocks they are the whole model.
+        norms: (path of a norm inside one block, index of a stage) pairs: what the norm gives is the input of the
+            linears of that stage, and of nothing else.
         tiny: returns a small random model and batches of inputs, for tests.
         projector: exact path of the module that turns image features into hidden states, in vision-language models;
             the one full-precision part that can be trained.
@@ -57,6 +60,7 @@ class Arch:
     full_precision: tuple[str, ...]
     tiny: Callable[[], tuple[nn.Module, list[Inputs]]]
     sums: tuple[tuple[str, str], ...] = ()
+    norms: tuple[tuple[str, int], ...] = (("input_layernorm", 0), ("post_attention_layernorm", 2))
     projector: str | None = None
 
     @property
@@ -133,6 +137,21 @@ class Arch:
             assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}"
             pairs.append((path, module))
         return pairs
+
+    def normed_stages(self, model: nn.Module) -> list[NormedLinears]:
+        """Return every norm whose output only quantized linears read, with these linears, block by block.
+
+        Raises:
+            AdapterError: a declared path does not exist.
+        """
+        found = []
+        for index, block in enumerate(self.find_blocks(model)):
+            linears = dict(self.named_linears(block))
+            for path, stage in self.norms:
+                name = f"{self.blocks}.{index}.{path}"
+                reading = [linears[linear] for linear in self.stages[stage]]
+                found.append(NormedLinears(name, self.find(block, path), reading))
+        return found
 
     def _require_every_parameter(self, model: nn.Module) -> None:
         inside = {self.blocks, *(part.path for part in self.full_precision_parts(model) if part.whole)}

@@ -1,6 +1,7 @@
-"""The `quantization_config` of compressed-tensors' `pack-quantized` format, as pure functions.
+"""The `quantization_config` of compressed-tensors' formats, as pure functions.
 
-What is in the files for each quantized linear is the state dict of `PackedLinear`.
+`pack-quantized`: what is in the files for each quantized linear is the state dict of `PackedLinear`. `int-quantized`,
+for weights and activations of 8 bits, which is what kernels for them read: whole bytes in place of packed words.
 """
 
 from __future__ import annotations
@@ -9,24 +10,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import CheckpointError
+from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
 from eqat_mm.quant.spec import QuantSpec
 
 PACKED_SUFFIX = ".weight_packed"
 SCALE_SUFFIX = ".weight_scale"
-FORMAT = "pack-quantized"
+SHAPE_SUFFIX = ".weight_shape"
+PACKED = "pack-quantized"
+BYTES = "int-quantized"
+_SIGN = 128
+"""The unsigned code of zero at 8 bits; as a mask, the bit that tells signed from unsigned codes."""
 
 
-def quantization_config(spec: QuantSpec, ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    spec: QuantSpec, ignore: Sequence[str], widths: BitWidths | None = None, head_dim: int | None = None
+) -> dict[str, Any]:
     """Return the `quantization_config` entry of config.json.
 
     Args:
         spec: of every quantized linear.
         ignore: regular expressions (`re:...`) of linears that stay in full precision.
+        widths: of activations and KV cache; None where neither is quantized.
+        head_dim: channels of one head of a key, where the KV cache is quantized.
     """
+    widths = widths or BitWidths(spec.bits)
+    form = format_of(widths)
     whole_row = spec.group_size == -1
     weights = {
         "num_bits": spec.bits,
@@ -40,22 +52,67 @@ def quantization_config(spec: QuantSpec, ignore: Sequence[str]) -> dict[str, Any
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": form,
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
                 "weights": weights,
-                "input_activations": None,
+                "input_activations": _dynamic(widths.activations, "token"),
                 "output_activations": None,
+                # without it, compressed-tensors takes integer weights with quantized inputs for `int-quantized`
+                **({} if widths.activations == UNQUANTIZED else {"format": form}),
             }
         },
         "ignore": list(ignore),
-        "kv_cache_scheme": None,
+        # per token and head: the library's `token` would share one step size among all tokens of a head
+        "kv_cache_scheme": _dynamic(widths.kv_cache, "group", head_dim),
         # transformers 5.23 expects unpacked zero points unless it is told to dequantize while it loads; engines ignore
         # the key. That route rounds weights to the dtype of the scales, so the symmetric grid does without.
         **({} if spec.symmetric else {"dequantize": True}),
     }
+
+
+def format_of(widths: BitWidths) -> str:
+    """Return the format in which linears of these bit widths are stored."""
+    return BYTES if widths.weights == widths.activations == 8 else PACKED
+
+
+def to_bytes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of packed linears of 8 bits as `int-quantized` stores it.
+
+    `X.weight_packed`, int32 [O, ceil(I / 4)], becomes `X.weight`, int8 [O, I] with signed codes; `X.weight_shape` goes.
+    """
+    stored = {name: tensor for name, tensor in state.items() if not name.endswith((PACKED_SUFFIX, SHAPE_SUFFIX))}
+    for name in (name for name in state if name.endswith(PACKED_SUFFIX)):
+        module = name.removesuffix(PACKED_SUFFIX)
+        _, in_features = state[module + SHAPE_SUFFIX].tolist()
+        unsigned = state[name].contiguous().view(torch.uint8)[:, :in_features]
+        stored[f"{module}.weight"] = (unsigned ^ _SIGN).contiguous().view(torch.int8)
+    return stored
+
+
+def from_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `weight_packed` and `weight_shape` of a weight that `to_bytes` gave, int8 [O, I]."""
+    unsigned = weight.contiguous().view(torch.uint8) ^ _SIGN
+    padded = torch.nn.functional.pad(unsigned, (0, -weight.shape[1] % 4))
+    return padded.contiguous().view(torch.int32), torch.tensor(weight.shape)
+
+
+def _dynamic(bits: int, strategy: str, group_size: int | None = None) -> dict[str, Any] | None:
+    """Return a symmetric scheme whose step sizes follow from what is quantized; None at 16 bits."""
+    if bits == UNQUANTIZED:
+        return None
+    scheme = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "group_size": group_size}
+    return scheme | {"dynamic": True, "observer": None}
+
+
+def widths_of_config(config: dict[str, Any]) -> BitWidths:
+    """Return the bit widths that config.json names, in the form that `quantization_config` gives it."""
+    entry = config["quantization_config"]
+    (group,) = entry["config_groups"].values()
+    found = [group["weights"], group.get("input_activations"), entry.get("kv_cache_scheme")]
+    return BitWidths(*(UNQUANTIZED if scheme is None else scheme["num_bits"] for scheme in found))
 
 
 def ignored_linears(arch: Arch, model: nn.Module) -> list[str]:
@@ -79,17 +136,17 @@ def spec_of_config(config: dict[str, Any], scale_dtype: torch.dtype, where: str)
     """Return the spec that a `quantization_config` describes.
 
     Raises:
-        CheckpointError: not `pack-quantized`, or integer settings that this package does not store.
+        CheckpointError: not a format or not integer settings that this package stores.
     """
     entry = config.get("quantization_config")
     groups = list((entry or {}).get("config_groups", {}).values())
-    if entry is None or entry.get("format") != FORMAT or len(groups) != 1:
+    if entry is None or entry.get("format") not in (PACKED, BYTES) or len(groups) != 1:
         raise CheckpointError(
             where=where,
             given="no quantization_config"
             if entry is None
             else f"format {entry.get('format')!r}, {len(groups)} groups",
-            allowed=f"compressed-tensors {FORMAT!r} with one group",
+            allowed=f"compressed-tensors {BYTES!r} or {PACKED!r} with one group",
             do="give a folder written by `eqat block-ap` or `eqat e2e-qp`",
         )
     weights = groups[0]["weights"]

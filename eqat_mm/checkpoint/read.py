@@ -7,15 +7,18 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eqat_mm.blocks.arch import set_submodule
+from eqat_mm.blocks.attention import quantize_keys_and_values
 from eqat_mm.blocks.source import WeightSource, module_names
 from eqat_mm.checkpoint.adapters import ADAPTER, load_adapters
-from eqat_mm.checkpoint.layout import PACKED_SUFFIX, SCALE_SUFFIX, spec_of_config
+from eqat_mm.checkpoint.layout import SCALE_SUFFIX, from_bytes, spec_of_config, widths_of_config
 from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError
+from eqat_mm.quant.bit_widths import UNQUANTIZED
+from eqat_mm.quant.dynamic_linear import DynamicPackedLinear
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
@@ -31,10 +34,11 @@ def load(
     """Return the packed model in `folder`.
 
     Every quantized linear is a `PackedLinear`; nothing is dequantized. All parameters are frozen but the step
-    sizes, which are float32 and trainable. Low-rank adapters of the checkpoint are active, and frozen.
+    sizes, which are float32 and trainable. Low-rank adapters of the checkpoint are active, and frozen. Where the
+    checkpoint quantizes activations or keys and values, the model does so in every forward.
 
     Args:
-        folder: written by Block-AP or E2E-QP.
+        folder: written by Block-AP, E2E-QP or LLM-QAT.
         dtype: of the unquantized parts.
         device: to load to.
         verify: check the SHA-256 of every file first.
@@ -47,8 +51,9 @@ def load(
     manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
     raw = read_json(folder / "config.json")
     model = _skeleton(folder, raw)
-    source = WeightSource(folder, module_names(model))
+    source = _PackedSource(folder, module_names(model))
     _insert_packed(model, source, raw, str(folder), manifest)
+    quantize_keys_and_values(model, manifest.kv_cache_bits)
     tied = _tied_names(model, source)
     for path, module in model.named_modules():
         if any(f"{path}.{name}" in tied for name, _ in module.named_parameters(recurse=False)):
@@ -68,6 +73,17 @@ def load(
     return model
 
 
+class _PackedSource(WeightSource):
+    """Weights as `PackedLinear` asks for them, also where the files hold them as whole bytes."""
+
+    def read(self, name: str) -> Tensor:
+        module, _, leaf = name.rpartition(".")
+        if name in self or leaf not in ("weight_packed", "weight_shape"):
+            return super().read(name)
+        packed, shape = from_bytes(super().read(f"{module}.weight"))
+        return packed if leaf == "weight_packed" else shape
+
+
 def _skeleton(folder: Path, raw: dict[str, object]) -> PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
@@ -83,7 +99,7 @@ def _skeleton(folder: Path, raw: dict[str, object]) -> PreTrainedModel:
 def _insert_packed(
     model: nn.Module, source: WeightSource, raw: dict[str, object], where: str, manifest: Manifest
 ) -> None:
-    names = [name for name in source.names() if name.endswith(PACKED_SUFFIX)]
+    names = [name for name in source.names() if name.endswith(SCALE_SUFFIX)]
     if not names:
         raise CheckpointError(
             where=where,
@@ -91,24 +107,31 @@ def _insert_packed(
             allowed="a folder written by `eqat block-ap` or `eqat e2e-qp`",
             do="load full-precision models with transformers",
         )
-    scale_dtype = source.read(names[0].removesuffix(PACKED_SUFFIX) + SCALE_SUFFIX).dtype
+    scale_dtype = source.read(names[0]).dtype
     spec = spec_of_config(raw, scale_dtype, where)
-    if spec.as_dict() != manifest.spec:
+    given, recorded = (spec, widths_of_config(raw)), (QuantSpec(**manifest.spec), manifest.widths)
+    if given != recorded:
         raise CheckpointError(
             where=f"{where}/config.json: quantization_config",
-            given=spec.name,
-            allowed=f"{QuantSpec(**manifest.spec).name}, as recorded in {MANIFEST}",
+            given=" ".join(part.name for part in given),
+            allowed=f"{' '.join(part.name for part in recorded)}, as recorded in {MANIFEST}",
             do="the file was altered: copy or make the checkpoint again",
         )
     for name in names:
-        path = name.removesuffix(PACKED_SUFFIX)
+        path = name.removesuffix(SCALE_SUFFIX)
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear), path
-        with torch.device("meta"):
-            packed = PackedLinear(
-                linear.in_features, linear.out_features, spec, bias=linear.bias is not None, layer=path
-            )
-        set_submodule(model, path, packed)
+        set_submodule(model, path, _empty_packed(linear, spec, manifest.activation_bits, path))
+
+
+def _empty_packed(linear: nn.Linear, spec: QuantSpec, activation_bits: int, path: str) -> PackedLinear:
+    bias = linear.bias is not None
+    with torch.device("meta"):
+        if activation_bits == UNQUANTIZED:
+            return PackedLinear(linear.in_features, linear.out_features, spec, bias=bias, layer=path)
+        return DynamicPackedLinear(
+            linear.in_features, linear.out_features, spec, activation_bits=activation_bits, bias=bias, layer=path
+        )
 
 
 def _tied_names(model: PreTrainedModel, source: WeightSource) -> set[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eqat_mm.errors import CheckpointError
+from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
 from eqat_mm.runtime.files import read_json, sha256_of, write_json
 
 MANIFEST = "eqat.json"
@@ -20,10 +21,12 @@ class Manifest:
     Attributes:
         arch: adapter name.
         spec: fields of the `QuantSpec`.
-        stage: what made it, `round-to-nearest`, `block-ap`, `e2e-qp`, `lora` or `projector`.
+        stage: what made it, `round-to-nearest`, `block-ap`, `e2e-qp`, `lora`, `projector` or `llm-qat`.
         source: the full-precision model it was made from.
         files: SHA-256 of every weight file.
         provenance: command, configuration, seed and versions of every stage, first to last.
+        activation_bits: of the inputs of quantized linears; 16 for floating point.
+        kv_cache_bits: of keys and values; 16 for floating point.
         format_version: of this manifest.
     """
 
@@ -33,7 +36,14 @@ class Manifest:
     source: str
     files: dict[str, str]
     provenance: list[dict[str, Any]]
+    activation_bits: int = UNQUANTIZED
+    kv_cache_bits: int = UNQUANTIZED
     format_version: int = _FORMAT_VERSION
+
+    @property
+    def widths(self) -> BitWidths:
+        """Bits of weights, activations and KV cache."""
+        return BitWidths(self.spec["bits"], self.activation_bits, self.kv_cache_bits)
 
     def write(self, folder: Path) -> None:
         """Write the manifest; the checkpoint exists from here on."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,16 @@ from transformers import PreTrainedModel
 
 from eqat_mm.blocks.source import INDEX, OpenModel, WeightSource, module_names, weight_files
 from eqat_mm.checkpoint.adapters import ADAPTER, has_adapters, save_adapters, state_without_adapters
-from eqat_mm.checkpoint.layout import SCALE_SUFFIX, ignored_linears, quantization_config
+from eqat_mm.checkpoint.layout import (
+    BYTES,
+    SCALE_SUFFIX,
+    format_of,
+    ignored_linears,
+    quantization_config,
+    to_bytes,
+)
 from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest
+from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import atomic_path, read_json, sha256_of, write_json
@@ -35,41 +44,67 @@ class CheckpointWriter:
         folder: of the checkpoint.
         opened: the full-precision model it is made from.
         spec: of its quantized linears.
+        widths: of activations and KV cache; None where neither is quantized.
     """
 
-    def __init__(self, folder: Path, opened: OpenModel, spec: QuantSpec) -> None:
+    def __init__(self, folder: Path, opened: OpenModel, spec: QuantSpec, widths: BitWidths | None = None) -> None:
         self.folder = folder
         self.opened = opened
         self.spec = spec
+        self.widths = widths or BitWidths(spec.bits)
         self._count = len(opened.blocks) + 1
         folder.mkdir(parents=True, exist_ok=True)
 
     def write_block(self, index: int, block: nn.Module) -> None:
         """Write the packed block `index`; unquantized tensors keep the dtype of the source."""
-        prefix = self.opened.block_name(index) + "."
-        self._write(index, {prefix + name: tensor for name, tensor in stored_state(block).items()})
+        prefix, state = self.opened.block_name(index) + ".", stored_state(block)
+        if format_of(self.widths) == BYTES:
+            state = to_bytes(state)
+        self._write(index, {prefix + name: tensor for name, tensor in state.items()})
 
-    def finish(self, stage: str, source: str, provenance: dict[str, Any]) -> Manifest:
-        """Copy what was not quantized, tokenizer and processor, write index, config and manifest."""
+    def finish(
+        self, stage: str, source: str, provenance: dict[str, Any], trained: Mapping[str, Tensor] | None = None
+    ) -> Manifest:
+        """Write what was not quantized, tokenizer and processor, index, config and manifest.
+
+        Args:
+            stage: for the manifest.
+            source: the full-precision model, as it was named.
+            provenance: of this stage.
+            trained: tensors by name that replace those of the source.
+        """
         prefix = f"{self.opened.arch.blocks}."
         rest = [name for name in self.opened.source.names() if not name.startswith(prefix)]
-        self._write(self._count - 1, {name: self.opened.source.read(name) for name in rest})
+        stored = {name: self.opened.source.read(name) for name in rest}
+        changed = {name: _like(stored[name], value) for name, value in (trained or {}).items() if name in stored}
+        self._write(self._count - 1, stored | changed)
         copy_companions(self.opened.folder, self.folder)
         config = read_json(self.opened.folder / "config.json")
         ignore = ignored_linears(self.opened.arch, self.opened.model)
-        config["quantization_config"] = quantization_config(self.spec, ignore)
+        channels = None if self.widths.kv_cache == UNQUANTIZED else head_dim(self.opened)
+        config["quantization_config"] = quantization_config(self.spec, ignore, self.widths, channels)
         files = [self.folder / self._name(index) for index in range(self._count)]
-        return _seal(self.folder, files, config, self.opened.arch.name, self.spec, stage, source, [provenance])
+        made = Manifest(
+            self.opened.arch.name, self.spec.as_dict(), stage, source, {}, [provenance], *self.widths.dynamic
+        )
+        return _seal(self.folder, files, config, made)
 
     def _write(self, index: int, tensors: dict[str, Tensor]) -> None:
         source, cast = self.opened.source, {}
         for name, tensor in tensors.items():
-            kept = source.read(name).dtype if name in source else tensor.dtype
+            keeps = name in source and tensor.is_floating_point()
+            kept = source.read(name).dtype if keeps else tensor.dtype
             cast[source.stored_name(name)] = tensor.to(kept)
         save_shard(self.folder / self._name(index), cast)
 
     def _name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{self._count:05d}.safetensors"
+
+
+def head_dim(opened: OpenModel) -> int:
+    """Return the channels of one head of a key."""
+    config: Any = opened.model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def stored_state(module: nn.Module) -> dict[str, Tensor]:
@@ -98,6 +133,8 @@ def save_like(model: PreTrainedModel, folder: Path, base: Path, stage: str, prov
     before = read_manifest(base)
     with _folder_in_the_making(folder) as partial:
         state, rename, source = state_without_adapters(model), module_names(model), WeightSource(base)
+        if format_of(before.widths) == BYTES:
+            state = to_bytes(state)
         files = []
         for path in weight_files(base):
             names = WeightSource.names_of(path)
@@ -105,10 +142,8 @@ def save_like(model: PreTrainedModel, folder: Path, base: Path, stage: str, prov
             files.append(partial / path.name)
         adapters = save_adapters(model, partial / ADAPTER) if has_adapters(model) else []
         copy_companions(base, partial)
-        config = read_json(base / "config.json")
-        spec = QuantSpec(**before.spec)
-        history = [*before.provenance, provenance]
-        return _seal(partial, files, config, before.arch, spec, stage, before.source, history, adapters)
+        made = replace(before, stage=stage, provenance=[*before.provenance, provenance])
+        return _seal(partial, files, read_json(base / "config.json"), made, adapters)
 
 
 def _like(stored: Tensor, value: Tensor) -> Tensor:
@@ -150,16 +185,9 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def _seal(
-    folder: Path,
-    files: list[Path],
-    config: dict[str, Any],
-    arch: str,
-    spec: QuantSpec,
-    stage: str,
-    source: str,
-    provenance: list[dict[str, Any]],
-    adapters: Iterable[Path] = (),
+    folder: Path, files: list[Path], config: dict[str, Any], made: Manifest, adapters: Iterable[Path] = ()
 ) -> Manifest:
+    """Write index and config, then the manifest with the hashes of the files."""
     weight_map, total = {}, 0
     digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in (*files, *adapters)}
     for path in files:
@@ -167,6 +195,6 @@ def _seal(
         weight_map.update(dict.fromkeys(WeightSource.names_of(path), path.name))
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(folder / "config.json", config)
-    manifest = Manifest(arch, spec.as_dict(), stage, source, digests, provenance)
+    manifest = replace(made, files=digests)
     manifest.write(folder)
     return manifest

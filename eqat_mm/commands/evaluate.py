@@ -11,6 +11,7 @@ import torch
 from eqat_eval.perplexity import ReferenceOutputs, evaluate_perplexity
 from eqat_mm.blocks.source import WeightSource
 from eqat_mm.checkpoint.adapters import adapter_bits
+from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
 from eqat_mm.commands.models import (
     best_device,
@@ -25,6 +26,9 @@ from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision, autocast, resolve
 from eqat_mm.runtime.progress import duration, say
+
+_STORED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+"""What a checkpoint holds of a quantized linear, bias apart."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,11 @@ def bits_per_weight(folder: Path) -> float | None:
         return None
     source = WeightSource(folder)
     stored = weights = 0
-    for name in source.names():
-        if name.endswith((".weight_packed", ".weight_scale", ".weight_zero_point")):
-            stored += source.read(name).nbytes * 8
-        elif name.endswith(".weight_shape"):
-            weights += int(source.read(name).prod())
+    for module in (name.removesuffix(SCALE_SUFFIX) for name in source.names() if name.endswith(SCALE_SUFFIX)):
+        tensors = {leaf: source.read(f"{module}.{leaf}") for leaf in _STORED if f"{module}.{leaf}" in source}
+        shape = tensors.pop("weight_shape", None)
+        stored += sum(tensor.nbytes for tensor in tensors.values()) * 8
+        weights += tensors["weight"].numel() if shape is None else int(shape.prod())
     return (stored + adapter_bits(folder)) / weights
 
 

@@ -68,7 +68,7 @@ def block_ap(job: BlockAPJob) -> Path:
     """
     require_single_process("block-ap")
     warn_without_recipe(job.model, job.recipe_for, "block-ap")
-    opened = _open(job.model, job.adapter)
+    opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.quant)
     windows = text_windows(load_tokenizer(opened.folder), job.calibration)
     batches = [{"input_ids": window.unsqueeze(0)} for window in windows]
@@ -91,7 +91,7 @@ def rtn(job: RTNJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
-    opened = _open(job.model, job.adapter)
+    opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.quant)
     folder = job.output or default_output(job.model, job.quant) / "rtn"
     if job.overwrite:
@@ -103,7 +103,12 @@ def rtn(job: RTNJob) -> Path:
     return folder / "model"
 
 
-def _open(model: str, adapter: str | None) -> OpenModel:
+def open_full_precision(model: str, adapter: str | None) -> OpenModel:
+    """Open the model that a user names, on the meta device.
+
+    Raises:
+        EqatError: there is none, no adapter fits it, or it is quantized already.
+    """
     folder = model_folder(model)
     require_model(folder)
     if is_packed(folder):

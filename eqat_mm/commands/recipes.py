@@ -52,7 +52,7 @@ def _file_named(option: str, name: str, shipped: dict[str, Path], allowed: str) 
 
 
 def fitting_recipe(command: str, model: str, bits: str, group_size: str | None = None) -> str | None:
-    """Return the name of the shipped recipe of a command for this model and bit width, None where there is none.
+    """Return the name of the shipped recipe of a command for this model and bits, None where there is none.
 
     Of several, the one with this group size, or with the smallest.
     """
@@ -60,17 +60,18 @@ def fitting_recipe(command: str, model: str, bits: str, group_size: str | None =
     for name, path in recipes().items():
         if name.endswith(f"-{command}"):
             settings = yaml.safe_load(path.read_text())
-            if model in (settings.get("recipe_for") or ()) and str(settings["quant"]["bits"]) == bits:
-                fitting.setdefault(settings["quant"]["group_size"], name)
+            quant = settings.get("quant", settings)  # LLM-QAT names its bits, such as 4-8-4, at the top
+            if model in (settings.get("recipe_for") or ()) and str(quant["bits"]) == bits:
+                fitting.setdefault(quant.get("group_size", -1), name)
     groups = sorted(fitting, key=lambda group: (str(group) != group_size, group))
     return fitting[groups[0]] if groups else None
 
 
-def warn_without_recipe(model: str, recipe_for: tuple[str, ...], command: str) -> None:
+def warn_without_recipe(model: str, recipe_for: tuple[str, ...], command: str, bits: str = "2") -> None:
     """Warn when the settings were not tuned for this model: learning rates do not carry over between families."""
     if model in recipe_for:
         return
-    fitting = fitting_recipe(command, model, "2")
-    advice = f"use --config {fitting}" if fitting else "watch the loss of the first blocks and tune the learning rates"
+    fitting = fitting_recipe(command, model, bits)
+    advice = f"use --config {fitting}" if fitting else "watch the loss and tune the learning rates"
     origin = f"tuned for {', '.join(recipe_for)}" if recipe_for else "the paper's, tuned for Llama-2 7B and up"
     warnings.warn(f"{command}: these settings are {origin}, not for {model}; {advice}", stacklevel=2)

@@ -12,12 +12,12 @@ from eqat_mm.commands.models import load_processor, load_tokenizer
 from eqat_mm.data.batching import Collator, SampleOrder
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
-from eqat_mm.train.e2e_qp import Sample, WindowDataset
+from eqat_mm.train.end_to_end import Sample, WindowDataset
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Training data of E2E-QP.
+    """Training data of an end-to-end trainer.
 
     Attributes:
         dataset: the samples.

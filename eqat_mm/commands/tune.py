@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import transformers
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
+from eqat_mm.commands.launchers import deepspeed_settings, whole_models
 from eqat_mm.commands.models import best_device, load_model, model_folder, require_weights
-from eqat_mm.commands.recipes import deepspeed_path, warn_without_recipe
+from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import begin_run, default_output, discard, settings, with_precision
 from eqat_mm.commands.samples import Samples, image_text_samples, text_samples
 from eqat_mm.data.image_text import ImageTextData
@@ -28,7 +22,8 @@ from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_jsonl
 from eqat_mm.runtime.progress import say
-from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp, training_arguments
+from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
+from eqat_mm.train.end_to_end import training_arguments
 from llava_adapters import arch_for
 
 _INSTRUCTIONS = {
@@ -80,7 +75,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     folder = job.output or runs / stage
     _require_apart(base, folder)
     device = best_device(job.device)
-    deepspeed = _deepspeed(job)
+    deepspeed = deepspeed_settings(job.deepspeed)
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
     samples = _samples(base, job)
@@ -99,7 +94,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
         record = begin_run(folder, STAGE, settings(job, samples.digest), job.seed, write=first)
     if record is None:
         return folder / "model"
-    with _whole_models(arguments):
+    with whole_models(arguments):
         teacher = load_model(model_folder(job.model), arguments.device) if job.loss == "kl" else None
         model = load(base, device=arguments.device, verify=False)
     if _adapts(job):
@@ -160,27 +155,6 @@ def _require_instructions(config: ImageTextData) -> None:
         )
 
 
-def _deepspeed(job: E2EQPJob) -> Path | None:
-    """Return the file with DeepSpeed's settings, where the job names one and a launcher started this process.
-
-    Raises:
-        ConfigError: an unknown name, or DeepSpeed is not installed.
-    """
-    if job.deepspeed is None:
-        return None
-    path = deepspeed_path(job.deepspeed)
-    if "LOCAL_RANK" not in os.environ:
-        return None
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            where=f"--deepspeed {job.deepspeed}",
-            given="DeepSpeed is not installed",
-            allowed="an environment with it",
-            do="pip install 'eqat-mm[deepspeed]', or leave --deepspeed out",
-        )
-    return path
-
-
 def _require_images_everywhere(deepspeed: Path, samples: Samples) -> None:
     """Check that under ZeRO-3 every process needs the same parameters at the same time.
 
@@ -196,18 +170,6 @@ def _require_images_everywhere(deepspeed: Path, samples: Samples) -> None:
             allowed="images in every sample: ZeRO-3 gathers the vision tower on all processes at once, or waits",
             do="use --deepspeed zero-2, or leave the samples without images out",
         )
-
-
-@contextmanager
-def _whole_models(arguments: transformers.TrainingArguments) -> Iterator[None]:
-    """Let transformers make whole models: under ZeRO-3 it scatters their parameters as soon as they exist."""
-    config: Any = getattr(arguments, "hf_deepspeed_config", None)
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            set_hf_deepspeed_config(config)
 
 
 def _require_block_ap(base: Path, job: E2EQPJob) -> None:

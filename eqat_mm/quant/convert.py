@@ -1,10 +1,15 @@
-"""Conversions between the three linears, as functions: nn.Linear -> FakeQuantLinear -> PackedLinear -> nn.Linear."""
+"""Conversions between the linears, as functions: nn.Linear -> FakeQuantLinear -> PackedLinear -> nn.Linear.
+
+With quantized activations: nn.Linear -> DynamicFakeLinear -> DynamicPackedLinear.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from eqat_mm.quant.bit_widths import UNQUANTIZED
+from eqat_mm.quant.dynamic_linear import DynamicFakeLinear, DynamicPackedLinear
 from eqat_mm.quant.fake_linear import FakeQuantLinear
 from eqat_mm.quant.grid import away_from_zero, quantize
 from eqat_mm.quant.init import Grid
@@ -28,6 +33,27 @@ def to_packed(fake: FakeQuantLinear) -> PackedLinear:
     zero_point = fake.zero_point.clamp(0, fake.spec.top)
     codes = quantize(fake.weight, scale, zero_point, fake.spec)
     return PackedLinear.from_codes(codes, scale, zero_point, fake.bias, fake.spec)
+
+
+def to_dynamic_fake(linear: nn.Linear, spec: QuantSpec, activation_bits: int, *, layer: str) -> DynamicFakeLinear:
+    """Return the trainable twin of `linear` with a quantized input; it holds the same parameters.
+
+    Raises:
+        ConfigError: the group size does not divide the inputs of `layer`.
+    """
+    return DynamicFakeLinear(linear.weight, linear.bias, spec, activation_bits, layer=layer)
+
+
+@torch.no_grad()
+def to_dynamic_packed(fake: DynamicFakeLinear) -> PackedLinear:
+    """Quantize for real; the output stays the same. An input that is not quantized needs no class of its own."""
+    codes, scale = fake.codes()
+    bias = None if fake.bias is None else fake.bias.detach()
+    zero_point = torch.full_like(scale, fake.spec.middle)
+    if fake.activation_bits == UNQUANTIZED:
+        return PackedLinear.from_codes(codes, scale, zero_point, bias, fake.spec)
+    bits = fake.activation_bits
+    return DynamicPackedLinear.from_codes(codes, scale, zero_point, bias, fake.spec, activation_bits=bits)
 
 
 @torch.no_grad()

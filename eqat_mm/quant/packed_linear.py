@@ -6,6 +6,8 @@ packed model is its checkpoint.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,14 +60,15 @@ class PackedLinear(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_codes(
-        cls, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, spec: QuantSpec
+        cls, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, spec: QuantSpec, **options: Any
     ) -> PackedLinear:
         """Pack codes uint8 [O, I] with step sizes and zero points float [O, G].
 
-        Step sizes are rounded to `spec.scale_dtype`: what is computed with is what is stored.
+        Step sizes are rounded to `spec.scale_dtype`: what is computed with is what is stored. `options` are those of
+        the class.
         """
         out_features, in_features = codes.shape
-        packed = cls(in_features, out_features, spec, bias=bias is not None).to(codes.device)
+        packed = cls(in_features, out_features, spec, bias=bias is not None, **options).to(codes.device)
         packed.weight_packed = pack(codes, spec.bits)
         packed.weight_scale.copy_(scale.to(spec.storage_dtype))
         if packed.weight_zero_point is not None:

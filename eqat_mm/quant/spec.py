@@ -85,7 +85,7 @@ class QuantSpec:
                 where=f"quant.group_size, at {layer}",
                 given=f"{self.group_size}, which does not divide in_features={in_features}",
                 allowed=", ".join(map(str, [*fitting, -1])) + " for this layer",
-                do="choose one of these with --quant.group_size",
+                do="choose one of these with --quant.group_size, in LLM-QAT --group_size",
             )
         return self.group_size
 

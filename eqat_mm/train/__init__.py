@@ -1,1 +1,1 @@
-"""The trainers: Block-AP, one block at a time, and E2E-QP, the step sizes of the whole model."""
+"""The trainers: Block-AP, one block at a time; E2E-QP, step sizes of the whole model; LLM-QAT, all its weights."""

@@ -21,6 +21,7 @@ from eqat_eval.inference import inference
 from eqat_eval.prompts import encode_image_prompt, encode_prompt
 from eqat_eval.repetition import Repetition, repetition
 from eqat_eval.windows import check_positive
+from eqat_mm.blocks.attention import new_cache
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.progress import progress
 from eqat_mm.runtime.seeding import derive_seed
@@ -177,6 +178,7 @@ def _continued(
             **{name: value.to(model.device) for name, value in inputs.items()},
             max_new_tokens=max_new_tokens,
             streamer=streamer,
+            past_key_values=new_cache(model),
             **sampling,
             **ending_arguments(model, tokenizer),
         )

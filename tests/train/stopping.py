@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 
-from eqat_mm.train.e2e_qp import E2EQPTrainer
+from eqat_mm.train.end_to_end import EndToEndTrainer
 
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int, signal: type[BaseException]) -> list[int]:
-    """Raise `signal` once in E2E-QP, at loss number `step`; return the numbers asked for, as they grow."""
+    """Raise `signal` once in training, at loss number `step`; return the numbers asked for, as they grow."""
     asked: list[int] = []
-    compute_loss = E2EQPTrainer.compute_loss
+    compute_loss = EndToEndTrainer.compute_loss
 
-    def counting(self: E2EQPTrainer, *args: Any, **kwargs: Any) -> Any:
+    def counting(self: EndToEndTrainer, *args: Any, **kwargs: Any) -> Any:
         asked.append(len(asked) + 1)
         if asked[-1] == step:
             raise signal
         return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(E2EQPTrainer, "compute_loss", counting)
+    monkeypatch.setattr(EndToEndTrainer, "compute_loss", counting)
     return asked

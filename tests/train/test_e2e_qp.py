@@ -17,16 +17,15 @@ from eqat_mm.commands.models import load_model, load_tokenizer
 from eqat_mm.data.windows import text_windows
 from eqat_mm.errors import TrainingError
 from eqat_mm.quant.packed_linear import PackedLinear
-from eqat_mm.train import e2e_qp
+from eqat_mm.train import end_to_end
 from eqat_mm.train.e2e_qp import (
     E2EQPConfig,
     E2EQPTrainer,
-    WindowDataset,
     run_e2e_qp,
     scale_parameters,
     trainable_groups,
-    training_arguments,
 )
+from eqat_mm.train.end_to_end import WindowDataset, training_arguments
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_model import Tiny
@@ -214,7 +213,7 @@ def test_a_non_finite_loss_is_an_error(
     def broken(*args: Any) -> Tensor:
         return cross_entropy(*args) * math.nan
 
-    monkeypatch.setattr(e2e_qp, "cross_entropy", broken)
+    monkeypatch.setattr(end_to_end, "cross_entropy", broken)
     with pytest.raises(TrainingError) as raised:
         train(model, windows, tmp_path)
     assert_four_lines(raised.value)

@@ -19,7 +19,8 @@ from eqat_mm.commands.models import load_tokenizer
 from eqat_mm.data.windows import text_windows
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant.packed_linear import PackedLinear
-from eqat_mm.train.e2e_qp import E2EQPConfig, WindowDataset, run_e2e_qp, training_arguments
+from eqat_mm.train.e2e_qp import E2EQPConfig, run_e2e_qp
+from eqat_mm.train.end_to_end import WindowDataset, training_arguments
 from eqat_mm.train.lora import LoRA
 from tests.checkpoint.files import assert_four_lines, same_bytes, tensors_of
 from tests.tiny_model import Tiny

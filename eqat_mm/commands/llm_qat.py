@@ -1,0 +1,108 @@
+"""`eqat llm-qat`: a full-precision model in, one with quantized weights, activations and KV cache out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import transformers
+
+from eqat_mm.blocks.source import OpenModel
+from eqat_mm.commands.launchers import deepspeed_settings, whole_models
+from eqat_mm.commands.models import best_device, load_model, load_tokenizer, require_weights
+from eqat_mm.commands.quantize import open_full_precision
+from eqat_mm.commands.recipes import warn_without_recipe
+from eqat_mm.commands.runs import begin_run, discard, settings, with_precision
+from eqat_mm.data.windows import TextWindows, digest_of, text_windows
+from eqat_mm.runtime.files import write_jsonl
+from eqat_mm.runtime.progress import say
+from eqat_mm.train.block_ap import check_groups
+from eqat_mm.train.end_to_end import WindowDataset, training_arguments
+from eqat_mm.train.llm_qat import ROUNDED, STAGE, LLMQATConfig, prepare, run_llm_qat, smooth_model, store
+
+
+@dataclass(frozen=True)
+class LLMQATJob(LLMQATConfig):
+    """LLM-QAT of a model.
+
+    Attributes:
+        model: model folder, alias (`eqat assets`) or hub repository.
+        output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-BITS/llm-qat; rtn in place of llm-qat
+            where nothing is trained.
+        data: text to train on; for text that the model wrote itself, its file and `part: all`.
+        adapter: architecture, where config.json does not decide it.
+        device: cpu, cuda, cuda:N, or auto.
+        overwrite: discard a run that is already in the output folder.
+        recipe_for: models that these settings were tuned for (set by recipes).
+    """
+
+    model: str = "smollm2-135m"
+    output: Path | None = None
+    data: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
+    adapter: str | None = None
+    device: str = "auto"
+    overwrite: bool = False
+    recipe_for: tuple[str, ...] = ()
+
+
+def llm_qat(job: LLMQATJob) -> Path:
+    """Run or continue LLM-QAT, alone or as one of a launcher's processes; return the folder of the checkpoint.
+
+    Raises:
+        EqatError: any bad input, before anything is written.
+    """
+    opened = _checked(job)
+    stage = STAGE if job.trains else ROUNDED
+    folder = job.output or _default_output(job)
+    device, deepspeed = best_device(job.device), deepspeed_settings(job.deepspeed)
+    windows = text_windows(load_tokenizer(opened.folder), job.data) if job.reads_text else None
+    shared = replace(job, deepspeed=None if deepspeed is None else str(deepspeed))
+    arguments = training_arguments(shared, folder / "trainer", device)
+    first = arguments.process_index == 0
+    with arguments.main_process_first(local=False):
+        if job.overwrite and first:
+            discard(folder)
+        job = with_precision(job, folder, device)
+        decides = settings(job, None if windows is None else digest_of(windows))
+        record = begin_run(folder, stage, decides, job.seed, write=first)
+    if record is None:
+        return folder / "model"
+    model, teacher = _models(job, opened, arguments)
+    if windows is not None:
+        smooth_model(model, opened.arch, windows, job)
+    prepare(model, opened.arch, job)
+    log = [] if windows is None else run_llm_qat(model, WindowDataset(windows), job, arguments, teacher=teacher)
+    if first:
+        write_jsonl(folder / "metrics.jsonl", log)
+        store(model, opened, job, folder / "model", source=job.model, provenance=record)
+        discard(folder / "trainer")
+        say(f"checkpoint: {folder / 'model'}")
+    return folder / "model"
+
+
+def _default_output(job: LLMQATJob) -> Path:
+    return Path("runs") / f"{Path(job.model).name}-{job.widths.name}" / ("llm-qat" if job.trains else "rtn")
+
+
+def _checked(job: LLMQATJob) -> OpenModel:
+    """Open the model.
+
+    Raises:
+        EqatError: there is none, or it does not fit the settings.
+    """
+    if job.trains:
+        warn_without_recipe(job.model, job.recipe_for, "llm-qat", job.bits)
+    opened = open_full_precision(job.model, job.adapter)
+    check_groups(opened, job.spec)
+    require_weights(opened.folder)
+    return opened
+
+
+def _models(
+    job: LLMQATJob, opened: OpenModel, arguments: transformers.TrainingArguments
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedModel | None]:
+    """Return the model that becomes the student, and the teacher where the loss asks for one."""
+    with whole_models(arguments):
+        taught = job.trains and job.loss == "logits"
+        teacher = load_model(opened.folder, arguments.device) if taught else None
+        return load_model(opened.folder, arguments.device), teacher

@@ -1,0 +1,246 @@
+"""What the end-to-end trainers share: E2E-QP, which trains step sizes, and LLM-QAT, which trains weights.
+
+The trainer is transformers' own `Trainer`; only the loss and the optimizer's parameters differ, so resuming, schedules,
+logging, accumulation, checkpoint rotation and DeepSpeed are those.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from eqat_mm.data.batching import SampleOrder
+from eqat_mm.errors import TrainingError
+from eqat_mm.runtime.precision import Precision, autocast
+from eqat_mm.runtime.progress import interactive
+from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
+
+Sample = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class EndToEndConfig:
+    """How a whole model is trained, whatever is trained of it.
+
+    Attributes:
+        learning_rate: peak.
+        lr_floor: last learning rate as a fraction of the peak (cosine in between).
+        warmup_steps: optimizer steps over which the learning rate rises.
+        epochs: passes over the data.
+        max_steps: optimizer steps; overrides `epochs` where it is given.
+        batch_size: sequences per process and forward.
+        accumulation: forwards per optimizer step.
+        clip_norm: largest gradient norm.
+        gradient_checkpointing: recompute activations of blocks in the backward.
+        precision: of matrix products; `auto` takes bfloat16 where it is faster (see `runtime.precision`).
+        deepspeed: JSON file with the settings of DeepSpeed, where a launcher started several processes; without one
+            they run as plain data parallelism, and a single process needs none.
+        logging_steps: optimizer steps between log lines.
+        save_steps: optimizer steps between checkpoints to resume from; 0 keeps none.
+        seed: of the order of the data.
+    """
+
+    learning_rate: float = 2e-5
+    lr_floor: float = 0.05
+    warmup_steps: int = 0
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 2
+    accumulation: int = 16
+    clip_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    precision: Precision = "auto"
+    deepspeed: str | None = None
+    logging_steps: int = 8
+    save_steps: int = 100
+    seed: int = 0
+
+
+class EndToEndTrainer(transformers.Trainer):
+    """`Trainer` of some parameters of a model, on labels or on a teacher's predictions.
+
+    Args:
+        groups: AdamW parameter groups of what is trained.
+        teacher: full-precision model whose predictions are learned; None trains on the labels.
+        order: of the samples; None shuffles them.
+        precision: of matrix products.
+        **kwargs: as for `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups: list[dict[str, Any]],
+        teacher: nn.Module | None = None,
+        order: SampleOrder | None = None,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.groups = groups
+        self.order = order
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        self.precision = precision
+        self.model_accepts_loss_kwargs = True  # compute_loss averages over all sequences of a step
+        if order is not None:
+            self.add_callback(_EpochOfOrder(order))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Give the optimizer what is to be trained, and nothing else."""
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(self.groups, **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Sample,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the mean loss per predicted token over the whole optimizer step."""
+        columns, labels = predictions_that_count(inputs["labels"])
+        forward = {name: value for name, value in inputs.items() if name != "labels"} | {"logits_to_keep": columns}
+        with autocast(self.precision, columns.device), self.around_forward(inputs):
+            outputs = model(**forward, use_cache=False)
+        if self.teacher is None:
+            loss = cross_entropy(outputs.logits, labels, num_items_in_batch)
+        else:
+            with torch.no_grad(), autocast(self.precision, columns.device):
+                wanted = self.teacher(**forward, use_cache=False).logits
+            loss = kl_divergence(outputs.logits, wanted, labels, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def around_forward(self, inputs: Sample) -> AbstractContextManager[None]:
+        """Return the context in which the trained model sees a batch; nothing special by default."""
+        return nullcontext()
+
+
+class _EpochOfOrder(transformers.TrainerCallback):
+    """Tells the order which epoch begins: a continued run wraps the sampler where the Trainer does not find it."""
+
+    def __init__(self, order: SampleOrder) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
+        self.order.set_epoch(int(state.epoch or 0))
+
+
+class WindowDataset(Dataset[Sample]):
+    """Token windows as training samples; every token is a label.
+
+    Args:
+        windows: int64 [n, T].
+    """
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+def run_trainer(trainer: EndToEndTrainer, stage: str) -> list[dict[str, Any]]:
+    """Train, from the last complete checkpoint in the Trainer's folder where there is one.
+
+    Args:
+        trainer: ready to train; every process gets the whole parameters at the end.
+        stage: name of the method, for messages.
+
+    Returns:
+        The Trainer's log, one record per line.
+
+    Raises:
+        TrainingError: a trained parameter or the loss is not finite at the end.
+    """
+    assert isinstance(trainer.model, nn.Module)
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(Path(str(trainer.args.output_dir))))
+    _make_whole(trainer.model)
+    _require_finite(trainer.model, result.training_loss, stage, trainer.args.learning_rate)
+    return list(trainer.state.log_history)
+
+
+def training_arguments(config: EndToEndConfig, folder: Path, device: torch.device) -> transformers.TrainingArguments:
+    """Translate the configuration for the Trainer; under a launcher this joins the other processes."""
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=-1 if config.max_steps is None else config.max_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": config.lr_floor},
+        warmup_steps=config.warmup_steps,
+        optim="adamw_torch_fused",
+        weight_decay=0.0,
+        max_grad_norm=config.clip_norm,
+        activation_checkpointing=config.gradient_checkpointing,
+        use_cpu=device.type == "cpu",
+        deepspeed=config.deepspeed,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=not interactive(),
+        seed=config.seed,
+    )
+
+
+def train_only(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Make exactly the parameters of AdamW's `groups` trainable."""
+    model.requires_grad_(False)
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        parameter.requires_grad_(True)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the last checkpoint of the Trainer that is complete, if any: its state is what it writes last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+@torch.no_grad()
+def _make_whole(model: nn.Module) -> None:
+    """Give every process the whole parameters, which ZeRO-3 leaves in parts."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole = parameter.detach().clone()
+            parameter.data = whole
+
+
+def _require_finite(model: nn.Module, loss: float, stage: str, learning_rate: float) -> None:
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    broken = [name for name, parameter in trained if not parameter.isfinite().all()]
+    if broken or not math.isfinite(loss):
+        raise TrainingError(
+            where=stage + (f", {broken[0]}" if broken else ""),
+            given=f"training loss {loss}, {len(broken)} of {len(trained)} trained tensors not finite",
+            allowed="finite numbers",
+            do=f"lower --learning_rate (now {learning_rate:g}), or train with --precision float32",
+        )

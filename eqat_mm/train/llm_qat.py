@@ -1,0 +1,209 @@
+"""LLM-QAT (arXiv 2305.17888): quantization-aware training of all weights, with activations and KV cache quantized.
+
+The student begins as the full-precision model. The linears of its decoder blocks see rounded weights and inputs,
+attention sees rounded keys and values, and all its weights are trained, with straight-through gradients, to predict
+what the full-precision model predicts: cross entropy against its softmax over the whole vocabulary. Embedding and head
+are trained, too, and stay in full precision. Every step size follows from what is quantized; none is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from eqat_mm.blocks.arch import Arch, set_submodule
+from eqat_mm.blocks.attention import quantize_keys_and_values
+from eqat_mm.blocks.source import OpenModel
+from eqat_mm.checkpoint.verify import Manifest
+from eqat_mm.checkpoint.write import CheckpointWriter
+from eqat_mm.quant.bit_widths import BitWidths
+from eqat_mm.quant.convert import to_dynamic_fake, to_dynamic_packed
+from eqat_mm.quant.dynamic_linear import DynamicFakeLinear
+from eqat_mm.quant.smooth import require_strength, smooth
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.memory import keep_freed_memory
+from eqat_mm.runtime.precision import resolve
+from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
+
+STAGE = "llm-qat"
+ROUNDED = "round-to-nearest"
+"""Stage of a checkpoint for which nothing was trained."""
+
+
+@dataclass(frozen=True)
+class LLMQATConfig(EndToEndConfig):
+    """LLM-QAT without the model and the data. The defaults are the paper's, for 7B parameters and up.
+
+    `max_steps: 0` trains nothing: the model is rounded to nearest.
+
+    Attributes:
+        bits: of weights, activations and KV cache, for example 4-8-4; 16 leaves activations or cache as they are.
+        group_size: consecutive input channels of a weight that share a step size; -1 for all (paper).
+        loss: `logits` (paper) learns the full-precision model's softmax, `labels` the next token.
+        smooth: strength of SmoothQuant, 0 to 1, before anything is quantized; null leaves it out.
+        smooth_samples: windows of the data for the statistics of SmoothQuant.
+    """
+
+    bits: str = "4-8-8"
+    group_size: int = -1
+    loss: Literal["logits", "labels"] = "logits"
+    smooth: float | None = None
+    smooth_samples: int = 32
+    batch_size: int = 1
+    accumulation: int = 8
+
+    def __post_init__(self) -> None:
+        """Check bits, group size and strength.
+
+        Raises:
+            ConfigError: one that is not allowed.
+        """
+        QuantSpec(self.widths.weights, self.group_size, symmetric=True)
+        if self.smooth is not None:
+            require_strength(self.smooth)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained; otherwise the model is rounded to nearest."""
+        return self.max_steps != 0
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether text is needed, for training or for statistics."""
+        return self.trains or self.smooth is not None
+
+    @property
+    def widths(self) -> BitWidths:
+        """Bits of weights, activations and KV cache."""
+        return BitWidths.parse(self.bits)
+
+    @property
+    def spec(self) -> QuantSpec:
+        """How weights are stored."""
+        return QuantSpec(self.widths.weights, self.group_size, symmetric=True)
+
+
+def prepare(model: transformers.PreTrainedModel, arch: Arch, config: LLMQATConfig) -> None:
+    """Turn a full-precision model into the student, in place: its linears, keys and values are fake-quantized.
+
+    Raises:
+        ConfigError: the group size does not divide a layer.
+        AdapterError: the adapter's paths do not match the model, or its attention takes no cache.
+    """
+    widths, spec = config.widths, config.spec
+    for index, block in enumerate(arch.find_blocks(model)):
+        for path, linear in arch.named_linears(block):
+            layer = f"{arch.blocks}.{index}.{path}"
+            set_submodule(block, path, to_dynamic_fake(linear, spec, widths.activations, layer=layer))
+    quantize_keys_and_values(model, widths.kv_cache)
+
+
+def smooth_model(model: transformers.PreTrainedModel, arch: Arch, windows: Tensor, config: LLMQATConfig) -> None:
+    """Apply SmoothQuant to a full-precision model in place, where `config` asks for it.
+
+    Args:
+        model: in full precision.
+        arch: its architecture.
+        windows: calibration text, int64 [n, T]; the first `smooth_samples` are used, one at a time.
+        config: settings.
+
+    Raises:
+        AdapterError: a norm that the smoothing cannot be folded into.
+    """
+    if config.smooth is not None:
+        batches = [{"input_ids": window.unsqueeze(0).to(model.device)} for window in windows[: config.smooth_samples]]
+        smooth(model, arch.normed_stages(model), batches, config.smooth)
+
+
+def run_llm_qat(
+    model: transformers.PreTrainedModel,
+    data: Dataset[Sample],
+    config: LLMQATConfig,
+    arguments: transformers.TrainingArguments,
+    *,
+    teacher: nn.Module | None,
+) -> list[dict[str, Any]]:
+    """Train all weights of the student in place.
+
+    Continues from the last Trainer checkpoint in the output folder of `arguments`, where there is one.
+
+    Args:
+        model: from `prepare`, in float32.
+        data: samples.
+        config: settings; with `max_steps: 0` nothing is done.
+        arguments: the same settings as `training_arguments` translates them.
+        teacher: full-precision model, for the loss on logits.
+
+    Returns:
+        The Trainer's log, one record per line.
+
+    Raises:
+        TrainingError: a trained parameter or the loss is not finite at the end.
+    """
+    if not config.trains:
+        return []
+    keep_freed_memory()
+    trainer = EndToEndTrainer(
+        model=model,
+        args=arguments,
+        groups=trainable_groups(model),
+        train_dataset=data,
+        teacher=teacher,
+        precision=resolve(config.precision, arguments.device),
+    )
+    return run_trainer(trainer, "LLM-QAT")
+
+
+def trainable_groups(model: transformers.PreTrainedModel) -> list[dict[str, Any]]:
+    """Return the AdamW parameter group of the language model and its head, and make exactly these trainable.
+
+    That is the whole of a language model; of a vision-language model, vision tower and projector stay frozen.
+    """
+    parameters = [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]
+    once = {id(parameter): parameter for parameter in parameters}  # a head can be tied to the embedding
+    groups = [{"params": list(once.values()), "weight_decay": 0.0}]
+    train_only(model, groups)
+    return groups
+
+
+def store(
+    model: transformers.PreTrainedModel,
+    opened: OpenModel,
+    config: LLMQATConfig,
+    folder: Path,
+    *,
+    source: str,
+    provenance: dict[str, Any],
+) -> Manifest:
+    """Quantize the student for real, block by block and in place, and write its checkpoint; it computes the same.
+
+    Args:
+        model: from `prepare`, trained or not.
+        opened: the full-precision model it was made from.
+        config: settings.
+        folder: of the checkpoint.
+        source: the full-precision model, as it was named.
+        provenance: of this stage.
+    """
+    writer = CheckpointWriter(folder, opened, config.spec, config.widths)
+    for index in range(len(opened.blocks)):
+        block = model.get_submodule(opened.block_name(index))
+        pack(block)
+        writer.write_block(index, block)
+    trained: Mapping[str, Tensor] = model.state_dict()
+    return writer.finish(STAGE if config.trains else ROUNDED, source, provenance, trained)
+
+
+@torch.no_grad()
+def pack(block: nn.Module) -> None:
+    """Replace every fake-quantized linear of a block by the packed one with the same output."""
+    for path, module in list(block.named_modules()):
+        if isinstance(module, DynamicFakeLinear):
+            set_submodule(block, path, to_dynamic_packed(module))

@@ -1,0 +1,8 @@
+"""LLM-QAT, for launchers: `deepspeed scripts/llm_qat.py --config RECIPE --model MODEL --deepspeed zero-2`."""
+
+import sys
+
+from eqat_mm.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("llm-qat", sys.argv[1:]))
