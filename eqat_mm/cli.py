@@ -197,7 +197,13 @@ def _flags_of_spec(job_class: type[Any]) -> tuple[str, str]:
 
 
 def _spelled_out(argv: Sequence[str], job_class: type[Any]) -> list[str]:
-    """Let `--overwrite` mean `--overwrite true`, and `--train-projector` `--trains scales+projector`."""
+    """Spell out what users may abbreviate.
+
+    A first word without dashes is the model; `--overwrite` means `--overwrite true`, and `--train-projector`
+    `--trains scales+projector`.
+    """
+    if argv and not argv[0].startswith("-") and "model" in {field.name for field in fields(job_class)}:
+        argv = ["--model", *argv]
     flags = {f"--{field.name}" for field in fields(job_class) if isinstance(field.default, bool)}
     result: list[str] = []
     for position, argument in enumerate(argv):
@@ -246,7 +252,7 @@ def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
 def _overview() -> str:
     rows = "\n".join(f"  {name:<13} {command.help}" for name, command in COMMANDS.items())
     return (
-        "usage: eqat COMMAND [--config RECIPE] [--option VALUE ...]\n\n"
+        "usage: eqat COMMAND [MODEL] [--config RECIPE] [--option VALUE ...]\n\n"
         f"{rows}\n\n"
         "eqat COMMAND --help lists its options; --print_config shows their values."
     )

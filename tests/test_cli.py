@@ -132,6 +132,18 @@ def test_the_demo_without_options_is_its_recipe() -> None:
     assert job_of("demo") == job_of("demo", "--config", str(COMMANDS["demo"].recipe))
 
 
+def test_a_first_word_is_the_model() -> None:
+    assert job_of("generate", "my-model", "--prompt", "Hello") == job_of(
+        "generate", "--model", "my-model", "--prompt", "Hello"
+    )
+    assert job_of("block-ap", "smollm2-135m") == job_of("block-ap", "--model", "smollm2-135m")
+
+
+def test_a_first_word_is_refused_where_there_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["assets", "smollm2-135m"]) == 2
+    assert "unrecognized arguments: smollm2-135m" in " ".join(capsys.readouterr().err.split())
+
+
 def test_options_win_over_the_recipe() -> None:
     name = "smollm2-135m-w2g64-block-ap"
     for config in (["--config", name], [f"--config={name}"]):

@@ -32,6 +32,8 @@ _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 def model_folder(model: str) -> Path:
     """Return the local folder of a model: a folder, an alias or a hub repository (downloaded on first use).
 
+    The folder of a run stands for the checkpoint in it.
+
     Raises:
         AdapterError: unknown name.
         DataError: the download failed.
@@ -39,8 +41,9 @@ def model_folder(model: str) -> Path:
     resolved = resolve_alias(model)
     if resolved.startswith("asset:"):
         return _ASSET_MODELS[resolved.removeprefix("asset:")]()
-    if Path(resolved).is_dir():
-        return Path(resolved)
+    folder = Path(resolved)
+    if folder.is_dir():
+        return folder / "model" if is_packed(folder / "model") and not is_packed(folder) else folder
     try:
         return Path(snapshot_download(resolved, allow_patterns=_FILES))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:

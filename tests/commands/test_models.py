@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from eqat_mm.blocks.source import open_model
-from eqat_mm.commands.models import load_model, load_processor, load_tokenizer
+from eqat_mm.commands.models import load_model, load_processor, load_tokenizer, model_folder
+from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import write_json
@@ -43,6 +44,13 @@ def test_a_vision_language_model_is_loaded_and_its_packed_twin(folder: Path, tmp
     assert not any(parameter.requires_grad for parameter in full.parameters())
     run_rtn(open_model(folder, arch_of_folder(folder)), QuantSpec(), tmp_path, source="tiny", provenance={})
     assert type(load_model(tmp_path / "model", CPU)) is type(full)
+
+
+def test_the_folder_of_a_run_stands_for_its_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    rtn(RTNJob(model=str(tiny.folder), output=tmp_path / "run", quant=QuantSpec(2, 32)))
+    assert model_folder(str(tmp_path / "run")) == tmp_path / "run" / "model"
+    assert model_folder(str(tmp_path / "run" / "model")) == tmp_path / "run" / "model"
+    assert model_folder(str(tiny.folder)) == tiny.folder
 
 
 def test_a_llava_in_its_original_layout_is_refused(tmp_path: Path) -> None:
