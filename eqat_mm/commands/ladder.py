@@ -18,10 +18,10 @@ from eqat_eval.perplexity import PerplexityResult, ReferenceOutputs, evaluate_pe
 from eqat_mm.commands.evaluate import bits_per_weight
 from eqat_mm.commands.models import best_device, load_model, load_tokenizer, model_folder, require_model
 from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, rtn
-from eqat_mm.commands.runs import default_output, settings
+from eqat_mm.commands.runs import default_output, seconds_of, settings
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
 from eqat_mm.data.windows import TextWindows, text_windows
-from eqat_mm.runtime.files import read_json, write_json
+from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision, autocast, resolve
 from eqat_mm.runtime.progress import duration, say
 from eqat_mm.runtime.provenance import provenance
@@ -97,7 +97,7 @@ class _Bench:
         say(f"== {stage}")
         start = time.monotonic()
         folder: Path = make()
-        seconds = _seconds_of(folder, time.monotonic() - start)
+        seconds = seconds_of(folder, time.monotonic() - start)
         found = self._evaluate(folder)
         row = {
             "stage": stage,
@@ -133,17 +133,6 @@ class _Bench:
             "threads": torch.get_num_threads(),
         }
         write_json(self.root / "results.json", record)
-
-
-def _seconds_of(folder: Path, seconds: float) -> float:
-    """Wall time of the run that made a checkpoint, kept beside it so that a continued ladder still knows it."""
-    path = folder.parent / "seconds.json"
-    if folder.name != "model":
-        return 0.0
-    if path.is_file():
-        return float(read_json(path))
-    write_json(path, seconds)
-    return seconds
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -77,6 +77,24 @@ def begin_run(
     return record
 
 
+def seconds_of(folder: Path, seconds: float) -> float:
+    """Return the wall time of the run that made a checkpoint; 0 for a folder that no run made.
+
+    It is kept beside the checkpoint, so that who starts a finished run again still learns it.
+
+    Args:
+        folder: `OUTPUT/model`, or the folder of a full-precision model.
+        seconds: wall time just now; counts where none was kept before.
+    """
+    path = folder.parent / "seconds.json"
+    if folder.name != "model":
+        return 0.0
+    if path.is_file():
+        return float(read_json(path))
+    write_json(path, seconds)
+    return seconds
+
+
 def discard(folder: Path) -> None:
     """Remove a run folder, where there is one."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from eqat_mm.commands.evaluate import bits_per_weight
 from eqat_mm.commands.lmms import require_lmms_eval, task_row, tasks_folder
 from eqat_mm.commands.models import model_folder, require_model
-from eqat_mm.commands.runs import discard, settings
+from eqat_mm.commands.runs import discard, seconds_of, settings
 from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_json
@@ -170,12 +170,9 @@ def _make(rung: Rung) -> float:
     """Make the model of a rung; return the seconds it took, also where that was in an earlier start."""
     if rung.command is None:
         return 0.0
-    noted = rung.folder.parent / "seconds.json"
     start = time.monotonic()
     _run(rung.command)
-    if not noted.is_file():
-        write_json(noted, time.monotonic() - start)
-    return float(read_json(noted))
+    return seconds_of(rung.folder, time.monotonic() - start)
 
 
 def _ask(rung: Rung, questions: int | None, job: VLMLadderJob) -> dict[str, Any]:
