@@ -46,6 +46,18 @@ def tiny_config(model_type: str, **overrides: Any) -> transformers.PreTrainedCon
     return config
 
 
+def tiny_vision_config(image_size: int = IMAGE_SIZE, patch_size: int = 8) -> transformers.CLIPVisionConfig:
+    """Return the configuration of a three-block vision tower: hidden 32, MLP 64, 2 heads; sizes are in pixels."""
+    return transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=patch_size,
+    )
+
+
 def tiny_causal_lm(model_type: str, **overrides: Any) -> tuple[nn.Module, list[Inputs]]:
     """Return a random language model of `tiny_config` in eval mode, and its batches, `text_batches`."""
     return _random(transformers.AutoModelForCausalLM, tiny_config(model_type, **overrides)), text_batches()
@@ -89,18 +101,10 @@ def text_batches() -> list[Inputs]:
 def _tiny_vlm(
     model_type: str, images: Inputs, tower: transformers.PreTrainedConfig, **fields: Any
 ) -> tuple[nn.Module, list[Inputs]]:
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=IMAGE_SIZE,
-        patch_size=8,
-    )
     config = transformers.AutoConfig.for_model(
         model_type,
         text_config=tower,
-        vision_config=vision,
+        vision_config=tiny_vision_config(),
         image_token_index=IMAGE_TOKEN,
         **fields,
     )

@@ -60,17 +60,30 @@ def tiny_processor(arch: str = "llava") -> transformers.ProcessorMixin:
     """Return the processor of a tiny LLaVA: words as tokens, images of 16 x 16 pixels."""
     tokenizer = word_tokenizer({IMAGE_TOKEN: "<image>"})
     tokenizer.pad_token = "<unk>"
-    size: dict[str, Any] = {
-        "size": {"shortest_edge": IMAGE_SIZE},
-        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    }
+    tiles = TILES if arch == "llava_next" else None
+    return processor_of(tokenizer, CHAT_TEMPLATE, side=IMAGE_SIZE, patch=8, tiles=tiles)
+
+
+def processor_of(
+    tokenizer: transformers.PreTrainedTokenizerFast, template: str, *, side: int, patch: int, tiles: Any = None
+) -> transformers.ProcessorMixin:
+    """Return the processor of a LLaVA, or of a LLaVA-1.6 that cuts images into tiles.
+
+    Args:
+        tokenizer: with a token `<image>`.
+        template: of chats.
+        side: height and width of what the vision tower sees, in pixels.
+        patch: side of a patch.
+        tiles: height and width of the grids of tiles.
+    """
+    size: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     settings: dict[str, Any] = {
-        "patch_size": 8,
+        "patch_size": patch,
         "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
     }
-    if arch == "llava_next":
-        images = transformers.LlavaNextImageProcessor(**size, image_grid_pinpoints=TILES)
+    if tiles is not None:
+        images = transformers.LlavaNextImageProcessor(**size, image_grid_pinpoints=tiles)
         return transformers.LlavaNextProcessor(images, tokenizer, **settings)
     return transformers.LlavaProcessor(transformers.CLIPImageProcessor(**size), tokenizer, **settings)

@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from eqat_eval.perplexity import ReferenceOutputs, evaluate_perplexity
+from eqat_eval.perplexity import PerplexityResult, ReferenceOutputs, evaluate_perplexity
 from eqat_mm.blocks.source import WeightSource
 from eqat_mm.checkpoint.adapters import adapter_bits
+from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
-from eqat_mm.commands.models import (
-    best_device,
-    is_packed,
-    load_model,
-    load_tokenizer,
-    model_folder,
-    require_model,
-)
+from eqat_mm.commands.models import best_device, load_model, model_folder, require_model
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import write_json
@@ -29,6 +24,8 @@ from eqat_mm.runtime.progress import duration, say
 
 _STORED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """What a checkpoint holds of a quantized linear, bias apart."""
+
+HEADINGS = f"{'bits/weight':>12}{'perplexity':>14}{'KL':>9}{'top-1':>8}{'time':>9}"
 
 
 @dataclass(frozen=True)
@@ -94,15 +91,64 @@ def _check_choice(job: EvalJob) -> None:
 
 def _perplexity(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
     windows = text_windows(load_tokenizer(folder), job.data)
-    with autocast(resolve(job.precision, device), device):
-        reference = None
-        if job.reference is not None:
-            full = load_model(model_folder(job.reference), device)
-            reference = ReferenceOutputs.record(full, windows, job.batch_size)
-            del full
-        model = load_model(folder, device)
-        found = evaluate_perplexity(model, windows, batch_size=job.batch_size, reference=reference)
-    return found.as_dict()
+    reference = None if job.reference is None else model_folder(job.reference)
+    return Bench(reference, windows, job.batch_size, job.precision, device).measure(folder).as_dict()
+
+
+class Bench:
+    """Measures models on the same tokens against the same full-precision outputs.
+
+    Args:
+        full_precision: folder of the model to compare with; None for no comparison.
+        windows: token ids, int64 [n, T].
+        batch_size: windows per forward.
+        precision: of matrix products.
+        device: to compute on.
+    """
+
+    def __init__(
+        self, full_precision: Path | None, windows: Tensor, batch_size: int, precision: Precision, device: torch.device
+    ) -> None:
+        self.full_precision, self.windows, self.batch_size = full_precision, windows, batch_size
+        self.precision, self.device = resolve(precision, device), device
+        self.reference: ReferenceOutputs | None = None
+
+    def measure(self, folder: Path) -> PerplexityResult:
+        """Evaluate the model in `folder`."""
+        with autocast(self.precision, self.device):
+            if self.reference is None and self.full_precision is not None:
+                full = load_model(self.full_precision, self.device)
+                self.reference = ReferenceOutputs.record(full, self.windows, self.batch_size)
+                del full
+            model = load_model(folder, self.device)
+            return evaluate_perplexity(model, self.windows, batch_size=self.batch_size, reference=self.reference)
+
+    def row(self, folder: Path) -> dict[str, Any]:
+        """Return what a table says of the model in `folder`."""
+        found = self.measure(folder)
+        return {
+            "perplexity": found.perplexity,
+            "kl": found.kl,
+            "top1_agreement": found.top1_agreement,
+            "bits_per_weight": bits_per_weight(folder),
+        }
+
+    def results(self, rows: list[dict[str, Any]], made_by: dict[str, Any]) -> dict[str, Any]:
+        """Return what `results.json` says of rows that were measured here, with their provenance."""
+        return {
+            "tokens": self.windows[:, 1:].numel(),
+            "precision": self.precision,
+            "rows": rows,
+            "provenance": made_by,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def numbers(row: dict[str, Any]) -> str:
+    """Return the numbers of a row as text, to stand below `HEADINGS`."""
+    bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
+    compared = f"{row['perplexity']:>14,.2f}{row['kl']:>9.4f}{row['top1_agreement']:>8.1%}"
+    return f"{bits:>12}{compared}{duration(row['seconds']):>9}"
 
 
 def bits_per_weight(folder: Path) -> float | None:

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 from eqat_eval.repetition import repetition
-from eqat_mm.commands.models import best_device, load_model, load_tokenizer, model_folder, require_model
+from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.commands.models import best_device, load_model, model_folder, require_model
 from eqat_mm.commands.runs import discard, settings
 from eqat_mm.data.generated import GeneratedTokens, Sampling, generate_tokens
 from eqat_mm.data.record_parts import (

@@ -7,23 +7,21 @@ own with a folder of its own, so an interrupted ladder continues where it stoppe
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from eqat_eval.perplexity import PerplexityResult, ReferenceOutputs, evaluate_perplexity
-from eqat_mm.commands.evaluate import bits_per_weight
-from eqat_mm.commands.models import best_device, load_model, load_tokenizer, model_folder, require_model
+from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
+from eqat_mm.commands.models import best_device, model_folder, require_model
 from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, rtn
 from eqat_mm.commands.runs import default_output, seconds_of, settings
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.runtime.files import write_json
-from eqat_mm.runtime.precision import Precision, autocast, resolve
-from eqat_mm.runtime.progress import duration, say
+from eqat_mm.runtime.precision import Precision
+from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import provenance
 
 
@@ -59,11 +57,10 @@ def ladder(job: LadderJob) -> list[dict[str, Any]]:
         EqatError: any bad input.
     """
     model, spec = job.block_ap.model, job.block_ap.quant
-    root = job.output or default_output(model, spec)
-    bench = _Bench(model, job, root)
-    overwrite = job.fresh
-    bench.measure("full precision", lambda: model_folder(model))
-    rounded = bench.measure(
+    rungs = _Rungs(job)
+    root, overwrite = rungs.root, job.fresh
+    rungs.add("full precision", lambda: model_folder(model))
+    rounded = rungs.add(
         "round-to-nearest",
         lambda: rtn(RTNJob(model=model, output=root / "rtn", quant=spec, overwrite=overwrite)),
     )
@@ -72,75 +69,40 @@ def ladder(job: LadderJob) -> list[dict[str, Any]]:
         alone = replace(
             job.e2e_qp_only, model=model, quantized=rounded, output=root / "e2e-qp-only", overwrite=overwrite
         )
-        bench.measure("E2E-QP only", lambda: e2e_qp(alone))
+        rungs.add("E2E-QP only", lambda: e2e_qp(alone))
     fit = replace(job.block_ap, output=root / "block-ap", overwrite=overwrite)
-    fitted = bench.measure("Block-AP", lambda: block_ap(fit))
-    bench.measure("Block-AP + E2E-QP", lambda: e2e_qp(replace(both, quantized=fitted)))
-    return bench.rows
+    fitted = rungs.add("Block-AP", lambda: block_ap(fit))
+    rungs.add("Block-AP + E2E-QP", lambda: e2e_qp(replace(both, quantized=fitted)))
+    return rungs.rows
 
 
-class _Bench:
-    """Measures each rung on the same tokens against the same full-precision outputs."""
+class _Rungs:
+    """Makes and measures each rung."""
 
-    def __init__(self, model: str, job: LadderJob, root: Path) -> None:
-        self.model, self.job, self.root = model, job, root
-        folder = model_folder(model)
+    def __init__(self, job: LadderJob) -> None:
+        self.job, self.model = job, job.block_ap.model
+        self.root = job.output or default_output(self.model, job.block_ap.quant)
+        folder = model_folder(self.model)
         require_model(folder)
-        self.device = best_device(job.block_ap.device)
-        self.precision = resolve(job.precision, self.device)
-        self.windows: Tensor = text_windows(load_tokenizer(folder), job.data)
-        self.reference: ReferenceOutputs | None = None
+        device = best_device(job.block_ap.device)
+        windows = text_windows(load_tokenizer(folder), job.data)
+        self.bench = Bench(folder, windows, job.batch_size, job.precision, device)
         self.rows: list[dict[str, Any]] = []
 
-    def measure(self, stage: str, make: Any) -> Path:
+    def add(self, stage: str, make: Callable[[], Path]) -> Path:
         """Make the checkpoint of a rung, evaluate it, print and save the table so far; return its folder."""
         say(f"== {stage}")
         start = time.monotonic()
-        folder: Path = make()
+        folder = make()
         seconds = seconds_of(folder, time.monotonic() - start)
-        found = self._evaluate(folder)
-        row = {
-            "stage": stage,
-            "perplexity": found.perplexity,
-            "kl": found.kl,
-            "top1_agreement": found.top1_agreement,
-            "bits_per_weight": bits_per_weight(folder),
-            "seconds": round(seconds, 1),
-        }
-        self.rows.append(row)
-        self._save(found.tokens)
+        self.rows.append({"stage": stage} | self.bench.row(folder) | {"seconds": round(seconds, 1)})
+        spec = self.job.block_ap.quant
+        made_by = provenance("demo", settings(self.job), self.job.block_ap.seed)
+        results = {"model": self.model, "bits": spec.bits, "group_size": spec.group_size}
+        write_json(self.root / "results.json", results | self.bench.results(self.rows, made_by))
         say(_table(self.rows))
         return folder
 
-    def _evaluate(self, folder: Path) -> PerplexityResult:
-        model = load_model(folder, self.device)
-        size = self.job.batch_size
-        with autocast(self.precision, self.device):
-            if self.reference is None:
-                self.reference = ReferenceOutputs.record(model, self.windows, size)
-            return evaluate_perplexity(model, self.windows, batch_size=size, reference=self.reference)
-
-    def _save(self, tokens: int) -> None:
-        spec = self.job.block_ap.quant
-        record = {
-            "model": self.model,
-            "bits": spec.bits,
-            "group_size": spec.group_size,
-            "tokens": tokens,
-            "precision": self.precision,
-            "rows": self.rows,
-            "provenance": provenance("demo", settings(self.job), self.job.block_ap.seed),
-            "threads": torch.get_num_threads(),
-        }
-        write_json(self.root / "results.json", record)
-
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'stage':<20}{'bits/weight':>12}{'perplexity':>13}{'KL':>9}{'top-1':>8}{'time':>8}"]
-    for row in rows:
-        bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
-        lines.append(
-            f"{row['stage']:<20}{bits:>12}{row['perplexity']:>13,.2f}{row['kl']:>9.4f}{row['top1_agreement']:>8.1%}"
-            f"{duration(row['seconds']):>8}"
-        )
-    return "\n".join(lines)
+    return "\n".join([f"{'stage':<20}{HEADINGS}", *(f"{row['stage']:<20}{numbers(row)}" for row in rows)])

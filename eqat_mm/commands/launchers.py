@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import transformers
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from eqat_mm.commands.recipes import deepspeed_path
+from eqat_mm.commands.runs import begin_run, discard, settings, with_precision
 from eqat_mm.errors import ConfigError
+from eqat_mm.train.end_to_end import EndToEndConfig, training_arguments
+
+Job = TypeVar("Job", bound=EndToEndConfig)
 
 
 def deepspeed_settings(name: str | None) -> Path | None:
@@ -35,6 +41,43 @@ def deepspeed_settings(name: str | None) -> Path | None:
             do="pip install 'eqat-mm[deepspeed]', or leave --deepspeed out",
         )
     return path
+
+
+def begin_training(
+    job: Job,
+    folder: Path,
+    command: str,
+    data_digest: str | None,
+    device: torch.device,
+    deepspeed: Path | None,
+    *,
+    overwrite: bool,
+) -> tuple[Job, transformers.TrainingArguments, dict[str, Any] | None]:
+    """Begin or continue a run, the first process before the others.
+
+    Args:
+        job: what is trained and how.
+        folder: of the run.
+        command: for the record.
+        data_digest: hash of what it trains on.
+        device: to train on.
+        deepspeed: `deepspeed_settings` of the job.
+        overwrite: discard a run that is already in the folder.
+
+    Returns:
+        The job with its precision decided, the Trainer's arguments, and what `begin_run` returns.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings.
+    """
+    shared = replace(job, deepspeed=None if deepspeed is None else str(deepspeed))
+    arguments = training_arguments(shared, folder / "trainer", device)
+    first = arguments.process_index == 0
+    with arguments.main_process_first(local=False):
+        if overwrite and first:
+            discard(folder)
+        job = with_precision(job, folder, device)
+        return job, arguments, begin_run(folder, command, settings(job, data_digest), job.seed, write=first)
 
 
 @contextmanager

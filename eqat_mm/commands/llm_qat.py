@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
 
 from eqat_mm.blocks.source import OpenModel
-from eqat_mm.commands.launchers import deepspeed_settings, whole_models
-from eqat_mm.commands.models import best_device, load_model, load_tokenizer, require_weights
+from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.commands.launchers import begin_training, deepspeed_settings, whole_models
+from eqat_mm.commands.models import best_device, load_model, require_weights
 from eqat_mm.commands.quantize import open_full_precision
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import begin_run, discard, settings, with_precision
+from eqat_mm.commands.runs import discard
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.block_ap import check_groups
-from eqat_mm.train.end_to_end import WindowDataset, training_arguments
+from eqat_mm.train.end_to_end import WindowDataset
 from eqat_mm.train.llm_qat import ROUNDED, STAGE, LLMQATConfig, prepare, run_llm_qat, smooth_model, store
 
 
@@ -56,15 +57,8 @@ def llm_qat(job: LLMQATJob) -> Path:
     folder = job.output or _default_output(job)
     device, deepspeed = best_device(job.device), deepspeed_settings(job.deepspeed)
     windows = text_windows(load_tokenizer(opened.folder), job.data) if job.reads_text else None
-    shared = replace(job, deepspeed=None if deepspeed is None else str(deepspeed))
-    arguments = training_arguments(shared, folder / "trainer", device)
-    first = arguments.process_index == 0
-    with arguments.main_process_first(local=False):
-        if job.overwrite and first:
-            discard(folder)
-        job = with_precision(job, folder, device)
-        decides = settings(job, None if windows is None else digest_of(windows))
-        record = begin_run(folder, stage, decides, job.seed, write=first)
+    digest = None if windows is None else digest_of(windows)
+    job, arguments, record = begin_training(job, folder, stage, digest, device, deepspeed, overwrite=job.overwrite)
     if record is None:
         return folder / "model"
     model, teacher = _models(job, opened, arguments)
@@ -72,7 +66,7 @@ def llm_qat(job: LLMQATJob) -> Path:
         smooth_model(model, opened.arch, windows, job)
     prepare(model, opened.arch, job)
     log = [] if windows is None else run_llm_qat(model, WindowDataset(windows), job, arguments, teacher=teacher)
-    if first:
+    if arguments.process_index == 0:
         write_jsonl(folder / "metrics.jsonl", log)
         store(model, opened, job, folder / "model", source=job.model, provenance=record)
         discard(folder / "trainer")

@@ -12,19 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from eqat_eval.perplexity import PerplexityResult, ReferenceOutputs, evaluate_perplexity
-from eqat_mm.commands.evaluate import bits_per_weight
+from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
 from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
-from eqat_mm.commands.models import best_device, load_model, load_tokenizer, model_folder, require_weights
+from eqat_mm.commands.models import best_device, model_folder, require_weights
 from eqat_mm.commands.runs import discard, require_single_process, settings
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.runtime.files import read_json, write_json
-from eqat_mm.runtime.precision import Precision, autocast, resolve
-from eqat_mm.runtime.progress import duration, say
+from eqat_mm.runtime.precision import Precision
+from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import provenance
 
 SETTINGS = ("4-8-4", "4-8-8", "8-8-4", "8-8-8", "4-8-16", "4-4-16")
@@ -71,11 +68,11 @@ def llm_qat_table(job: LLMQATTableJob) -> list[dict[str, Any]]:
     require_single_process("llm-qat-table")
     job = _quick(job) if job.quick else job
     runs = [(bits, method, run) for bits in job.bits for method, run in _methods(job, BitWidths.parse(bits))]
-    bench = _Bench(job)
-    bench.measure("16-16-16", "full precision", None)
+    rows = _Rows(job)
+    rows.add("16-16-16", "full precision", None)
     for bits, method, run in runs:
-        bench.measure(bits, method, run)
-    return bench.rows
+        rows.add(bits, method, run)
+    return rows.done
 
 
 def _quick(job: LLMQATTableJob) -> LLMQATTableJob:
@@ -106,20 +103,19 @@ def _root(job: LLMQATTableJob) -> Path:
     return job.output or Path("runs") / f"{Path(job.train.model).name}-llm-qat-table"
 
 
-class _Bench:
-    """Measures each row on the same tokens against the same full-precision outputs, unless it was measured before."""
+class _Rows:
+    """Makes and measures each row, unless it was measured before."""
 
     def __init__(self, job: LLMQATTableJob) -> None:
         self.job, self.root = job, _root(job)
         self.full = model_folder(job.train.model)
         require_weights(self.full)
-        self.device = best_device(job.train.device)
-        self.precision = resolve(job.precision, self.device)
-        self.windows: Tensor = text_windows(load_tokenizer(self.full), job.data)
-        self.reference: ReferenceOutputs | None = None
-        self.rows: list[dict[str, Any]] = []
+        device = best_device(job.train.device)
+        windows = text_windows(load_tokenizer(self.full), job.data)
+        self.bench = Bench(self.full, windows, job.batch_size, job.precision, device)
+        self.done: list[dict[str, Any]] = []
 
-    def measure(self, bits: str, method: str, run: LLMQATJob | None) -> None:
+    def add(self, bits: str, method: str, run: LLMQATJob | None) -> None:
         """Make and evaluate the model of a row, print and save the table so far."""
         say(f"== {bits} {method}")
         folder = self.root / "full-precision" if run is None or run.output is None else run.output
@@ -127,57 +123,26 @@ class _Bench:
             discard(folder)
         decides = {
             "run": None if run is None else settings(run),
-            "evaluation": {"tokens": digest_of(self.windows), "precision": self.precision},
+            "evaluation": {"tokens": digest_of(self.bench.windows), "precision": self.bench.precision},
         }
         noted = folder / "row.json"
         if not noted.is_file() or read_json(noted)["decides"] != decides:
             row = {"bits": bits, "method": method} | self._made(run)
             write_json(noted, {"decides": decides, "row": row})
-        self.rows.append(read_json(noted)["row"])
-        self._save()
-        say(table(self.rows))
+        self.done.append(read_json(noted)["row"])
+        made_by = provenance("llm-qat-table", settings(self.job), self.job.train.seed)
+        results = {"model": self.job.train.model} | self.bench.results(self.done, made_by)
+        write_json(self.root / "results.json", results)
+        say(table(self.done))
 
     def _made(self, run: LLMQATJob | None) -> dict[str, Any]:
         start = time.monotonic()
         model = self.full if run is None else llm_qat(run)
-        seconds = time.monotonic() - start
-        found = self._evaluate(model)
-        return {
-            "perplexity": found.perplexity,
-            "kl": found.kl,
-            "top1_agreement": found.top1_agreement,
-            "bits_per_weight": bits_per_weight(model),
-            "seconds": 0.0 if run is None else round(seconds, 1),
-        }
-
-    def _evaluate(self, folder: Path) -> PerplexityResult:
-        size = self.job.batch_size
-        with autocast(self.precision, self.device):
-            if self.reference is None:
-                full = load_model(self.full, self.device)
-                self.reference = ReferenceOutputs.record(full, self.windows, size)
-            model = load_model(folder, self.device)
-            return evaluate_perplexity(model, self.windows, batch_size=size, reference=self.reference)
-
-    def _save(self) -> None:
-        record = {
-            "model": self.job.train.model,
-            "tokens": len(self.windows) * (self.windows.shape[1] - 1),
-            "precision": self.precision,
-            "rows": self.rows,
-            "provenance": provenance("llm-qat-table", settings(self.job), self.job.train.seed),
-            "threads": torch.get_num_threads(),
-        }
-        write_json(self.root / "results.json", record)
+        seconds = 0.0 if run is None else round(time.monotonic() - start, 1)
+        return self.bench.row(model) | {"seconds": seconds}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as text, one line each below a heading."""
-    lines = [f"{'W-A-KV':<10}{'method':<30}{'bits/weight':>12}{'perplexity':>14}{'KL':>9}{'top-1':>8}{'time':>9}"]
-    for row in rows:
-        bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
-        lines.append(
-            f"{row['bits']:<10}{row['method']:<30}{bits:>12}{row['perplexity']:>14,.2f}{row['kl']:>9.4f}"
-            f"{row['top1_agreement']:>8.1%}{duration(row['seconds']):>9}"
-        )
-    return "\n".join(lines)
+    lines = [f"{row['bits']:<10}{row['method']:<30}{numbers(row)}" for row in rows]
+    return "\n".join([f"{'W-A-KV':<10}{'method':<30}{HEADINGS}", *lines])

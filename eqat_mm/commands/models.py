@@ -1,4 +1,4 @@
-"""From what a user types after --model to a folder, a model, a tokenizer or a processor."""
+"""From what a user types after --model to a folder and a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from eqat_mm.blocks.source import WeightSource, weight_files
-from eqat_mm.checkpoint.read import load
-from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.checkpoint.folders import is_packed, load_for_inference
 from eqat_mm.data.smollm2 import smollm2_folder
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.files import read_json
@@ -55,71 +54,15 @@ def model_folder(model: str) -> Path:
         ) from error
 
 
-def is_packed(folder: Path) -> bool:
-    """Whether the folder holds a checkpoint of ours."""
-    return (folder / MANIFEST).is_file()
-
-
-def takes_images(folder: Path) -> bool:
-    """Whether the folder holds a vision-language model, by its configuration."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-
 def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedModel:
     """Load a packed or a full-precision model, language or vision-language, for evaluation; float32 where unquantized.
 
     Raises:
         CheckpointError: the folder is not a model, or is damaged.
     """
-    if is_packed(folder):
-        return load(folder, device=device)
-    require_weights(folder)
-    auto = transformers.AutoModelForImageTextToText if takes_images(folder) else transformers.AutoModelForCausalLM
-    model: transformers.PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
-    torch.nn.Module.to(model, device)
-    model.eval()
-    model.requires_grad_(False)
-    return model
-
-
-def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    try:
-        tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            where=str(folder),
-            given=f"no usable tokenizer ({' '.join(str(error).split())[:200]})",
-            allowed="a model folder with the files of its tokenizer",
-            do="put the tokenizer's files beside the weights",
-        ) from error
-    return tokenizer
-
-
-def load_processor(folder: Path) -> transformers.ProcessorMixin:
-    """Load the processor of a vision-language model folder: tokenizer, image processor and chat template.
-
-    Raises:
-        CheckpointError: there is none, or a package that it needs is not installed.
-    """
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(folder)
-        found = f"a text-only {type(processor).__name__}"
-    except (OSError, ValueError, ImportError) as error:
-        processor, found = None, " ".join(str(error).split())[:200]
-    if isinstance(processor, transformers.ProcessorMixin):
-        return processor
-    raise CheckpointError(
-        where=str(folder),
-        given=f"no usable processor ({found})",
-        allowed="the folder of a vision-language model, with the files of its tokenizer and its image processor",
-        do="put the processor's files beside the weights, and install what reads images: pip install 'eqat-mm[vlm]'",
-    )
+    if not is_packed(folder):
+        require_weights(folder)
+    return load_for_inference(folder, device)
 
 
 def require_model(folder: Path) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eqat_mm.blocks.source import OpenModel, open_model
-from eqat_mm.commands.models import best_device, is_packed, load_tokenizer, model_folder, require_model
+from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
+from eqat_mm.commands.models import best_device, model_folder, require_model
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import begin_run, default_output, discard, require_single_process, settings, with_precision
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows

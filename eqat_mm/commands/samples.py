@@ -8,7 +8,7 @@ from pathlib import Path
 import transformers
 from torch.utils.data import Dataset
 
-from eqat_mm.commands.models import load_processor, load_tokenizer
+from eqat_mm.checkpoint.folders import load_processor, load_tokenizer
 from eqat_mm.data.batching import Collator, SampleOrder
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.launchers import deepspeed_settings, whole_models
+from eqat_mm.commands.launchers import begin_training, deepspeed_settings, whole_models
 from eqat_mm.commands.models import best_device, load_model, model_folder, require_weights
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import begin_run, default_output, discard, settings, with_precision
+from eqat_mm.commands.runs import default_output, discard
 from eqat_mm.commands.samples import Samples, image_text_samples, text_samples
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.windows import TextWindows
@@ -23,7 +23,6 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_jsonl
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
-from eqat_mm.train.end_to_end import training_arguments
 from llava_adapters import arch_for
 
 _INSTRUCTIONS = {
@@ -84,14 +83,9 @@ def e2e_qp(job: E2EQPJob) -> Path:
     arch = arch_for(verify_checkpoint(base).arch)
     if job.loss == "kl":
         require_weights(model_folder(job.model))
-    shared = replace(job, deepspeed=None if deepspeed is None else str(deepspeed))
-    arguments = training_arguments(shared, folder / "trainer", device)
-    first = arguments.process_index == 0
-    with arguments.main_process_first(local=False):
-        if job.overwrite and first:
-            discard(folder)
-        job = with_precision(job, folder, device)
-        record = begin_run(folder, STAGE, settings(job, samples.digest), job.seed, write=first)
+    job, arguments, record = begin_training(
+        job, folder, STAGE, samples.digest, device, deepspeed, overwrite=job.overwrite
+    )
     if record is None:
         return folder / "model"
     with whole_models(arguments):
@@ -109,7 +103,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
         collator=samples.collator,
         order=samples.order,
     )
-    if first:
+    if arguments.process_index == 0:
         write_jsonl(folder / "metrics.jsonl", log)
         save_like(model, folder / "model", base, stage, record)
         discard(folder / "trainer")

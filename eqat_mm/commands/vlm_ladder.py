@@ -20,6 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from eqat_mm.checkpoint.folders import is_packed
+from eqat_mm.checkpoint.verify import read_manifest
 from eqat_mm.commands.evaluate import bits_per_weight
 from eqat_mm.commands.lmms import require_lmms_eval, task_row, tasks_folder
 from eqat_mm.commands.models import model_folder, require_model
@@ -176,10 +178,14 @@ def _make(rung: Rung) -> float:
 
 
 def _ask(rung: Rung, questions: int | None, job: VLMLadderJob) -> dict[str, Any]:
-    """Return `task_row` of easy_vqa for the model of a rung, as an earlier start has noted it or measured anew."""
+    """Return `task_row` of easy_vqa for the model of a rung, as an earlier start has noted it or measured anew.
+
+    It is measured anew where the checkpoint has been made again since; where none was noted, it is taken for the same.
+    """
     place = job.output / "eval" / f"{rung.stage.replace(' + ', '-').replace(' ', '-').lower()}-{rung.bits}"
     noted = place / f"{TASK}-{questions or 'all'}.json"
-    if not noted.is_file():
+    checkpoint = read_manifest(rung.folder).files if is_packed(rung.folder) else None
+    if not noted.is_file() or read_json(noted).get("checkpoint", checkpoint) != checkpoint:
         limit = [] if questions is None else ["--limit", str(questions)]
         model = ["--model", "eqat", "--model_args", f"pretrained={rung.folder}", "--batch_size", str(job.batch_size)]
         task = ["--include_path", str(tasks_folder()), "--tasks", TASK, *limit]
@@ -187,7 +193,8 @@ def _ask(rung: Rung, questions: int | None, job: VLMLadderJob) -> dict[str, Any]
         _run([sys.executable, "-m", "lmms_eval", *model, *task, "--output_path", str(place / "lmms-eval")])
         (file,) = (place / "lmms-eval").rglob("*_results.json")
         found = read_json(file)
-        write_json(noted, task_row(found["results"][TASK], found["n-samples"][TASK]))
+        row = task_row(found["results"][TASK], found["n-samples"][TASK])
+        write_json(noted, row | {"checkpoint": checkpoint})
     return dict(read_json(noted))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from torch import Tensor
@@ -20,8 +19,7 @@ from torch import Tensor
 from eqat_eval.generation import ending_arguments, sampling_arguments
 from eqat_eval.inference import inference
 from eqat_eval.windows import check_positive
-from eqat_mm.checkpoint.read import load
-from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.checkpoint.folders import load_for_inference, load_processor
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.progress import progress
 
@@ -59,7 +57,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
         self.device = torch.device(_own_device() if device == "auto" else device)
         folder = Path(pretrained)
         self.processor = _processor(folder)
-        self.model = _model(folder, self.dtype, self.device)
+        self.model = load_for_inference(folder, self.device, self.dtype)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the answer to every request, in order."""
@@ -217,32 +215,13 @@ def _own_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def _model(folder: Path, dtype: torch.dtype, device: torch.device) -> transformers.PreTrainedModel:
-    if (folder / MANIFEST).is_file():
-        return load(folder, dtype=dtype, device=device)
-    model: transformers.PreTrainedModel = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    torch.nn.Module.to(model, device)
-    model.eval()
-    model.requires_grad_(False)
-    return model
-
-
 def _processor(folder: Path) -> Any:
-    try:
-        processor: Any = transformers.AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise _no_processor(folder, " ".join(str(error).split())[:200]) from error
-    if not isinstance(processor, transformers.ProcessorMixin):
-        raise _no_processor(folder, f"a text-only {type(processor).__name__}")
-    if not getattr(processor, "chat_template", None):
-        raise _no_processor(folder, "a processor without chat template")
-    return processor
-
-
-def _no_processor(folder: Path, found: str) -> CheckpointError:
-    return CheckpointError(
+    processor = load_processor(folder)
+    if getattr(processor, "chat_template", None):
+        return processor
+    raise CheckpointError(
         where=str(folder),
-        given=f"no usable processor ({found})",
+        given="no usable processor (a processor without chat template)",
         allowed="the folder of a vision-language model, with processor and chat template",
         do="give the folder of such a model; the processor's files belong beside the weights",
     )

@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_adapters.demo_llava import build
+from llava_adapters.tiny import tiny_config, tiny_vision_config
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<jupyter_code>"]
 LINEARS = ("self_attn.q_proj", "mlp.down_proj")
@@ -31,38 +32,20 @@ def save_language_model(folder: Path) -> None:
         tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
     tokenizer.save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = tiny_config("llama", vocab_size=len(tokens), tie_word_embeddings=True, initializer_range=0.2, **ends)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     (folder / "LICENSE").write_text("Apache")
 
 
 def save_parts(folder: Path) -> None:
     """Save a random vision tower, projector and LoRA of rank 2 on two linears of block 1."""
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=SIZE,
-        patch_size=PATCH,
-    )
+    vision = tiny_vision_config(SIZE, PATCH)
     transformers.CLIPVisionModel(vision).half().save_pretrained(folder / build.VISION_TOWER)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=transformers.LlamaConfig(hidden_size=64))
+    config = transformers.LlavaConfig(vision_config=vision, text_config=tiny_config("llama"))
     projector = {name: tensor.half() for name, tensor in LlavaMultiModalProjector(config).state_dict().items()}
     save_file(projector, folder / build.PROJECTOR)
-    shapes = {"self_attn.q_proj": (64, 64), "mlp.down_proj": (64, 96)}
+    shapes = {"self_attn.q_proj": (64, 64), "mlp.down_proj": (64, 128)}
     factors = {}
     for linear in LINEARS:
         outputs, inputs = shapes[linear]

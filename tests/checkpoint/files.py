@@ -24,6 +24,18 @@ def same_bytes(left: Tensor, right: Tensor) -> bool:
     return left.dtype is right.dtype and left.shape == right.shape and torch.equal(*as_bytes)
 
 
+def same_weights(left: Path, right: Path) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    a, b = tensors_of(left), tensors_of(right)
+    assert a.keys() == b.keys()
+    return all(same_bytes(a[name], b[name]) for name in a)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def shard_of(folder: Path, name: str) -> Path:
     """The file that holds a tensor."""
     shard: str = read_json(folder / INDEX)["weight_map"][name]

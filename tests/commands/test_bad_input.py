@@ -13,7 +13,8 @@ import pytest
 
 from eqat_mm.cli import main
 from eqat_mm.commands.quantize import rtn
-from tests.commands.jobs import contents, rtn_job
+from tests.checkpoint.files import contents
+from tests.commands.jobs import rtn_job
 from tests.tiny_model import Tiny
 
 LABELS = ["where:", "given:", "allowed:", "do:"]

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from eqat_eval.perplexity import evaluate_perplexity
+from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.assets import AssetsJob, assets
 from eqat_mm.commands.evaluate import EvalJob, bits_per_weight, evaluate
 from eqat_mm.commands.generate import GenerateJob, generate
-from eqat_mm.commands.models import best_device, load_model, load_tokenizer
+from eqat_mm.commands.models import best_device, load_model
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.data.assets import ASSETS
 from eqat_mm.data.windows import text_windows

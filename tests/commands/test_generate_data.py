@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.cli import main
 from eqat_mm.commands import generate_data as module
 from eqat_mm.commands.generate_data import GenerateDataJob, generate_data
-from eqat_mm.commands.models import load_tokenizer
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.data.documents import load_documents
 from eqat_mm.data.record_parts import Part, parts_folder

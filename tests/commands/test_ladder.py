@@ -15,7 +15,8 @@ from eqat_mm.commands.ladder import LadderJob, ladder
 from eqat_mm.commands.quantize import block_ap
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import read_json
-from tests.commands.jobs import SPEC, block_ap_job, contents, e2e_qp_job
+from tests.checkpoint.files import contents
+from tests.commands.jobs import SPEC, block_ap_job, e2e_qp_job
 from tests.tiny_model import Tiny
 
 STAGES = ["full precision", "round-to-nearest", "E2E-QP only", "Block-AP", "Block-AP + E2E-QP"]

@@ -23,34 +23,10 @@ from eqat_mm.errors import AdapterError, ConfigError, EqatError
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.kv_cache import QuantizedKVCache, cache_bytes
 from eqat_mm.runtime.files import read_json
-from tests.checkpoint.files import assert_four_lines
-from tests.commands.jobs import contents, rtn_job, same_weights
+from tests.checkpoint.files import assert_four_lines, contents, same_weights
+from tests.commands.jobs import llm_qat_job, rtn_job
 from tests.tiny_model import Tiny
-from tests.train.stopping import stop_at_step
-
-
-class Stopped(Exception):
-    """Stands in for a power cut."""
-
-
-def job_of(tiny: Tiny, output: Path | None, **changes: Any) -> LLMQATJob:
-    """Six optimizer steps."""
-    given: dict[str, Any] = {
-        "model": str(tiny.folder),
-        "output": output,
-        "bits": "4-8-4",
-        "learning_rate": 2e-3,
-        "max_steps": 6,
-        "batch_size": 4,
-        "accumulation": 1,
-        "logging_steps": 1,
-        "save_steps": 0,
-        "data": tiny.windows(24),
-        "precision": "float32",
-        "device": "cpu",
-        "recipe_for": (str(tiny.folder),),
-    }
-    return LLMQATJob(**(given | changes))
+from tests.train.stopping import Stopped, stop_at_step
 
 
 def measured(tiny: Tiny, model: Path) -> dict[str, Any]:
@@ -62,7 +38,7 @@ def measured(tiny: Tiny, model: Path) -> dict[str, Any]:
 def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of LLM-QAT at 4-8-4; not to be altered."""
     folder = tmp_path_factory.mktemp("llm-qat")
-    assert llm_qat(job_of(tiny, folder)) == folder / "model"
+    assert llm_qat(llm_qat_job(tiny, folder)) == folder / "model"
     return folder
 
 
@@ -70,7 +46,7 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rounded(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of the same without training."""
     folder = tmp_path_factory.mktemp("rounded")
-    llm_qat(job_of(tiny, folder, max_steps=0))
+    llm_qat(llm_qat_job(tiny, folder, max_steps=0))
     return folder
 
 
@@ -86,7 +62,7 @@ def test_the_run_folder(trained: Path) -> None:
 
 
 def test_training_mends_what_rounding_broke(tiny: Tiny, rounded: Path, tmp_path: Path) -> None:
-    trained = llm_qat(job_of(tiny, tmp_path, learning_rate=1e-3, max_steps=60, data=tiny.windows(120)))
+    trained = llm_qat(llm_qat_job(tiny, tmp_path, learning_rate=1e-3, max_steps=60, data=tiny.windows(120)))
     better, worse = measured(tiny, trained), measured(tiny, rounded / "model")
     assert better["kl"] < 0.9 * worse["kl"]
     assert better["bits_per_weight"] == worse["bits_per_weight"] < 4.3
@@ -98,8 +74,8 @@ def test_nothing_trained_is_round_to_nearest(rounded: Path) -> None:
 
 def test_smoothing_composes_with_rounding_and_with_training(tiny: Tiny, tmp_path: Path) -> None:
     for name, steps in (("rounded", 0), ("trained", 2)):
-        plain = llm_qat(job_of(tiny, tmp_path / name, max_steps=steps))
-        smooth = llm_qat(job_of(tiny, tmp_path / f"{name}-smooth", max_steps=steps, smooth=0.5, smooth_samples=4))
+        plain = llm_qat(llm_qat_job(tiny, tmp_path / name, max_steps=steps))
+        smooth = llm_qat(llm_qat_job(tiny, tmp_path / f"{name}-smooth", max_steps=steps, smooth=0.5, smooth_samples=4))
         assert verify_checkpoint(smooth).provenance[-1]["config"]["smooth"] == 0.5
         assert not same_weights(plain, smooth)
         assert measured(tiny, smooth)["kl"] < 10
@@ -113,9 +89,9 @@ def test_labels_need_no_teacher(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.
         return load_model(*args)
 
     monkeypatch.setattr(module, "load_model", spy)
-    llm_qat(job_of(tiny, tmp_path / "labels", loss="labels", max_steps=2))
+    llm_qat(llm_qat_job(tiny, tmp_path / "labels", loss="labels", max_steps=2))
     assert len(loaded) == 1
-    llm_qat(job_of(tiny, tmp_path / "logits", max_steps=2))
+    llm_qat(llm_qat_job(tiny, tmp_path / "logits", max_steps=2))
     assert len(loaded) == 3
 
 
@@ -124,16 +100,16 @@ def test_a_finished_run_is_not_repeated(
 ) -> None:
     before = contents(trained)
     monkeypatch.setattr(module, "run_llm_qat", lambda *_, **__: pytest.fail("trained again"))
-    assert llm_qat(job_of(tiny, trained)) == trained / "model"
+    assert llm_qat(llm_qat_job(tiny, trained)) == trained / "model"
     assert "already finished" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="bits"):
-        llm_qat(job_of(tiny, trained, bits="4-8-8"))
+        llm_qat(llm_qat_job(tiny, trained, bits="4-8-8"))
     assert contents(trained) == before
 
 
 def test_a_stopped_run_is_continued(tiny: Tiny, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = job_of(tiny, tmp_path, save_steps=2)
-    steps = stop_at_step(monkeypatch, 4, Stopped)
+    job = llm_qat_job(tiny, tmp_path, save_steps=2)
+    steps = stop_at_step(monkeypatch, 4)
     with pytest.raises(Stopped):
         llm_qat(job)
     assert not (tmp_path / "model").exists()
@@ -144,8 +120,8 @@ def test_a_stopped_run_is_continued(tiny: Tiny, trained: Path, tmp_path: Path, m
 
 def test_the_default_folders_name_the_bits(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert llm_qat(job_of(tiny, None, max_steps=0)) == Path("runs/tiny-llama-4-8-4/rtn/model")
-    assert llm_qat(job_of(tiny, None, max_steps=1)) == Path("runs/tiny-llama-4-8-4/llm-qat/model")
+    assert llm_qat(llm_qat_job(tiny, None, max_steps=0)) == Path("runs/tiny-llama-4-8-4/rtn/model")
+    assert llm_qat(llm_qat_job(tiny, None, max_steps=1)) == Path("runs/tiny-llama-4-8-4/llm-qat/model")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +139,7 @@ def test_the_default_folders_name_the_bits(tiny: Tiny, tmp_path: Path, monkeypat
 )
 def test_bad_settings_leave_no_folder(tiny: Tiny, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(EqatError) as raised:
-        llm_qat(job_of(tiny, tmp_path / "run", **changes))
+        llm_qat(llm_qat_job(tiny, tmp_path / "run", **changes))
     assert_four_lines(raised.value)
     assert words in str(raised.value)
     assert not (tmp_path / "run").exists()
@@ -171,7 +147,7 @@ def test_bad_settings_leave_no_folder(tiny: Tiny, tmp_path: Path, changes: dict[
 
 def test_a_packed_model_is_refused(tiny: Tiny, rounded: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quantized already"):
-        llm_qat(job_of(tiny, tmp_path, model=str(rounded / "model"), max_steps=0))
+        llm_qat(llm_qat_job(tiny, tmp_path, model=str(rounded / "model"), max_steps=0))
     with pytest.raises(ConfigError, match="quantized already"):
         module.open_full_precision(str(rounded / "model"), None)
     assert rtn_job(tiny, None).model == str(tiny.folder)
@@ -179,7 +155,7 @@ def test_a_packed_model_is_refused(tiny: Tiny, rounded: Path, tmp_path: Path) ->
 
 def test_an_unknown_adapter_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(AdapterError):
-        llm_qat(job_of(tiny, tmp_path, adapter="nothing"))
+        llm_qat(llm_qat_job(tiny, tmp_path, adapter="nothing"))
 
 
 # ---- what it makes is used -----------------------------------------------------------------------
@@ -225,10 +201,10 @@ def test_the_tuned_recipe_is_found_by_model_and_bits(capsys: pytest.CaptureFixtu
 
 def test_settings_of_another_model_are_warned_of(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="llm-qat: these settings are the paper's"):
-        llm_qat(job_of(tiny, tmp_path / "warned", recipe_for=(), max_steps=1))
+        llm_qat(llm_qat_job(tiny, tmp_path / "warned", recipe_for=(), max_steps=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        llm_qat(job_of(tiny, tmp_path / "rounded", recipe_for=(), max_steps=0))
+        llm_qat(llm_qat_job(tiny, tmp_path / "rounded", recipe_for=(), max_steps=0))
 
 
 def test_bad_bits_on_the_command_line(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +217,7 @@ def test_bad_bits_on_the_command_line(tiny: Tiny, capsys: pytest.CaptureFixture[
 
 def table_job(tiny: Tiny, output: Path, **changes: Any) -> LLMQATTableJob:
     given: dict[str, Any] = {
-        "train": job_of(tiny, None, max_steps=3, smooth_samples=4),
+        "train": llm_qat_job(tiny, None, max_steps=3, smooth_samples=4),
         "bits": ("4-8-4", "8-8-8"),
         "generated": tiny.text,
         "data": tiny.windows(4, held_out=True),
@@ -281,7 +257,7 @@ def test_a_table_made_again_makes_nothing_anew(
 ) -> None:
     folder, rows = made
     monkeypatch.setattr(table_module, "llm_qat", lambda _: pytest.fail("made again"))
-    monkeypatch.setattr(table_module, "evaluate_perplexity", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(table_module.Bench, "measure", lambda *_: pytest.fail("measured again"))
     assert llm_qat_table(table_job(tiny, folder)) == rows
 
 
@@ -314,7 +290,7 @@ def test_other_settings_are_measured_again(tiny: Tiny, tmp_path: Path, monkeypat
         return llm_qat(job)
 
     monkeypatch.setattr(table_module, "llm_qat", spy)
-    job = table_job(tiny, tmp_path, bits=("4-8-4",), generated=None, train=job_of(tiny, None, max_steps=1))
+    job = table_job(tiny, tmp_path, bits=("4-8-4",), generated=None, train=llm_qat_job(tiny, None, max_steps=1))
     llm_qat_table(job)
     assert len(runs) == 4
     rows = llm_qat_table(replace(job, data=tiny.windows(3, held_out=True)))
@@ -328,7 +304,7 @@ def test_other_settings_are_measured_again(tiny: Tiny, tmp_path: Path, monkeypat
 
 def test_quick_is_a_few_steps_of_two_settings(tiny: Tiny, tmp_path: Path) -> None:
     job = table_job(tiny, tmp_path, bits=table_module.SETTINGS, generated=None, quick=True)
-    rows = llm_qat_table(replace(job, train=job_of(tiny, None, max_steps=100, data=tiny.windows(24))))
+    rows = llm_qat_table(replace(job, train=llm_qat_job(tiny, None, max_steps=100, data=tiny.windows(24))))
     assert {row["bits"] for row in rows[1:]} == set(QUICK_SETTINGS)
     assert torch.tensor([row["perplexity"] for row in rows]).isfinite().all()
     record = verify_checkpoint(tmp_path / "4-8-4" / "real" / "model").provenance[-1]

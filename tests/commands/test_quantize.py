@@ -21,8 +21,8 @@ from eqat_mm.commands import quantize
 from eqat_mm.commands.quantize import block_ap, rtn
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import read_json
-from tests.checkpoint.files import assert_four_lines
-from tests.commands.jobs import SPEC, block_ap_job, contents, rtn_job, same_weights
+from tests.checkpoint.files import assert_four_lines, contents, same_weights
+from tests.commands.jobs import SPEC, block_ap_job, rtn_job
 from tests.tiny_model import Tiny, save_tiny
 
 KILLED_BLOCKS = 4

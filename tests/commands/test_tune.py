@@ -20,10 +20,10 @@ from eqat_mm.commands.runs import default_output
 from eqat_mm.commands.tune import e2e_qp
 from eqat_mm.errors import CheckpointError, ConfigError, TrainingError
 from eqat_mm.quant.spec import QuantSpec
-from tests.checkpoint.files import assert_four_lines, same_bytes, tensors_of
-from tests.commands.jobs import block_ap_job, contents, e2e_qp_job, rtn_job, same_weights
+from tests.checkpoint.files import assert_four_lines, contents, same_bytes, same_weights, tensors_of
+from tests.commands.jobs import block_ap_job, e2e_qp_job, rtn_job
 from tests.tiny_model import Tiny
-from tests.train.stopping import stop_at_step
+from tests.train.stopping import Stopped, stop_at_step
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_a_finished_run_is_not_repeated(
 def test_a_stopped_run_is_continued_under_its_own_settings(
     tiny: Tiny, base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = stop_at_step(monkeypatch, 4, KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
+    steps = stop_at_step(monkeypatch, 4)
+    with pytest.raises(Stopped):
         e2e_qp(e2e_qp_job(tiny, base, tmp_path, save_steps=2))
     with pytest.raises(ConfigError, match="learning_rate"):
         e2e_qp(e2e_qp_job(tiny, base, tmp_path, save_steps=2, learning_rate=1e-3))

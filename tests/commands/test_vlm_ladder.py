@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from eqat_mm.checkpoint.verify import Manifest
 from eqat_mm.cli import parse_job
 from eqat_mm.commands import vlm_ladder as module
 from eqat_mm.commands.quantize import BlockAPJob
@@ -103,6 +104,23 @@ def test_a_second_climb_asks_nothing_again_and_keeps_the_times(job: VLMLadderJob
     assert not any("lmms_eval" in words for words in ran)  # the others know themselves whether they are finished
     vlm_ladder(replace(job, fresh=True))
     assert sum("lmms_eval" in words for words in ran) == 9
+
+
+def test_a_checkpoint_that_was_made_again_is_asked_again(job: VLMLadderJob, ran: list[list[str]]) -> None:
+    folder = job.output / "w2g64" / "block-ap" / "model"
+
+    def asked_after_making(digest: str) -> list[str]:
+        Manifest("llava", {}, "block-ap", job.model, {"model.safetensors": digest}, []).write(folder)
+        ran.clear()
+        vlm_ladder(job)
+        return [words[words.index("--model_args") + 1] for words in ran if "lmms_eval" in words]
+
+    assert len(asked_after_making("first")) == 9
+    assert asked_after_making("first") == []
+    assert asked_after_making("second") == [f"pretrained={folder}"]
+    noted = job.output / "eval" / "block-ap-2" / "easy_vqa-20.json"
+    write_json(noted, {name: value for name, value in read_json(noted).items() if name != "checkpoint"})
+    assert asked_after_making("third") == []  # noted before checkpoints were
 
 
 def test_another_number_of_questions_is_asked_anew(job: VLMLadderJob, ran: list[list[str]]) -> None:

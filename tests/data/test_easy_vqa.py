@@ -26,6 +26,7 @@ from eqat_mm.data.easy_vqa import (
     published_questions,
 )
 from eqat_mm.errors import DataError
+from tests.checkpoint.files import contents
 
 PHRASES = {
     "what color is the shape?": Question("colour"),
@@ -149,9 +150,6 @@ def test_the_test_questions_are_a_table(asset: Path) -> None:
 def test_the_folder_is_made_once_and_always_the_same(
     asset: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def contents(folder: Path) -> dict[str, bytes]:
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
     folder = easy_vqa_folder(asset)
     again = easy_vqa_folder(tmp_path_factory.mktemp("other"))
     assert contents(folder) == contents(again)

@@ -17,6 +17,7 @@ from eqat_mm.data.batching import Collator
 from eqat_mm.data.chat import IGNORED
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.errors import ConfigError, DataError
+from llava_adapters.tiny import tiny_config, tiny_vision_config
 from tests.data.tiny_processor import SIDE, TILES, llava_next_processor, llava_processor
 from tests.tolerances import assert_close
 
@@ -190,25 +191,7 @@ def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def _model(processor: Any, kind: str) -> Any:
-    text = {
-        "model_type": "llama",
-        "vocab_size": len(processor.tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-    }
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": SIDE,
-        "patch_size": 14,
-        "projection_dim": 32,
-    }
+    text, vision = tiny_config("llama", vocab_size=len(processor.tokenizer)), tiny_vision_config(SIDE, 14)
     tiles = {"image_grid_pinpoints": TILES} if kind == "llava_next" else {}
     config = transformers.AutoConfig.for_model(
         kind, text_config=text, vision_config=vision, image_token_index=processor.image_token_id, **tiles

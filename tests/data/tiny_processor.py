@@ -11,13 +11,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    CLIPImageProcessor,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_llava import processor_of
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<|end|>")
 SIDE = 28  # pixels; four patches of 14
@@ -77,24 +73,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def llava_processor(template: str = VICUNA) -> Any:
     """A processor whose images take four tokens each."""
-    images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    return LlavaProcessor(images, tiny_tokenizer(), **_options(template))
+    return processor_of(tiny_tokenizer(), template, side=SIDE, patch=14)
 
 
 def llava_next_processor(template: str = MISTRAL) -> Any:
     """A processor that cuts images into tiles."""
-    images = LlavaNextImageProcessor(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_grid_pinpoints=TILES,
-    )
-    return LlavaNextProcessor(images, tiny_tokenizer(), **_options(template))
-
-
-def _options(template: str) -> dict[str, Any]:
-    return {
-        "patch_size": 14,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-        "chat_template": template,
-    }
+    return processor_of(tiny_tokenizer(), template, side=SIDE, patch=14, tiles=TILES)

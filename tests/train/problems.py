@@ -1,4 +1,4 @@
-"""Blocks of the tiny model, ready to be fitted."""
+"""Blocks of the tiny model, ready to be fitted; what models give, and whether they are the same."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from eqat_mm.blocks.arch import Inputs, set_submodule
 from eqat_mm.blocks.source import open_model
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
-from eqat_mm.commands.models import load_tokenizer
+from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.data.windows import text_windows
 from eqat_mm.quant.convert import to_fake
 from eqat_mm.quant.init import initial_grid
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.block_ap import BlockAPConfig, quantize_block
 from eqat_mm.train.fit import FitConfig
-from eqat_mm.train.losses import block_loss
+from eqat_mm.train.losses import block_loss, cross_entropy, kl_divergence, predictions_that_count
 from llava_adapters.llama import ARCH
 from tests.tiny_model import Tiny
 
@@ -62,6 +62,22 @@ def loss_on(walker: BlockWalker, step: BlockStep, samples: range) -> float:
         output = walker.run(step.block, step.calls[index], step.quantized.read(index))
         losses.append(block_loss(output, step.fp.read(index)).item())
     return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, windows: Tensor, teacher: nn.Module | None) -> float:
+    """Mean loss per predicted token of windows [n, T], against a teacher or their own tokens."""
+    columns, labels = predictions_that_count(windows)
+    logits = model(input_ids=windows).logits[:, columns]
+    if teacher is None:
+        return cross_entropy(logits, labels).item()
+    return kl_divergence(logits, teacher(input_ids=windows).logits[:, columns], labels).item()
+
+
+def same(left: nn.Module, right: nn.Module) -> bool:
+    """Whether all parameters and buffers of two modules are equal."""
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def values_of(module: nn.Module) -> dict[str, Tensor]:

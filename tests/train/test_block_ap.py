@@ -24,9 +24,10 @@ from eqat_mm.train.block_ap import BlockAPConfig, quantize_block, run_block_ap
 from eqat_mm.train.fit import FitConfig, FitReport, fit_block
 from eqat_mm.train.warm_start import WarmStartConfig
 from llava_adapters.llama import ARCH
-from tests.checkpoint.files import assert_four_lines, same_bytes, tensors_of
+from tests.checkpoint.files import assert_four_lines, contents, same_weights
 from tests.tiny_model import Tiny, save_tiny
 from tests.train.problems import CPU, SPEC, batches_of, walker_of
+from tests.train.stopping import Stopped
 
 BLOCKS = 3
 CONFIG = BlockAPConfig(
@@ -37,10 +38,6 @@ CONFIG = BlockAPConfig(
     batch_tokens=64,
 )
 Run = Callable[..., Manifest]
-
-
-class Stopped(Exception):
-    """Stands in for a power cut."""
 
 
 @pytest.fixture
@@ -60,12 +57,6 @@ def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     opened, record = open_model(tiny.folder, ARCH), {"config": {"epochs": 1}}
     run_block_ap(opened, batches_of(tiny), CONFIG, folder, device=CPU, source="tiny", provenance=record)
     return folder
-
-
-def same_weights(left: Path, right: Path) -> bool:
-    a, b = tensors_of(left / "model"), tensors_of(right / "model")
-    assert a.keys() == b.keys()
-    return all(same_bytes(a[name], b[name]) for name in a)
 
 
 def metrics(folder: Path) -> list[str]:
@@ -139,12 +130,12 @@ def test_norms_are_those_that_are_stored(tmp_path: Path, monkeypatch: pytest.Mon
 def test_two_runs_give_the_same_weights(run: Run, undisturbed: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)
     run(tmp_path)
-    assert same_weights(tmp_path, undisturbed)
+    assert same_weights(tmp_path / "model", undisturbed / "model")
 
 
 def test_streams_on_disk_give_the_same_weights(run: Run, undisturbed: Path, tmp_path: Path) -> None:
     run(tmp_path, replace(CONFIG, spool="disk"))
-    assert same_weights(tmp_path, undisturbed)
+    assert same_weights(tmp_path / "model", undisturbed / "model")
     assert not (tmp_path / "spool").exists()
 
 
@@ -162,7 +153,7 @@ def test_a_stopped_run_is_continued(
     fitted = stop_in_block(monkeypatch, BLOCKS)
     run(tmp_path, replace(CONFIG, spool=spool))
     assert fitted == list(range(stopped_in, BLOCKS))
-    assert same_weights(tmp_path, undisturbed)
+    assert same_weights(tmp_path / "model", undisturbed / "model")
     assert len(metrics(tmp_path)) == BLOCKS
 
 
@@ -174,7 +165,7 @@ def test_streams_in_bfloat16_are_continued(run: Run, tmp_path: Path, monkeypatch
         with pytest.raises(Stopped):
             run(tmp_path / "stopped", config)
     run(tmp_path / "stopped", config)
-    assert same_weights(tmp_path / "stopped", tmp_path / "undisturbed")
+    assert same_weights(tmp_path / "stopped" / "model", tmp_path / "undisturbed" / "model")
 
 
 @pytest.mark.parametrize("moment", ["write_json", "append_jsonl"])
@@ -196,7 +187,7 @@ def test_a_stop_while_a_block_is_committed(
         with pytest.raises(Stopped):
             run(tmp_path)
     run(tmp_path)
-    assert same_weights(tmp_path, undisturbed)
+    assert same_weights(tmp_path / "model", undisturbed / "model")
     assert len(metrics(tmp_path)) == BLOCKS
 
 
@@ -213,7 +204,7 @@ def test_a_stop_before_the_manifest(
     fitted = stop_in_block(monkeypatch, BLOCKS)
     run(tmp_path)
     assert fitted == []
-    assert same_weights(tmp_path, undisturbed)
+    assert same_weights(tmp_path / "model", undisturbed / "model")
 
 
 # ---- refused before anything is written -----------------------------------------------------------
@@ -224,10 +215,6 @@ def stopped_run(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         stop_in_block(patch, 1)
         with pytest.raises(Stopped):
             run(folder)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_other_settings_do_not_continue_a_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

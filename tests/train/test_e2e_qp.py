@@ -13,8 +13,6 @@ import transformers
 from torch import Tensor, nn
 
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.models import load_model, load_tokenizer
-from eqat_mm.data.windows import text_windows
 from eqat_mm.errors import TrainingError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.train import end_to_end
@@ -26,12 +24,11 @@ from eqat_mm.train.e2e_qp import (
     trainable_groups,
 )
 from eqat_mm.train.end_to_end import WindowDataset, training_arguments
-from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
+from eqat_mm.train.losses import cross_entropy
 from tests.checkpoint.files import assert_four_lines
-from tests.tiny_model import Tiny
 from tests.tolerances import TOLERANCES, assert_close
-from tests.train.problems import CPU
-from tests.train.stopping import stop_at_step
+from tests.train.problems import CPU, mean_loss, same
+from tests.train.stopping import assert_a_stopped_run_is_continued
 
 CLOSE = TOLERANCES["model"][torch.float32]
 CONFIG = E2EQPConfig(
@@ -39,23 +36,9 @@ CONFIG = E2EQPConfig(
 )
 
 
-class Stopped(Exception):
-    """Stands in for a power cut."""
-
-
-@pytest.fixture(scope="module")
-def windows(tiny: Tiny) -> Tensor:
-    return text_windows(load_tokenizer(tiny.folder), tiny.windows(24))
-
-
 @pytest.fixture
 def model(packed: Path) -> transformers.PreTrainedModel:
     return load(packed)
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny: Tiny) -> transformers.PreTrainedModel:
-    return load_model(tiny.folder, CPU)
 
 
 def train(
@@ -71,21 +54,8 @@ def train(
     return [record["loss"] for record in log if "loss" in record]
 
 
-@torch.no_grad()
-def mean_loss(model: nn.Module, windows: Tensor, teacher: nn.Module | None) -> float:
-    columns, labels = predictions_that_count(windows)
-    logits = model(input_ids=windows).logits[:, columns]
-    if teacher is None:
-        return cross_entropy(logits, labels).item()
-    return kl_divergence(logits, teacher(input_ids=windows).logits[:, columns], labels).item()
-
-
 def scales_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(".weight_scale")}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
@@ -181,23 +151,16 @@ def test_two_runs_give_the_same_step_sizes(packed: Path, windows: Tensor, tmp_pa
     train(first, windows, tmp_path / "first")
     torch.manual_seed(99)
     train(second, windows, tmp_path / "second")
-    assert same(scales_of(first), scales_of(second))
+    assert same(first, second)
 
 
 def test_a_stopped_run_is_continued(
     packed: Path, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(CONFIG, save_steps=2)
-    undisturbed = load(packed)
-    curve = train(undisturbed, windows, tmp_path / "undisturbed", config)
-    steps = stop_at_step(monkeypatch, 4, Stopped)
-    with pytest.raises(Stopped):
-        train(load(packed), windows, tmp_path / "stopped", config)
-    continued = load(packed)
-    resumed = train(continued, windows, tmp_path / "stopped", config)
-    assert len(steps) == 4 + 4  # two of the first three steps were saved
-    assert same(scales_of(continued), scales_of(undisturbed))
-    assert resumed == curve
+    assert_a_stopped_run_is_continued(
+        monkeypatch, tmp_path, lambda: load(packed), lambda model, folder: train(model, windows, folder, config)
+    )
 
 
 def test_checkpoints_to_resume_from_are_kept_only_on_request(packed: Path, windows: Tensor, tmp_path: Path) -> None:

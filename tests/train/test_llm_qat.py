@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.models import load_model, load_tokenizer
-from eqat_mm.data.windows import text_windows
+from eqat_mm.commands.models import load_model
 from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.dynamic_linear import DynamicFakeLinear
 from eqat_mm.quant.kv_cache import KVQuantizer
@@ -36,26 +35,12 @@ from llava_adapters.llama import ARCH
 from llava_adapters.registry import known_archs
 from tests.tiny_model import Tiny, tiny_llama
 from tests.tolerances import TOLERANCES, assert_close
-from tests.train.problems import CPU
-from tests.train.stopping import stop_at_step
+from tests.train.problems import CPU, mean_loss, same
+from tests.train.stopping import assert_a_stopped_run_is_continued
 
 CONFIG = LLMQATConfig(
     bits="4-8-4", learning_rate=2e-3, max_steps=6, batch_size=4, accumulation=1, logging_steps=1, precision="float32"
 )
-
-
-class Stopped(Exception):
-    """Stands in for a power cut."""
-
-
-@pytest.fixture(scope="module")
-def windows(tiny: Tiny) -> Tensor:
-    return text_windows(load_tokenizer(tiny.folder), tiny.windows(24))
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny: Tiny) -> transformers.PreTrainedModel:
-    return load_model(tiny.folder, CPU)
 
 
 def student(tiny: Tiny, config: LLMQATConfig = CONFIG) -> transformers.PreTrainedModel:
@@ -79,23 +64,9 @@ def train(
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, windows: Tensor, teacher: nn.Module | None) -> float:
-    columns, labels = predictions_that_count(windows)
-    logits = model(input_ids=windows).logits[:, columns]
-    if teacher is None:
-        return cross_entropy(logits, labels).item()
-    return kl_divergence(logits, teacher(input_ids=windows).logits[:, columns], labels).item()
-
-
-@torch.no_grad()
 def logits_of(model: nn.Module, windows: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=windows).logits
     return logits
-
-
-def same(left: nn.Module, right: nn.Module) -> bool:
-    a, b = left.state_dict(), right.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---- the student ---------------------------------------------------------------------------------
@@ -229,16 +200,12 @@ def test_a_stopped_run_is_continued(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = replace(CONFIG, save_steps=2)
-    undisturbed = student(tiny)
-    curve = train(undisturbed, windows, tmp_path / "undisturbed", config, teacher)
-    steps = stop_at_step(monkeypatch, 4, Stopped)
-    with pytest.raises(Stopped):
-        train(student(tiny), windows, tmp_path / "stopped", config, teacher)
-    continued = student(tiny)
-    resumed = train(continued, windows, tmp_path / "stopped", config, teacher)
-    assert len(steps) == 4 + 4  # two of the first three steps were saved
-    assert same(continued, undisturbed)
-    assert resumed == curve
+    assert_a_stopped_run_is_continued(
+        monkeypatch,
+        tmp_path,
+        lambda: student(tiny),
+        lambda model, folder: train(model, windows, folder, config, teacher),
+    )
 
 
 def test_no_steps_train_nothing(tiny: Tiny, windows: Tensor, tmp_path: Path, teacher: nn.Module) -> None:

@@ -15,18 +15,15 @@ from eqat_mm.checkpoint.adapters import ADAPTER, adapter_parameters, add_adapter
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.models import load_tokenizer
-from eqat_mm.data.windows import text_windows
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.train.e2e_qp import E2EQPConfig, run_e2e_qp
 from eqat_mm.train.end_to_end import WindowDataset, training_arguments
 from eqat_mm.train.lora import LoRA
 from tests.checkpoint.files import assert_four_lines, same_bytes, tensors_of
-from tests.tiny_model import Tiny
 from tests.tolerances import assert_close
 from tests.train.problems import CPU
-from tests.train.stopping import stop_at_step
+from tests.train.stopping import Stopped, stop_at_step
 
 pytest.importorskip("peft")
 
@@ -43,10 +40,6 @@ CONFIG = E2EQPConfig(
 )
 
 
-class Stopped(Exception):
-    """Stands in for a power cut."""
-
-
 def logits(model: transformers.PreTrainedModel) -> Tensor:
     with torch.no_grad():
         found: Tensor = model.eval()(input_ids=TOKENS).logits
@@ -59,17 +52,16 @@ def adapted(packed: Path) -> transformers.PreTrainedModel:
     return model
 
 
-def train(tiny: Tiny, packed: Path, folder: Path, config: E2EQPConfig = CONFIG) -> transformers.PreTrainedModel:
+def train(windows: Tensor, packed: Path, folder: Path, config: E2EQPConfig = CONFIG) -> transformers.PreTrainedModel:
     model = adapted(packed)
-    windows = text_windows(load_tokenizer(tiny.folder), tiny.windows(24))
     run_e2e_qp(model, WindowDataset(windows), config, training_arguments(config, folder, CPU), teacher=None)
     return model
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: Tiny, packed: Path, tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedModel:
+def trained(windows: Tensor, packed: Path, tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedModel:
     """Four steps; not to be altered."""
-    return train(tiny, packed, tmp_path_factory.mktemp("trained"))
+    return train(windows, packed, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")
@@ -152,17 +144,17 @@ def test_an_altered_adapter_is_refused(trained: transformers.PreTrainedModel, pa
 
 
 def test_a_stopped_run_ends_as_an_uninterrupted_one(
-    tiny: Tiny,
+    windows: Tensor,
     packed: Path,
     trained: transformers.PreTrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    steps = stop_at_step(monkeypatch, 3, Stopped)
+    steps = stop_at_step(monkeypatch, 3)
     config = replace(CONFIG, save_steps=2)
     with pytest.raises(Stopped):
-        train(tiny, packed, tmp_path, config)
-    model = train(tiny, packed, tmp_path, config)
+        train(windows, packed, tmp_path, config)
+    model = train(windows, packed, tmp_path, config)
     assert len(steps) == 3 + 2
     for left, right in zip(adapter_parameters(model), adapter_parameters(trained), strict=True):
         assert torch.equal(left, right)
