@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from eqat_mm.data.batching import SampleOrder
 from eqat_mm.errors import TrainingError
 from eqat_mm.runtime.precision import Precision, autocast
-from eqat_mm.runtime.progress import interactive
+from eqat_mm.runtime.progress import interactive, say
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 
 Sample = dict[str, Tensor]
@@ -69,7 +69,8 @@ class EndToEndTrainer(transformers.Trainer):
 
     Args:
         groups: AdamW parameter groups of what is trained.
-        teacher: full-precision model whose predictions are learned; None trains on the labels.
+        teacher: full-precision model whose predictions are learned; None trains on the labels. Under ZeRO-3 it is
+            divided among the processes as what is trained is; otherwise each has the whole.
         order: of the samples; None shuffles them.
         precision: of matrix products.
         **kwargs: as for `transformers.Trainer`.
@@ -87,7 +88,7 @@ class EndToEndTrainer(transformers.Trainer):
         super().__init__(**kwargs)
         self.groups = groups
         self.order = order
-        self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        self.teacher = None if teacher is None else _placed(teacher.eval().requires_grad_(False), self.args)
         self.precision = precision
         self.model_accepts_loss_kwargs = True  # compute_loss averages over all sequences of a step
         if order is not None:
@@ -128,6 +129,21 @@ class EndToEndTrainer(transformers.Trainer):
     def around_forward(self, inputs: Sample) -> AbstractContextManager[None]:
         """Return the context in which the trained model sees a batch; nothing special by default."""
         return nullcontext()
+
+
+def _placed(teacher: nn.Module, arguments: transformers.TrainingArguments) -> nn.Module:
+    """Return the teacher where a process needs it: on its device, or under ZeRO-3 its part of it."""
+    plugin = arguments.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        return teacher.to(arguments.device)
+    import deepspeed
+
+    # the settings of the student, as far as they are about parameters: nothing of the teacher is trained
+    config = {"zero_optimization": plugin.deepspeed_config["zero_optimization"], "train_micro_batch_size_per_gpu": 1}
+    engine, *_ = deepspeed.initialize(model=teacher, config=config)
+    if arguments.process_index == 0:
+        say(f"the teacher is divided among {arguments.world_size} processes")
+    return engine  # type: ignore[no-any-return]
 
 
 class _EpochOfOrder(transformers.TrainerCallback):
