@@ -2,6 +2,7 @@
 
     python benchmarks/time_kernels.py                 on whatever is there
     python benchmarks/time_kernels.py --cpu           on the CPU: training step, decode and prefill, peak memory
+    python benchmarks/time_kernels.py --cpu --only peers     beside torch.compile and torch's int4 product
     python benchmarks/time_kernels.py --tune          on a GPU: every tile of `TILES` for every row count
 
 The correctness sweep runs first. Where a test fails no number is printed.
@@ -22,6 +23,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from kernel_peers import TorchInt4
 from time_kernels_cpu import cpu_ratios
 from torch import Tensor
 
@@ -81,10 +83,12 @@ class Layer:
 
     def __init__(self, outputs: int, inputs: int, bits: int) -> None:
         self.layout = PackedLayout(bits, GROUP, outputs, inputs)
-        self.words = pack(torch.randint(0, 1 << bits, (outputs, inputs), dtype=torch.uint8, device="cuda"), bits)
+        codes = torch.randint(0, 1 << bits, (outputs, inputs), dtype=torch.uint8, device="cuda")
+        self.words = pack(codes, bits)
         self.scale = torch.rand(outputs, inputs // GROUP, device="cuda") + 0.5
         zeros = torch.randint(0, 1 << bits, (inputs // GROUP, outputs), dtype=torch.uint8, device="cuda")
         self.zero_words = pack(zeros, bits).T.contiguous()
+        self.int4 = TorchInt4(codes, self.scale, zeros.T, torch.bfloat16) if bits == 4 else None
         self.dense = dequantize(self.words, self.scale, self.zero_words, self.layout, torch.bfloat16)
 
     def bytes(self) -> int:
@@ -98,8 +102,9 @@ class Layer:
 
 
 def forward_table(limits: tuple[float, float]) -> None:
-    """Print the forward of every layer: time, share of the measured limits, ratio to the dense bfloat16 product."""
-    print(f"{'layer':>18} bits rows {'us':>9} {'copy rate':>9} {'FLOP rate':>9} {'dense/packed':>12}")
+    """Print the forward of every layer: time, share of the measured limits, ratios to torch's products."""
+    columns = f"{'us':>9} {'copy rate':>9} {'FLOP rate':>9} {'dense/packed':>12} {'torch int4/packed':>17}"
+    print(f"{'layer':>18} bits rows {columns}")
     for (name, shapes), bits in product(LAYERS.items(), (2, 3, 4, 8)):
         for outputs, inputs in shapes:
             layer = Layer(outputs, inputs, bits)
@@ -109,10 +114,12 @@ def forward_table(limits: tuple[float, float]) -> None:
                 dense_s = gpu_seconds(lambda layer=layer, x=x: torch.nn.functional.linear(x, layer.dense))  # type: ignore[misc]
                 moved = (layer.bytes() + 2 * rows * (inputs + outputs)) / packed_s / limits[0]
                 done = 2 * rows * outputs * inputs / packed_s / limits[1]
-                label = f"{name} {outputs}x{inputs}"
+                label, peer = f"{name} {outputs}x{inputs}", ""
+                if layer.int4 is not None:
+                    peer = f"{gpu_seconds(lambda layer=layer, x=x: layer.int4.run(x)) / packed_s:17.2f}"  # type: ignore[misc]
                 print(
                     f"{label:>18} {bits:4} {rows:4} {packed_s * 1e6:9.1f} {moved:9.1%} {done:9.1%}"
-                    f" {dense_s / packed_s:12.2f}"
+                    f" {dense_s / packed_s:12.2f} {peer}"
                 )
 
 
@@ -176,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
     parser.add_argument("--tune", action="store_true", help="try tiles on the GPU")
-    parser.add_argument("--only", nargs="+", help="CPU: some of step, step-7b, memory, decode")
+    parser.add_argument("--only", nargs="+", help="CPU: some of step, step-7b, memory, decode, peers")
     arguments = parser.parse_args()
     if arguments.cpu or not torch.cuda.is_available():
         require_green("cpu")

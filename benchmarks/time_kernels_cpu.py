@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from kernel_peers import peers
 from torch import Tensor, nn
 
 from eqat_kernels import PackedLayout, pack, quant_linear
@@ -33,7 +34,7 @@ PROMPT, STEPS = 512, 16
 
 
 def cpu_ratios(only: list[str] | None) -> None:
-    """Print the chosen measurements, by default all."""
+    """Print the chosen measurements, by default all but the peers."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     keep_freed_memory()
     for name, (hidden, mlp, tokens) in BLOCKS.items():
@@ -47,6 +48,8 @@ def cpu_ratios(only: list[str] | None) -> None:
                 print(f"quant_linear backward, {dtype}: {pool.apply(backward_memory, (dtype,)):.2f} dense weights")
     if not only or "decode" in only:
         generation()
+    if only and "peers" in only:
+        peers()
 
 
 def interleaved(functions: list[Callable[[], object]], repetitions: int) -> list[float]:

@@ -86,8 +86,10 @@ def kernels() -> Iterator[Kernel]:
 def _elementwise(bits: int) -> Iterator[Kernel]:
     rows, columns = fake_quant.tile_of(GROUP)
     tile = {"BITS": bits, "R": rows, "K": columns}
-    yield Kernel(f"fake_quantize forward w{bits}", fake_quant.forward_kernel, _types("fp32"), tile, {})
-    yield Kernel(f"fake_quantize backward w{bits}", fake_quant.backward_kernel, _types("fp32"), tile, {})
+    for product in ("fp32", "bf16"):  # the dtype of W_hat; W, s and z are float32
+        forward, backward = _types("fp32", out=product), _types("fp32", grad=product)
+        yield Kernel(f"fake_quantize forward w{bits} {product}", fake_quant.forward_kernel, forward, tile, {})
+        yield Kernel(f"fake_quantize backward w{bits} {product}", fake_quant.backward_kernel, backward, tile, {})
     columns = columns_of_tile(_layout(bits), 64)
     tile = {"BITS": bits, "R": dequant.ROWS, "K": columns}
     yield Kernel(f"dequantize w{bits} bf16", dequant.dequantize_kernel, _types("bf16"), tile, {})

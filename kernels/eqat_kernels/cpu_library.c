@@ -13,6 +13,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 #define RUN 32 /* codes; N whole words at every bit width, and inside one group */
+#define AHEAD 8192 /* bytes, two pages; measured: less and more are slower */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -43,33 +44,64 @@ typedef uint32_t words16 __attribute__((vector_size(4 * LANES)));
 #define LOW(run, N, h) (PICK(run, WORD, N, h) >> (words16){EACH(SHIFT, N, h)})
 #define HIGH(run, N, h) (PICK(run, NEXT, N, h) << 1 << (words16){EACH(UNSHIFT, N, h)})
 
-/* The codes of one half of a run. */
-INLINE words16 codes(int bits, words16 run, int half) {
-    words16 code;
+/* The codes of one half of a run, with what follows them in their words still above them. */
+INLINE words16 crowded_codes(int bits, words16 run, int half) {
     switch (2 * bits + half) {
-        case 4: code = LOW(run, 2, 0); break;
-        case 5: code = LOW(run, 2, 1); break;
-        case 6: code = LOW(run, 3, 0) | HIGH(run, 3, 0); break;
-        case 7: code = LOW(run, 3, 1) | HIGH(run, 3, 1); break;
-        case 8: code = LOW(run, 4, 0); break;
-        case 9: code = LOW(run, 4, 1); break;
-        case 16: code = LOW(run, 8, 0); break;
-        default: code = LOW(run, 8, 1);
+        case 4: return LOW(run, 2, 0);
+        case 5: return LOW(run, 2, 1);
+        case 6: return LOW(run, 3, 0) | HIGH(run, 3, 0);
+        case 7: return LOW(run, 3, 1) | HIGH(run, 3, 1);
+        case 8: return LOW(run, 4, 0);
+        case 9: return LOW(run, 4, 1);
+        case 16: return LOW(run, 8, 0);
+        default: return LOW(run, 8, 1);
     }
-    return code & ((1u << bits) - 1);
 }
+
+INLINE words16 codes(int bits, words16 run, int half) { return crowded_codes(bits, run, half) & ((1u << bits) - 1); }
 
 INLINE floats to_floats(words16 code) { return __builtin_convertvector((ints)code, floats); }
 
-/* The words of the run that begins at column i, and what follows them: codes behind the end of a row are not used.
-   Read as a whole register, except at the very end of the tensor: a narrow copy would have to go through memory. */
-INLINE words16 run_at(int bits, const uint32_t *row, int64_t i, const uint32_t *end) {
+/* What the codes of a group stand for, (q - z) s. With AVX-512 that is looked up: one instruction takes 16 entries by
+   the low four bits of 16 numbers, so what is above a code need not be cleared; entries repeat below 4 bits. */
+#ifdef __AVX512F__
+#define TABLES 1
+#else
+#define TABLES 0
+#endif
+
+typedef struct {
+    floats table;
+    float zero, step;
+} Grid;
+
+INLINE Grid grid_of(int bits, float zero, float step) {
+    const words16 entries = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (Grid){(to_floats(entries & ((1u << bits) - 1)) - zero) * step, zero, step};
+}
+
+INLINE floats values(int bits, Grid grid, words16 run, int half) {
+    if (!TABLES || bits > 4) return (to_floats(codes(bits, run, half)) - grid.zero) * grid.step;
+    const words16 entry = crowded_codes(bits, run, half);
+#ifdef __clang__
+    return __builtin_shufflevector(grid.table, entry);
+#else
+    return __builtin_shuffle(grid.table, entry);
+#endif
+}
+
+/* The words of a run and what follows them; codes behind the end of a row are not used. Read as a whole register,
+   except at the very end of the tensor: a narrow copy has to go through memory. */
+static __attribute__((noinline, cold)) words16 last_words(const uint32_t *from, const uint32_t *end) {
     words16 run = {0};
-    const uint32_t *from = row + i / RUN * bits;
-    if (__builtin_expect(from + LANES <= end, 1))
-        memcpy(&run, from, sizeof run);
-    else
-        memcpy(&run, from, (size_t)((const char *)end - (const char *)from));
+    memcpy(&run, from, (size_t)((const char *)end - (const char *)from));
+    return run;
+}
+
+INLINE words16 run_at(const uint32_t *from, const uint32_t *end) {
+    words16 run;
+    if (__builtin_expect(from + LANES > end, 0)) return last_words(from, end);
+    memcpy(&run, from, sizeof run);
     return run;
 }
 
@@ -85,22 +117,34 @@ INLINE float sum(floats value) {
     return total;
 }
 
-/* z of one group of row `o`; zero points are packed along the rows, [ceil(O N / 32), G]. */
-INLINE int32_t zero_point(int bits, const uint32_t *zeros, int64_t o, int64_t group, int64_t groups) {
-    if (!zeros) return 1 << (bits - 1);
-    int64_t word = o * bits / 32;
-    int shift = (int)(o * bits % 32);
-    uint64_t value = zeros[word * groups + group];
-    if (shift + bits > 32) value |= (uint64_t)zeros[(word + 1) * groups + group] << 32;
-    return (int32_t)(value >> shift) & ((1 << bits) - 1);
-}
-
 typedef struct {
     const uint32_t *words; /* [O, W] */
     const uint32_t *end;   /* of the words */
     const uint32_t *zeros; /* [ceil(O N / 32), G], or null on the symmetric grid */
     int64_t columns, groups, row_words, first, last; /* rows first .. last - 1 are worked on */
 } Packed;
+
+/* One row of W. Zero points are packed along the rows, so all of a row are at one place in their words. */
+typedef struct {
+    const uint32_t *words, *end, *low, *high; /* words of its codes; of the zero points, and the next line of them */
+    const float *s;
+    int64_t groups, runs; /* runs of a group */
+    int shift;            /* of the zero points */
+} Row;
+
+INLINE Row row_of(int bits, const Packed *p, const float *s, int64_t o) {
+    const int64_t size = p->columns / p->groups;
+    const uint32_t *low = p->zeros ? p->zeros + o * bits / 32 * p->groups : 0;
+    return (Row){p->words + o * p->row_words, p->end,    low, low ? low + p->groups : 0,
+                 s + o * p->groups,           p->groups, (size + RUN - 1) / RUN, (int)(o * bits % 32)};
+}
+
+INLINE float zero_point(int bits, const Row *row, int64_t group) {
+    if (!row->low) return 1 << (bits - 1);
+    uint32_t value = row->low[group] >> row->shift;
+    if (bits == 3 && row->shift > 29) value |= row->high[group] << (32 - row->shift);
+    return (float)(int32_t)(value & ((1u << bits) - 1));
+}
 
 /* ---- fake quantization ------------------------------------------------------------------------------------- */
 
@@ -116,43 +160,95 @@ INLINE float divide(float a, float b, float inverse) {
 #endif
 }
 
-void fake_quantize_forward(const float *w, const float *s, const float *z, float *out, int64_t groups, int64_t size,
-                           int bits, int threads) {
-    const float top = (float)((1 << bits) - 1);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t group = 0; group < groups; group++) {
-        const float step = s[group], inverse = 1 / step, zero = rintf(z[group]);
-        const float *from = w + group * size;
-        float *to = out + group * size;
+/* bfloat16 is the upper half of a float32. */
+INLINE float from_bfloat16(uint16_t half) {
+    const uint32_t raw = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &raw, sizeof value);
+    return value;
+}
+
+/* To nearest, ties to even. */
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t raw;
+    memcpy(&raw, &value, sizeof raw);
+    return (uint16_t)((raw + 0x7fff + (raw >> 16 & 1)) >> 16);
+}
+
+/* Asks for the lines AHEAD of these, since the processor's own prefetching ends with each page of memory. */
+INLINE void fetch_ahead(const void *from, int64_t bytes, int to_write) {
+    for (const char *line = (const char *)from + AHEAD, *end = line + bytes; line < end; line += 64)
+        if (to_write)
+            __builtin_prefetch(line, 1);
+        else
+            __builtin_prefetch(line, 0);
+}
+
+INLINE void fake_quantize_group(int bfloat16, const float *w, float step, float z, void *out, int64_t size, float top) {
+    const float inverse = 1 / step, zero = rintf(z);
+    fetch_ahead(w, size * 4, 0);
+    fetch_ahead(out, size * (bfloat16 ? 2 : 4), 1);
 #pragma omp simd
-        for (int64_t i = 0; i < size; i++) {
-            float v = rintf(divide(from[i], step, inverse)) + zero;
-            float q = v < 0 ? 0 : v > top ? top : v;
-            to[i] = (q - zero) * step;
-        }
+    for (int64_t i = 0; i < size; i++) {
+        float v = rintf(divide(w[i], step, inverse)) + zero;
+        float q = v < 0 ? 0 : v > top ? top : v;
+        float value = (q - zero) * step;
+        if (bfloat16)
+            ((uint16_t *)out)[i] = to_bfloat16(value);
+        else
+            ((float *)out)[i] = value;
     }
 }
 
-void fake_quantize_backward(const float *grad, const float *w, const float *s, const float *z, float *grad_w,
-                            float *grad_s, float *grad_z, int64_t groups, int64_t size, int bits, int threads) {
+/* W_hat in float32 or bfloat16, which is how the product that follows wants it. */
+void fake_quantize_forward(int bfloat16, const float *w, const float *s, const float *z, void *out, int64_t groups,
+                           int64_t size, int bits, int threads) {
     const float top = (float)((1 << bits) - 1);
 #pragma omp parallel for num_threads(threads)
     for (int64_t group = 0; group < groups; group++) {
-        const float step = s[group], inverse = 1 / step, zero = rintf(z[group]);
-        const float *from = w + group * size, *d = grad + group * size;
-        float *to = grad_w + group * size;
-        float slopes = 0, clipped = 0;
+        const int64_t at = group * size;
+        void *to = (char *)out + at * (bfloat16 ? 2 : 4);
+        if (bfloat16)
+            fake_quantize_group(1, w + at, s[group], z[group], to, size, top);
+        else
+            fake_quantize_group(0, w + at, s[group], z[group], to, size, top);
+    }
+}
+
+INLINE void fake_quantize_group_backward(int bfloat16, const void *grad, const float *w, float step, float z,
+                                         float *grad_w, float *grad_s, float *grad_z, int64_t size, float top) {
+    const float inverse = 1 / step, zero = rintf(z);
+    float slopes = 0, clipped = 0;
+    fetch_ahead(w, size * 4, 0);
+    fetch_ahead(grad, size * (bfloat16 ? 2 : 4), 0);
+    fetch_ahead(grad_w, size * 4, 1);
 #pragma omp simd reduction(+ : slopes, clipped)
-        for (int64_t i = 0; i < size; i++) {
-            float u = divide(from[i], step, inverse), v = rintf(u) + zero;
-            float q = v < 0 ? 0 : v > top ? top : v;
-            float inside = v == q ? d[i] : 0;
-            to[i] = inside;
-            slopes += d[i] * (q - zero - (v == q ? u : 0));
-            clipped += d[i] - inside;
-        }
-        grad_s[group] = slopes;
-        grad_z[group] = -step * clipped;
+    for (int64_t i = 0; i < size; i++) {
+        float d = bfloat16 ? from_bfloat16(((const uint16_t *)grad)[i]) : ((const float *)grad)[i];
+        float u = divide(w[i], step, inverse), v = rintf(u) + zero;
+        float q = v < 0 ? 0 : v > top ? top : v;
+        float inside = v == q ? d : 0;
+        grad_w[i] = inside;
+        slopes += d * (q - zero - (v == q ? u : 0));
+        clipped += d - inside;
+    }
+    *grad_s = slopes;
+    *grad_z = -step * clipped;
+}
+
+void fake_quantize_backward(int bfloat16, const void *grad, const float *w, const float *s, const float *z,
+                            float *grad_w, float *grad_s, float *grad_z, int64_t groups, int64_t size, int bits,
+                            int threads) {
+    const float top = (float)((1 << bits) - 1);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t at = group * size;
+        const void *d = (const char *)grad + at * (bfloat16 ? 2 : 4);
+        float *dw = grad_w + at, *ds = grad_s + group, *dz = grad_z + group;
+        if (bfloat16)
+            fake_quantize_group_backward(1, d, w + at, s[group], z[group], dw, ds, dz, size, top);
+        else
+            fake_quantize_group_backward(0, d, w + at, s[group], z[group], dw, ds, dz, size, top);
     }
 }
 
@@ -167,23 +263,25 @@ INLINE void store_bfloat16(uint16_t *to, floats value) {
 }
 
 INLINE void dequantize_row(int bits, const Packed *p, const float *s, void *out, int bfloat16, int64_t o) {
-    const int64_t size = p->columns / p->groups, width = bfloat16 ? 2 : 4;
-    char *line = (char *)out + (o - p->first) * p->columns * width;
-    for (int64_t group = 0; group < p->groups; group++) {
-        const float zero = zero_point(bits, p->zeros, o, group, p->groups), step = s[o * p->groups + group];
-        for (int64_t i = group * size; i < (group + 1) * size; i += RUN) {
-            const words16 run = run_at(bits, p->words + o * p->row_words, i, p->end);
-            const int whole = i + RUN <= p->columns;
+    const int64_t width = bfloat16 ? 2 : 4;
+    const Row row = row_of(bits, p, s, o);
+    const uint32_t *words = row.words;
+    char *to = (char *)out + (o - p->first) * p->columns * width, *end = to + p->columns * width;
+    for (int64_t group = 0; group < row.groups; group++) {
+        const Grid grid = grid_of(bits, zero_point(bits, &row, group), row.s[group]);
+        for (int64_t r = 0; r < row.runs; r++, words += bits, to += RUN * width) {
+            const words16 run = run_at(words, row.end);
+            const int whole = to + RUN * width <= end;
             float tail[RUN];
-            char *to = whole ? line + i * width : (char *)tail;
             for (int half = 0; half < 2; half++) {
-                floats value = (to_floats(codes(bits, run, half)) - zero) * step;
+                const floats value = values(bits, grid, run, half);
+                char *at = (whole ? to : (char *)tail) + half * LANES * width;
                 if (bfloat16)
-                    store_bfloat16((uint16_t *)to + half * LANES, value);
+                    store_bfloat16((uint16_t *)at, value);
                 else
-                    memcpy((float *)to + half * LANES, &value, sizeof value);
+                    memcpy(at, &value, sizeof value);
             }
-            if (!whole) memcpy(line + i * width, tail, (size_t)((p->columns - i) * width));
+            if (!whole) memcpy(to, tail, (size_t)(end - to));
         }
     }
 }
@@ -195,23 +293,23 @@ void dequantize(int bits, const Packed *p, const float *s, void *out, int bfloat
     }
 }
 
-/* y[T, O] from x[T, ceil(I / 32) * 32], zero behind I: a run is unpacked once for all rows of x. */
+/* y[T, O] from x[ceil(I / 32), T, 32], zero behind I: a run is unpacked once for all rows of x. */
 INLINE void multiply_row(int bits, const Packed *p, const float *s, const float *x, float *y, int rows, int64_t o) {
-    const int64_t size = p->columns / p->groups, width = (p->columns + RUN - 1) / RUN * RUN;
+    const Row row = row_of(bits, p, s, o);
+    const uint32_t *words = row.words;
     const int chains = rows == 16 ? 1 : 2; /* one for each half of a run: additions wait for each other */
     floats total[16];
 #pragma GCC unroll 16
     for (int t = 0; t < chains * rows; t++) total[t] = (floats){0}; /* one by one: they become registers */
-    for (int64_t group = 0; group < p->groups; group++) {
-        const float step = s[o * p->groups + group];
-        const float shift = -step * zero_point(bits, p->zeros, o, group, p->groups);
-        for (int64_t i = group * size; i < (group + 1) * size; i += RUN) {
-            const words16 run = run_at(bits, p->words + o * p->row_words, i, p->end);
+    for (int64_t group = 0; group < row.groups; group++) {
+        const Grid grid = grid_of(bits, zero_point(bits, &row, group), row.s[group]);
+        for (int64_t r = 0; r < row.runs; r++, words += bits, x += rows * RUN) {
+            const words16 run = run_at(words, row.end);
             for (int half = 0; half < 2; half++) {
-                const floats value = to_floats(codes(bits, run, half)) * step + shift;
+                const floats value = values(bits, grid, run, half);
 #pragma GCC unroll 16
                 for (int t = 0; t < rows; t++)
-                    total[half * (chains - 1) * rows + t] += value * load(x + t * width + i + half * LANES);
+                    total[half * (chains - 1) * rows + t] += value * load(x + t * RUN + half * LANES);
             }
         }
     }
@@ -220,7 +318,7 @@ INLINE void multiply_row(int bits, const Packed *p, const float *s, const float 
         y[t * (p->last - p->first) + o - p->first] = sum(chains == 1 ? total[t] : total[t] + total[rows + t]);
 }
 
-/* `rows` is 1, 4 or 16: constants, so that the sums stay in registers. */
+/* `rows` is 1, 4, 8 or 16: constants, so that the sums stay in registers. */
 void multiply(int bits, const Packed *p, const float *s, const float *x, float *y, int rows, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t o = p->first; o < p->last; o++) {
@@ -228,6 +326,8 @@ void multiply(int bits, const Packed *p, const float *s, const float *x, float *
             FOR_BITS(bits, multiply_row, p, s, x, y, 1, o)
         } else if (rows == 4) {
             FOR_BITS(bits, multiply_row, p, s, x, y, 4, o)
+        } else if (rows == 8) {
+            FOR_BITS(bits, multiply_row, p, s, x, y, 8, o)
         } else {
             FOR_BITS(bits, multiply_row, p, s, x, y, 16, o)
         }
@@ -236,20 +336,21 @@ void multiply(int bits, const Packed *p, const float *s, const float *x, float *
 
 /* ds[O, G] from the weight gradient of rows first .. last - 1. */
 INLINE void scale_gradient_row(int bits, const Packed *p, const float *grad_w, float *grad_s, int64_t o) {
-    const int64_t size = p->columns / p->groups;
-    const float *from = grad_w + (o - p->first) * p->columns;
-    for (int64_t group = 0; group < p->groups; group++) {
-        const float zero = zero_point(bits, p->zeros, o, group, p->groups);
+    const Row row = row_of(bits, p, 0, o);
+    const uint32_t *words = row.words;
+    const float *from = grad_w + (o - p->first) * p->columns, *end = from + p->columns;
+    for (int64_t group = 0; group < row.groups; group++) {
+        const Grid grid = grid_of(bits, zero_point(bits, &row, group), 1);
         floats total = {0};
-        for (int64_t i = group * size; i < (group + 1) * size; i += RUN) {
-            const words16 run = run_at(bits, p->words + o * p->row_words, i, p->end);
+        for (int64_t r = 0; r < row.runs; r++, words += bits, from += RUN) {
+            const words16 run = run_at(words, row.end);
             float tail[RUN] = {0};
-            const int whole = i + RUN <= p->columns;
-            if (!whole) memcpy(tail, from + i, (size_t)(p->columns - i) * 4);
+            const int whole = from + RUN <= end;
+            if (!whole) memcpy(tail, from, (size_t)(end - from) * 4);
             for (int half = 0; half < 2; half++)
-                total += (to_floats(codes(bits, run, half)) - zero) * load((whole ? from + i : tail) + half * LANES);
+                total += values(bits, grid, run, half) * load((whole ? from : tail) + half * LANES);
         }
-        grad_s[o * p->groups + group] = sum(total);
+        grad_s[o * row.groups + group] = sum(total);
     }
 }
 
@@ -265,7 +366,7 @@ void scale_gradient(int bits, const Packed *p, const float *grad_w, float *grad_
 INLINE void unpack_row(int bits, const uint32_t *words, const uint32_t *end, uint8_t *result, int64_t length) {
     typedef uint8_t bytes __attribute__((vector_size(LANES)));
     for (int64_t i = 0; i < length; i += RUN) {
-        const words16 run = run_at(bits, words, i, end);
+        const words16 run = run_at(words + i / RUN * bits, end);
         const bytes code[2] = {__builtin_convertvector(codes(bits, run, 0), bytes),
                                __builtin_convertvector(codes(bits, run, 1), bytes)};
         memcpy(result + i, code, (size_t)(length - i < RUN ? length - i : RUN));

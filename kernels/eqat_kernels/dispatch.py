@@ -112,6 +112,13 @@ def _triton_is_installed() -> bool:
         return False
 
 
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype that a matrix product of this tensor is made in: autocast's, where it is on."""
+    kind = tensor.device.type
+    on = torch.is_autocast_enabled(kind) and tensor.dtype in _FLOATS  # autocast leaves float64 alone
+    return torch.get_autocast_dtype(kind) if on else tensor.dtype
+
+
 @cache
 def implementation(op: str, name: str) -> Any:
     """Return the module with the implementation `name` of `op`; imported only now, since Triton may be missing."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -99,8 +99,8 @@ def poisoned_outputs() -> Iterator[None]:
         size = shape[0] if isinstance(shape[0], tuple) else shape
         return allocate(math.prod(size), dtype, device).view(size)
 
-    def like(tensor: Tensor) -> Tensor:
-        return allocate(tensor.numel(), tensor.dtype, tensor.device).as_strided(
+    def like(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        return allocate(tensor.numel(), dtype or tensor.dtype, tensor.device).as_strided(
             tensor.shape, empty_like(tensor).stride(), GUARD
         )
 
@@ -189,6 +189,25 @@ def check_fake_quantize(case: Case, impl: str, device: str) -> None:
         assert_close(value, wanted, "gradient")
 
 
+def check_fake_quantize_for_a_product(case: Case, impl: str, device: str) -> None:
+    """W in float32, W_hat and its gradient in the dtype of the matrix product, as under autocast."""
+    w_OI, s_OG, z_OG, grad_OI = fake_quantize_problem(replace(case, dtype=torch.float32), device)
+    exact = [tensor.double().requires_grad_() for tensor in (w_OI, s_OG, z_OG)]
+    expected = fake_quantize(*exact, case.bits, impl="reference")  # type: ignore[misc]
+    gradients = torch.autograd.grad(expected, exact, grad_OI.to(case.dtype).double())
+
+    given = [inside_poison(tensor).requires_grad_() for tensor in (w_OI, s_OG, z_OG)]
+    with poisoned_outputs():
+        found = fake_quantize(*given, case.bits, dtype=case.dtype, impl=impl)  # type: ignore[misc]
+        found_gradients = torch.autograd.grad(found, given, inside_poison(grad_OI.to(case.dtype)))
+    assert found.dtype is case.dtype
+    assert_close(found, expected, "elementwise")
+    assert torch.equal(found_gradients[0].double(), gradients[0])
+    for value, wanted in zip(found_gradients[1:], gradients[1:], strict=True):
+        assert value.dtype is torch.float32
+        assert_close(value, wanted, "gradient")
+
+
 def check_quant_linear(case: Case, impl: str, device: str) -> None:
     """Output, and the gradients of x, s and the bias, with x and the gradient of any strides."""
     packed = packed_of(case, device)
@@ -217,5 +236,6 @@ CHECKS = {
     "packing": check_packing,
     "dequantize": check_dequantize,
     "fake_quantize": check_fake_quantize,
+    "fake_quantize for a product": check_fake_quantize_for_a_product,
     "quant_linear": check_quant_linear,
 }

@@ -44,19 +44,21 @@ def test_training_sees_the_codes_of_the_reference_bit_by_bit(bits: int) -> None:
     w_OI = torch.randn(256, 4096) * 10.0 ** torch.randint(-6, 3, (256, 1))
     s_OG = (torch.rand(256, 64) + 0.01) * 10.0 ** torch.randint(-6, 1, (256, 1))
     z_OG = torch.rand(256, 64) * ((1 << bits) - 1)
-    assert torch.equal(cpu_impl.forward(w_OI, s_OG, z_OG, bits), reference.forward(w_OI, s_OG, z_OG, bits))
-    grad_OI = torch.randn_like(w_OI)
-    found = cpu_impl.backward(grad_OI, w_OI, s_OG, z_OG, bits)
-    expected = reference.backward(grad_OI, w_OI, s_OG, z_OG, bits)
-    assert torch.equal(found[0], expected[0])
-    for value, wanted in zip(found[1:], expected[1:], strict=True):
-        assert_close(value, wanted, "gradient")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = cpu_impl.forward(w_OI, s_OG, z_OG, bits, dtype)
+        assert torch.equal(weight, reference.forward(w_OI, s_OG, z_OG, bits, dtype))
+        grad_OI = torch.randn_like(weight)
+        found = cpu_impl.backward(grad_OI, w_OI, s_OG, z_OG, bits)
+        expected = reference.backward(grad_OI, w_OI, s_OG, z_OG, bits)
+        assert torch.equal(found[0], expected[0])
+        for value, wanted in zip(found[1:], expected[1:], strict=True):
+            assert_close(value, wanted, "gradient")
 
 
 @needs_compiler
 @pytest.mark.parametrize("rows", range(1, 19))
 def test_every_number_of_rows(rows: int) -> None:
-    """One, four and sixteen rows have code of their own; others are padded, and more are a dense product."""
+    """One, four, eight and sixteen rows have code of their own; others are padded, and more are a dense product."""
     packed = random_packed_weight(3, 19, 3, 32)
     x = torch.randn(rows, 96)
     y = quant_linear(x, packed.words, packed.scale, packed.zero_words, packed.layout, impl="cpu")

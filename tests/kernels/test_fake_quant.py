@@ -209,3 +209,17 @@ def test_nothing_is_kept_but_the_inputs(symmetric: bool) -> None:
         value = fake_quantize(*inputs, 3)
     assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in inputs}
     value.sum().backward()
+
+
+def test_under_autocast_the_result_is_rounded_once_for_the_product() -> None:
+    w_OI, s_OG, z_OG = (tensor.detach().float().requires_grad_() for tensor in problem(3, (5, 3, 64)))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = fake_quantize(w_OI, s_OG, z_OG, 3)
+    wide = fake_quantize(w_OI, s_OG, z_OG, 3)
+    assert torch.equal(value, wide.bfloat16())
+    grad_OI = torch.randn_like(value)
+    found = torch.autograd.grad(value, (w_OI, s_OG, z_OG), grad_OI)
+    expected = torch.autograd.grad(wide, (w_OI, s_OG, z_OG), grad_OI.float())
+    assert torch.equal(found[0], expected[0])
+    for sums, wanted in zip(found[1:], expected[1:], strict=True):
+        assert_close(sums, wanted, "gradient")

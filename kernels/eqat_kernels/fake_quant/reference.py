@@ -29,21 +29,22 @@ SLICE = 1 << 18
 """Elements of W handled at a time: 1 MiB in float32, a common second-level cache."""
 
 
-def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Return W_hat [O, I]; see `eqat_kernels.fake_quantize`."""
+def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Return W_hat [O, I], computed in the dtype of W and rounded to `dtype`; see `eqat_kernels.fake_quantize`."""
     top = (1 << bits) - 1
     result = torch.empty_like(weight)
     for w_OGg, s_OG1, z_OG1, out_OGg in _slices(weight, scale, zero_point, result):
         torch.div(w_OGg, s_OG1, out=out_OGg)
         out_OGg.round_().add_(z_OG1).clamp_(0, top).sub_(z_OG1).mul_(s_OG1)
-    return result
+    return result.to(dtype)
 
 
 def backward(
     grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients dW [O, I], ds and dz [O, G] from that of W_hat."""
+    """Return the gradients dW [O, I], ds and dz [O, G] from that of W_hat, all in the dtype of W."""
     top = (1 << bits) - 1
+    grad = grad.to(weight.dtype)
     grad_w = torch.empty_like(weight)
     grads_s, grads_z = [], []
     for w_OGg, s_OG1, z_OG1, grad_OGg, grad_w_OGg in _slices(weight, scale, zero_point, grad, grad_w):

@@ -96,9 +96,9 @@ def backward_kernel(
     tl.store(grad_z_ptr + index, (-s_R * sum_clipped).to(grad_z_ptr.dtype.element_ty), mask=inside_R)
 
 
-def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """See `eqat_kernels.fake_quant.reference.forward`."""
-    result = torch.empty_like(weight)
+    result = torch.empty_like(weight, dtype=dtype)
     _launch(
         forward_kernel, (weight, scale, zero_point, result), (weight, scale, zero_point, result), scale, weight, bits
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqat_kernels.dispatch import implementation, select
+from eqat_kernels.dispatch import implementation, product_dtype, select
 from eqat_kernels.layout import PackedLayout
 
 
@@ -37,8 +37,7 @@ def quant_linear(
     Returns:
         [..., O] in the dtype of `x`.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(product_dtype(x))
     chosen = select("quant_linear", impl, x, layout=layout)
     x_TI = x.reshape(-1, x.shape[-1])
     y_TO: Tensor

@@ -20,8 +20,14 @@ from eqat_kernels.layout import PackedLayout
 FEW = 16
 """Rows up to which unpacking once beats a dense product; the C source holds sums for as many."""
 
+RUN = 32
+"""Columns that are unpacked together."""
+
 SLICE = 1 << 20
-"""Weights dequantized at a time."""
+"""Weights dequantized at a time: they stay in the cache until the product has read them."""
+
+SUMMED = 1 << 23
+"""The same, for a product that is a sum over slices: few sums, and little beside the dense weight of a large layer."""
 
 
 def forward(
@@ -36,10 +42,11 @@ def forward(
 def _forward_few(x: Tensor, words: Tensor, scale: Tensor, zero_words: Tensor | None, layout: PackedLayout) -> Tensor:
     words, scale, zeros = words.contiguous(), scale.float().contiguous(), contiguous(zero_words)
     tokens, columns = x.shape
-    rows = 1 if tokens == 1 else 4 if tokens <= 4 else FEW  # what the C source has code for
+    rows = next(rows for rows in (1, 4, 8, FEW) if tokens <= rows)  # what the C source has code for
     x_few = x.float().contiguous()
-    if rows > tokens or columns % 32:
-        x_few = torch.nn.functional.pad(x_few, (0, -columns % 32, 0, rows - tokens))
+    if rows > tokens or columns % RUN:
+        x_few = torch.nn.functional.pad(x_few, (0, -columns % RUN, 0, rows - tokens))
+    x_few = x_few.unflatten(1, (-1, RUN)).transpose(0, 1).contiguous()  # read from front to back
     y = torch.empty(rows, layout.out_features, dtype=torch.float32)
     call("multiply", layout.bits, packed(words, zeros, layout, range(layout.out_features)), scale, x_few, y, rows)
     return y[:tokens].to(x.dtype)
@@ -47,7 +54,7 @@ def _forward_few(x: Tensor, words: Tensor, scale: Tensor, zero_words: Tensor | N
 
 def _forward_many(x: Tensor, words: Tensor, scale: Tensor, zero_words: Tensor | None, layout: PackedLayout) -> Tensor:
     x = x.contiguous()  # torch's bfloat16 product may read beyond the rows of a view, and a NaN there shows
-    parts = [x @ dequantize_rows(words, scale, zero_words, layout, x.dtype, rows).T for rows in _slices(layout)]
+    parts = [x @ dequantize_rows(words, scale, zero_words, layout, x.dtype, rows).T for rows in _slices(layout, SLICE)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -60,26 +67,38 @@ def backward(
     layout: PackedLayout,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """See `eqat_kernels.quant_linear.reference.backward`; holds one dense weight at most, in the dtype of x."""
+    """See `eqat_kernels.quant_linear.reference.backward`; never holds a whole dense weight of a large layer."""
     grad, x = grad.contiguous(), x.contiguous()  # as in the forward
     grad_x = grad_s = None
     if wanted[0]:
-        grad_x = grad @ dequantize_rows(words, scale, zero_words, layout, grad.dtype, range(layout.out_features))
+        grad_x = _input_gradient(grad, words, scale, zero_words, layout)
     if wanted[1]:
         grad_s = _scale_gradient(grad, x, words, zero_words, layout).to(scale.dtype)
     return grad_x, grad_s
 
 
+def _input_gradient(
+    grad: Tensor, words: Tensor, scale: Tensor, zero_words: Tensor | None, layout: PackedLayout
+) -> Tensor:
+    total: Tensor | None = None
+    for rows in _slices(layout, SUMMED):
+        weight = dequantize_rows(words, scale, zero_words, layout, grad.dtype, rows)
+        part = (grad[:, rows.start : rows.stop].contiguous() @ weight).float()
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total.to(grad.dtype)
+
+
 def _scale_gradient(grad: Tensor, x: Tensor, words: Tensor, zero_words: Tensor | None, layout: PackedLayout) -> Tensor:
     words, zeros = words.contiguous(), contiguous(zero_words)
     grad_s = torch.empty(layout.out_features, layout.groups, dtype=torch.float32)
-    for rows in _slices(layout):
+    for rows in _slices(layout, SLICE):
         grad_w = (grad[:, rows.start : rows.stop].T @ x).float()
         call("scale_gradient", layout.bits, packed(words, zeros, layout, rows), grad_w, grad_s)
     return grad_s
 
 
-def _slices(layout: PackedLayout) -> Iterator[range]:
-    rows = max(1, SLICE // layout.in_features)
+def _slices(layout: PackedLayout, weights: int) -> Iterator[range]:
+    rows = max(1, weights // layout.in_features)
     for start in range(0, layout.out_features, rows):
         yield range(start, min(start + rows, layout.out_features))
