@@ -138,8 +138,9 @@ def _placed(teacher: nn.Module, arguments: transformers.TrainingArguments) -> nn
         return teacher.to(arguments.device)
     import deepspeed
 
-    # the settings of the student, as far as they are about parameters: nothing of the teacher is trained
-    config = {"zero_optimization": plugin.deepspeed_config["zero_optimization"], "train_micro_batch_size_per_gpu": 1}
+    # as the student is divided; what the Trainer decides ("auto") is about training, which the teacher is not
+    division = {name: v for name, v in plugin.deepspeed_config["zero_optimization"].items() if v != "auto"}
+    config = {"zero_optimization": division, "train_micro_batch_size_per_gpu": 1}
     engine, *_ = deepspeed.initialize(model=teacher, config=config)
     if arguments.process_index == 0:
         say(f"the teacher is divided among {arguments.world_size} processes")
