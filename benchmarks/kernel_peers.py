@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
+from timing import interleaved
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -57,16 +56,20 @@ class TorchInt4:
 
 
 class Layer:
-    """A random packed layer on the CPU, asymmetric, with what peers need."""
+    """A random packed layer, asymmetric, in groups of 64."""
 
-    def __init__(self, outputs: int, inputs: int, bits: int) -> None:
-        groups = inputs // GROUP
+    def __init__(self, outputs: int, inputs: int, bits: int, device: str = "cpu") -> None:
+        groups, options = inputs // GROUP, {"dtype": torch.uint8, "device": device}
         self.layout = PackedLayout(bits, GROUP, outputs, inputs)
-        self.codes = torch.randint(0, 1 << bits, (outputs, inputs), dtype=torch.uint8)
-        self.scale = (torch.rand(outputs, groups) + 0.5) / 64
-        self.zero = torch.randint(0, 1 << bits, (groups, outputs), dtype=torch.uint8).T
+        self.codes = torch.randint(0, 1 << bits, (outputs, inputs), **options)
+        self.scale = (torch.rand(outputs, groups, device=device) + 0.5) / 64
+        self.zero = torch.randint(0, 1 << bits, (groups, outputs), **options).T
         self.words, self.zero_words = pack(self.codes, bits), pack(self.zero.T.contiguous(), bits).T.contiguous()
         self.stored = self.words, self.scale, self.zero_words, self.layout
+
+    def int4(self, dtype: torch.dtype) -> TorchInt4:
+        """Return the same layer for torch's product."""
+        return TorchInt4(self.codes, self.scale, self.zero.float(), dtype)
 
 
 def peers() -> None:
@@ -85,20 +88,8 @@ def peers() -> None:
 
 
 def _print(op: str, layer: str, bits: int, timed: Timed) -> None:
-    times = _interleaved(list(timed.values()))
-    print(f"{op:<34}{layer:>12}{bits:>5}  " + ", ".join(f"{n} {t:.3f}" for n, t in zip(timed, times, strict=True)))
-
-
-def _interleaved(functions: list[Callable[[], object]], repetitions: int = 21) -> list[float]:
-    """Median milliseconds of functions called in turn, after two calls each."""
-    times: list[list[float]] = [[] for _ in functions]
-    for turn in range(repetitions + 2):
-        for function, found in zip(functions, times, strict=True):
-            start = perf_counter()
-            function()
-            if turn > 1:
-                found.append((perf_counter() - start) * 1e3)
-    return [median(found) for found in times]
+    times = zip(timed, interleaved(list(timed.values()), 21), strict=True)
+    print(f"{op:<34}{layer:>12}{bits:>5}  " + ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in times))
 
 
 def _fake_quantize(layer: Layer, dtype: torch.dtype) -> Timed:
@@ -145,7 +136,7 @@ def _dequantize(layer: Layer, dtype: torch.dtype) -> Timed:
 def _products(layer: Layer, rows: int, dtype: torch.dtype) -> Timed:
     x = torch.randn(rows, layer.layout.in_features, dtype=dtype)
     dense = dequantize(*layer.stored, dtype)
-    int4 = TorchInt4(layer.codes, layer.scale, layer.zero.float(), dtype)
+    int4 = layer.int4(dtype)
     exact = linear(x.double(), dequantize(*layer.stored, torch.float64, impl="reference"))
     compiled = torch.compile(_dequantize_and_multiply, dynamic=False)
 
@@ -159,11 +150,7 @@ def _products(layer: Layer, rows: int, dtype: torch.dtype) -> Timed:
     }
     if rows <= 16 or dtype is torch.bfloat16:  # in float32 it takes seconds for many rows
         timed[f"torch int4 {error(int4.run(x))}"] = lambda: int4.run(x)
-    return {name: _without_gradient(function) for name, function in timed.items()}
-
-
-def _without_gradient(function: Callable[[], object]) -> Callable[[], object]:
-    return torch.no_grad()(function)
+    return {name: torch.no_grad()(function) for name, function in timed.items()}
 
 
 def _dequantize_and_multiply(

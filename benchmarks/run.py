@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 import torch
+from timing import interleaved
 from torch import Tensor, nn
 
 from eqat_kernels import pack, unpack
@@ -77,7 +78,7 @@ def block_step() -> dict[str, Any]:
 
         quantized = train(step.block, fake, walker, call, hidden, target)
         reference = train(plain, [{"params": list(plain.parameters()), "lr": 1e-4}], walker, call, hidden, target)
-        fast, slow = _interleaved(reference, quantized, repetitions=15)
+        fast, slow = interleaved([reference, quantized], 15)
         result[precision] = {"plain_ms": fast * 1e3, "fake_quantized_ms": slow * 1e3, "ratio": slow / fast}
     return result
 
@@ -119,10 +120,12 @@ def packing() -> dict[str, Any]:
     for bits in (2, 3, 4, 8):
         codes = torch.randint(0, 1 << bits, (4096, 4096), dtype=torch.uint8)
         words = pack(codes, bits)
-        packing_s, unpacking_s = _interleaved(
-            lambda c=codes, b=bits: pack(c, b),  # type: ignore[misc]
-            lambda w=words, b=bits: unpack(w, b, 4096),  # type: ignore[misc]
-            repetitions=5,
+        packing_s, unpacking_s = interleaved(
+            [
+                lambda c=codes, b=bits: pack(c, b),  # type: ignore[misc]
+                lambda w=words, b=bits: unpack(w, b, 4096),  # type: ignore[misc]
+            ],
+            5,
         )
         millions = codes.numel() / 1e6
         result[f"{bits} bits"] = {"pack_M_per_s": millions / packing_s, "unpack_M_per_s": millions / unpacking_s}
@@ -179,13 +182,6 @@ def _walker(samples: int, precision: Any) -> BlockWalker:
 def _batches(count: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [{"input_ids": torch.randint(0, 40_000, (1, TOKENS), generator=generator)} for _ in range(count)]
-
-
-def _interleaved(first: Callable[[], Any], second: Callable[[], Any], *, repetitions: int) -> tuple[float, float]:
-    """Median seconds of two functions called in turn."""
-    first(), second()
-    pairs = [(_seconds(first), _seconds(second)) for _ in range(repetitions)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
 
 def _seconds(function: Callable[[], Any]) -> float:

@@ -23,11 +23,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from kernel_peers import TorchInt4
+from kernel_peers import Layer
 from time_kernels_cpu import cpu_ratios
 from torch import Tensor
 
-from eqat_kernels import PackedLayout, dequantize, fake_quantize, pack, quant_linear
+from eqat_kernels import dequantize, fake_quantize, quant_linear
 from eqat_kernels.quant_linear import tiles
 
 LAYERS = {
@@ -78,18 +78,13 @@ def measured_limits() -> tuple[float, float]:
     )
 
 
-class Layer:
-    """A random packed layer on the device, asymmetric, and its dense twin."""
+class DeviceLayer(Layer):
+    """A random packed layer on the device and its twins for torch's products."""
 
     def __init__(self, outputs: int, inputs: int, bits: int) -> None:
-        self.layout = PackedLayout(bits, GROUP, outputs, inputs)
-        codes = torch.randint(0, 1 << bits, (outputs, inputs), dtype=torch.uint8, device="cuda")
-        self.words = pack(codes, bits)
-        self.scale = torch.rand(outputs, inputs // GROUP, device="cuda") + 0.5
-        zeros = torch.randint(0, 1 << bits, (inputs // GROUP, outputs), dtype=torch.uint8, device="cuda")
-        self.zero_words = pack(zeros, bits).T.contiguous()
-        self.int4 = TorchInt4(codes, self.scale, zeros.T, torch.bfloat16) if bits == 4 else None
-        self.dense = dequantize(self.words, self.scale, self.zero_words, self.layout, torch.bfloat16)
+        super().__init__(outputs, inputs, bits, "cuda")
+        self.torch_int4 = self.int4(torch.bfloat16) if bits == 4 else None
+        self.dense = dequantize(*self.stored, torch.bfloat16)
 
     def bytes(self) -> int:
         """Packed words, step sizes and zero points."""
@@ -98,7 +93,7 @@ class Layer:
     @torch.no_grad()
     def run(self, x: Tensor) -> Tensor:
         """Forward."""
-        return quant_linear(x, self.words, self.scale, self.zero_words, self.layout, impl="triton")
+        return quant_linear(x, *self.stored, impl="triton")
 
 
 def forward_table(limits: tuple[float, float]) -> None:
@@ -107,7 +102,7 @@ def forward_table(limits: tuple[float, float]) -> None:
     print(f"{'layer':>18} bits rows {columns}")
     for (name, shapes), bits in product(LAYERS.items(), (2, 3, 4, 8)):
         for outputs, inputs in shapes:
-            layer = Layer(outputs, inputs, bits)
+            layer = DeviceLayer(outputs, inputs, bits)
             for rows in ROWS:
                 x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
                 packed_s = gpu_seconds(lambda layer=layer, x=x: layer.run(x))  # type: ignore[misc]
@@ -115,8 +110,8 @@ def forward_table(limits: tuple[float, float]) -> None:
                 moved = (layer.bytes() + 2 * rows * (inputs + outputs)) / packed_s / limits[0]
                 done = 2 * rows * outputs * inputs / packed_s / limits[1]
                 label, peer = f"{name} {outputs}x{inputs}", ""
-                if layer.int4 is not None:
-                    peer = f"{gpu_seconds(lambda layer=layer, x=x: layer.int4.run(x)) / packed_s:17.2f}"  # type: ignore[misc]
+                if layer.torch_int4 is not None:
+                    peer = f"{gpu_seconds(lambda layer=layer, x=x: layer.torch_int4.run(x)) / packed_s:17.2f}"  # type: ignore[misc]
                 print(
                     f"{label:>18} {bits:4} {rows:4} {packed_s * 1e6:9.1f} {moved:9.1%} {done:9.1%}"
                     f" {dense_s / packed_s:12.2f} {peer}"
@@ -127,17 +122,17 @@ def training_table(limits: tuple[float, float]) -> None:
     """Print backward and elementwise ops on the layers of 7B, 2048 rows."""
     print(f"\n{'layer':>14} bits {'forward+backward us':>20} {'dequantize':>10} {'fake_quantize f+b':>18}")
     for (outputs, inputs), bits in product(LAYERS["7B"], (2, 3, 4, 8)):
-        layer = Layer(outputs, inputs, bits)
+        layer = DeviceLayer(outputs, inputs, bits)
         layer.scale.requires_grad_()
         x = torch.randn(2048, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(2048, outputs, device="cuda", dtype=torch.bfloat16)
         weight = torch.randn(outputs, inputs, device="cuda", requires_grad=True)
         zero = torch.full_like(layer.scale, 1.0).requires_grad_()
 
-        def step(layer: Layer = layer, x: Tensor = x, grad: Tensor = grad) -> None:
+        def step(layer: DeviceLayer = layer, x: Tensor = x, grad: Tensor = grad) -> None:
             quant_linear(x, layer.words, layer.scale, layer.zero_words, layer.layout, impl="triton").backward(grad)
 
-        def fake(layer: Layer = layer, weight: Tensor = weight, zero: Tensor = zero, bits: int = bits) -> None:
+        def fake(layer: DeviceLayer = layer, weight: Tensor = weight, zero: Tensor = zero, bits: int = bits) -> None:
             fake_quantize(weight, layer.scale, zero, bits, impl="triton").backward(weight.detach())
 
         dense_s = gpu_seconds(
@@ -163,7 +158,7 @@ def candidates(rows: int) -> Iterator[tiles.Tile]:
 def tune() -> None:
     """Print the three fastest tiles of the forward for each row count and bit width on a 4096 x 4096 layer."""
     for rows, bits in product((1, 16, 64, 2048), (2, 3, 4, 8)):
-        layer = Layer(4096, 4096, bits)
+        layer = DeviceLayer(4096, 4096, bits)
         x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
         name = "DECODE" if rows <= tiles.DECODE_ROWS else "FEW" if rows <= tiles.FEW.M else "MANY"
         default, found = getattr(tiles, name), []

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import transformers
 from kernel_peers import peers
+from timing import interleaved
 from torch import Tensor, nn
 
 from eqat_kernels import PackedLayout, pack, quant_linear
@@ -50,19 +49,6 @@ def cpu_ratios(only: list[str] | None) -> None:
         generation()
     if only and "peers" in only:
         peers()
-
-
-def interleaved(functions: list[Callable[[], object]], repetitions: int) -> list[float]:
-    """Median milliseconds of functions called in turn."""
-    for function in functions:
-        function()
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repetitions):
-        for function, found in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            found.append((time.perf_counter() - start) * 1e3)
-    return [median(found) for found in times]
 
 
 def decoder_block(hidden: int, mlp: int) -> nn.Module:
@@ -102,7 +88,7 @@ def block_step(hidden: int, mlp: int, tokens: int, precision: torch.dtype) -> tu
         return step
 
     first, second = interleaved([trainer(plain), trainer(fake)], 15 if hidden == 576 else 5)
-    return first, second
+    return first * 1e3, second * 1e3
 
 
 def backward_memory(dtype_name: str) -> float:
@@ -157,10 +143,10 @@ def generation() -> None:
                     run(packed, tokens)
 
             calls = [lambda run=run: run(dense, tokens), lambda run=run, packed=packed: run(packed, tokens), naive]  # type: ignore[misc]
-            dense_ms, packed_ms, naive_ms = interleaved(calls, 7)
+            dense_s, packed_s, naive_s = interleaved(calls, 7)
             print(
-                f"{what}, {bits} bits: dense {count / dense_ms * 1e3:.1f} tokens/s, packed/dense"
-                f" {dense_ms / packed_ms:.2f}, packed/naive {naive_ms / packed_ms:.2f}"
+                f"{what}, {bits} bits: dense {count / dense_s:.1f} tokens/s, packed/dense"
+                f" {dense_s / packed_s:.2f}, packed/naive {naive_s / packed_s:.2f}"
             )
 
 

@@ -115,12 +115,14 @@ class Bench:
 
     def measure(self, folder: Path) -> PerplexityResult:
         """Evaluate the model in `folder`."""
+        full = self.full_precision if self.reference is None else None
         with autocast(self.precision, self.device):
-            if self.reference is None and self.full_precision is not None:
-                full = load_model(self.full_precision, self.device)
-                self.reference = ReferenceOutputs.record(full, self.windows, self.batch_size)
-                del full
-            model = load_model(folder, self.device)
+            model = load_model(full or folder, self.device)
+            if full is not None:
+                self.reference = ReferenceOutputs.record(model, self.windows, self.batch_size)
+                if folder != full:
+                    del model  # one at a time
+                    model = load_model(folder, self.device)
             return evaluate_perplexity(model, self.windows, batch_size=self.batch_size, reference=self.reference)
 
     def row(self, folder: Path) -> dict[str, Any]:

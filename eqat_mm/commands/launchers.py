@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,14 @@ from eqat_mm.errors import ConfigError
 from eqat_mm.train.end_to_end import EndToEndConfig, training_arguments
 
 Job = TypeVar("Job", bound=EndToEndConfig)
+
+
+def free_port() -> int:
+    """Return a port that is free now: a launcher's own choice is always the same."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def deepspeed_settings(name: str | None) -> Path | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any, Literal
 from eqat_mm.checkpoint.folders import is_packed
 from eqat_mm.checkpoint.verify import read_manifest
 from eqat_mm.commands.evaluate import bits_per_weight
+from eqat_mm.commands.launchers import free_port
 from eqat_mm.commands.lmms import require_lmms_eval, task_row, tasks_folder
 from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.runs import discard, seconds_of, settings
@@ -160,11 +160,8 @@ def _eqat(command: str) -> list[str]:
 
 
 def _deepspeed(processes: int) -> list[str]:
-    """Return the launcher of so many processes, on a port that is free now: its own choice is always the same."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    flags = ["--num_gpus", str(processes), "--master_port", str(port), "--no_local_rank"]
+    """Return the launcher of so many processes."""
+    flags = ["--num_gpus", str(processes), "--master_port", str(free_port()), "--no_local_rank"]
     return [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--module", "eqat_mm.cli", "e2e-qp"]
 
 

@@ -254,12 +254,8 @@ void fake_quantize_backward(int bfloat16, const void *grad, const float *w, cons
 
 /* ---- packed weights ---------------------------------------------------------------------------------------- */
 
-/* To nearest, ties to even. */
 INLINE void store_bfloat16(uint16_t *to, floats value) {
-    words16 raw = (words16)value;
-    typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-    halves rounded = __builtin_convertvector((raw + 0x7fff + (raw >> 16 & 1)) >> 16, halves);
-    memcpy(to, &rounded, sizeof rounded);
+    for (int k = 0; k < LANES; k++) to[k] = to_bfloat16(value[k]);
 }
 
 INLINE void dequantize_row(int bits, const Packed *p, const float *s, void *out, int bfloat16, int64_t o) {

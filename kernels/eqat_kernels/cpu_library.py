@@ -50,6 +50,11 @@ def packed(words: Tensor, zeros: Tensor | None, layout: PackedLayout, rows: rang
     return Packed(start, end, zero_start, layout.in_features, layout.groups, words.shape[1], rows.start, rows.stop)
 
 
+def weight_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what the C source reads and writes a dense weight in: bfloat16 as it is, all else through float32."""
+    return dtype if dtype is torch.bfloat16 else torch.float32
+
+
 def call(function: str, *arguments: int | Tensor | Packed) -> None:
     """Run a function of the library on torch's number of threads; tensors are passed as pointers."""
     converted = (

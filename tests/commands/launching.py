@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,20 +16,21 @@ import psutil
 import torch
 from torch import Tensor
 
+from eqat_mm.commands.launchers import free_port
 from tests.checkpoint.files import tensors_of
-
-
-def free_port() -> str:
-    """A port that no other launcher on this machine holds now; theirs is always 29500."""
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return str(sock.getsockname()[1])
-
 
 ROOT = Path(__file__).parents[2]
 ALONE = [sys.executable]
-DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", free_port()]
-DATA_PARALLEL = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
+DATA_PARALLEL = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node",
+    "2",
+    "--master_port",
+    str(free_port()),
+]
 TRAINING = {
     "max_steps": 6,
     "accumulation": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eqat_kernels.cpu_library import call, packed
+from eqat_kernels.cpu_library import call, packed, weight_dtype
 from eqat_kernels.layout import PackedLayout
 
 
@@ -26,9 +26,8 @@ def dequantize_rows(
 ) -> Tensor:
     """Return some rows of W_hat, [len(rows), I]."""
     words, scale, zeros = words.contiguous(), scale.float().contiguous(), contiguous(zero_words)
-    direct = dtype if dtype is torch.bfloat16 else torch.float32
-    weight = torch.empty(len(rows), layout.in_features, dtype=direct)
-    call("dequantize", layout.bits, packed(words, zeros, layout, rows), scale, weight, direct is torch.bfloat16)
+    weight = torch.empty(len(rows), layout.in_features, dtype=weight_dtype(dtype))
+    call("dequantize", layout.bits, packed(words, zeros, layout, rows), scale, weight, weight.dtype is torch.bfloat16)
     return weight.to(dtype)
 
 

@@ -83,8 +83,8 @@ def _input_gradient(
     total: Tensor | None = None
     for rows in _slices(layout, SUMMED):
         weight = dequantize_rows(words, scale, zero_words, layout, grad.dtype, rows)
-        part = (grad[:, rows.start : rows.stop].contiguous() @ weight).float()
-        total = part if total is None else total.add_(part)
+        part = grad[:, rows.start : rows.stop].contiguous() @ weight
+        total = part if total is None else total.float().add_(part)
     assert total is not None
     return total.to(grad.dtype)
 

@@ -1,0 +1,19 @@
+"""How everything here is timed: in turn, so that noise of the machine meets all sides, and by medians."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+
+def interleaved(functions: list[Callable[[], object]], repetitions: int) -> list[float]:
+    """Return the median seconds of functions called in turn, after one call of each that does not count."""
+    times: list[list[float]] = [[] for _ in functions]
+    for turn in range(repetitions + 1):
+        for function, found in zip(functions, times, strict=True):
+            start = perf_counter()
+            function()
+            if turn:
+                found.append(perf_counter() - start)
+    return [median(found) for found in times]
