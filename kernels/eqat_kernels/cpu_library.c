@@ -111,10 +111,12 @@ INLINE floats load(const float *from) {
     return value;
 }
 
+/* In halves: lane by lane, each addition would wait for the one before. */
 INLINE float sum(floats value) {
-    float total = 0;
-    for (int k = 0; k < LANES; k++) total += value[k];
-    return total;
+    value += __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    value += __builtin_shufflevector(value, value, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+    value += __builtin_shufflevector(value, value, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+    return value[0] + value[1];
 }
 
 typedef struct {
@@ -184,71 +186,103 @@ INLINE void fetch_ahead(const void *from, int64_t bytes, int to_write) {
             __builtin_prefetch(line, 0);
 }
 
-INLINE void fake_quantize_group(int bfloat16, const float *w, float step, float z, void *out, int64_t size, float top) {
-    const float inverse = 1 / step, zero = rintf(z);
-    fetch_ahead(w, size * 4, 0);
-    fetch_ahead(out, size * (bfloat16 ? 2 : 4), 1);
+/* The grid of a group, in levels q - round(z): W_hat = level * step. */
+typedef struct {
+    float step, inverse, low, high;
+} Levels;
+
+INLINE Levels levels_of(float step, float z, int bits) {
+    const float low = -rintf(z);
+    return (Levels){step, 1 / step, low, (float)((1 << bits) - 1) + low};
+}
+
+/* Two instructions, the largest and the smallest of two; a NaN stays one. */
+INLINE float clip(Levels grid, float level) {
+    level = grid.low > level ? grid.low : level;
+    return grid.high < level ? grid.high : level;
+}
+
+INLINE void fake_quantize_lanes(int bfloat16, Levels grid, const float *w, void *out, int count) {
 #pragma omp simd
-    for (int64_t i = 0; i < size; i++) {
-        float v = rintf(divide(w[i], step, inverse)) + zero;
-        float q = v < 0 ? 0 : v > top ? top : v;
-        float value = (q - zero) * step;
+    for (int k = 0; k < count; k++) {
+        const float value = clip(grid, rintf(divide(w[k], grid.step, grid.inverse))) * grid.step;
         if (bfloat16)
-            ((uint16_t *)out)[i] = to_bfloat16(value);
+            ((uint16_t *)out)[k] = to_bfloat16(value);
         else
-            ((float *)out)[i] = value;
+            ((float *)out)[k] = value;
     }
+}
+
+INLINE void fake_quantize_group(int bfloat16, Levels grid, const float *w, void *out, int64_t size) {
+    const int64_t width = bfloat16 ? 2 : 4, whole = size / LANES * LANES;
+    fetch_ahead(w, size * 4, 0);
+    fetch_ahead(out, size * width, 1);
+    for (int64_t i = 0; i < whole; i += LANES)
+        fake_quantize_lanes(bfloat16, grid, w + i, (char *)out + i * width, LANES);
+    if (whole < size)
+        fake_quantize_lanes(bfloat16, grid, w + whole, (char *)out + whole * width, (int)(size - whole));
 }
 
 /* W_hat in float32 or bfloat16, which is how the product that follows wants it. */
 void fake_quantize_forward(int bfloat16, const float *w, const float *s, const float *z, void *out, int64_t groups,
                            int64_t size, int bits, int threads) {
-    const float top = (float)((1 << bits) - 1);
 #pragma omp parallel for num_threads(threads)
     for (int64_t group = 0; group < groups; group++) {
-        const int64_t at = group * size;
-        void *to = (char *)out + at * (bfloat16 ? 2 : 4);
+        const Levels grid = levels_of(s[group], z[group], bits);
+        const float *from = w + group * size;
         if (bfloat16)
-            fake_quantize_group(1, w + at, s[group], z[group], to, size, top);
+            fake_quantize_group(1, grid, from, (uint16_t *)out + group * size, size);
         else
-            fake_quantize_group(0, w + at, s[group], z[group], to, size, top);
+            fake_quantize_group(0, grid, from, (float *)out + group * size, size);
     }
 }
 
-INLINE void fake_quantize_group_backward(int bfloat16, const void *grad, const float *w, float step, float z,
-                                         float *grad_w, float *grad_s, float *grad_z, int64_t size, float top) {
-    const float inverse = 1 / step, zero = rintf(z);
-    float slopes = 0, clipped = 0;
-    fetch_ahead(w, size * 4, 0);
-    fetch_ahead(grad, size * (bfloat16 ? 2 : 4), 0);
-    fetch_ahead(grad_w, size * 4, 1);
-#pragma omp simd reduction(+ : slopes, clipped)
-    for (int64_t i = 0; i < size; i++) {
-        float d = bfloat16 ? from_bfloat16(((const uint16_t *)grad)[i]) : ((const float *)grad)[i];
-        float u = divide(w[i], step, inverse), v = rintf(u) + zero;
-        float q = v < 0 ? 0 : v > top ? top : v;
-        float inside = v == q ? d : 0;
-        grad_w[i] = inside;
-        slopes += d * (q - zero - (v == q ? u : 0));
-        clipped += d - inside;
+/* Adds to the sums over a group: of d (level - u), u only where W is inside the grid, and of d where it is not. */
+INLINE void fake_quantize_lanes_backward(int bfloat16, Levels grid, const void *grad, const float *w, float *grad_w,
+                                         floats *slopes, floats *clipped, int count) {
+    float slope[LANES] = {0}, outside[LANES] = {0};
+#pragma omp simd
+    for (int k = 0; k < count; k++) {
+        const float d = bfloat16 ? from_bfloat16(((const uint16_t *)grad)[k]) : ((const float *)grad)[k];
+        const float u = divide(w[k], grid.step, grid.inverse), nearest = rintf(u), level = clip(grid, nearest);
+        const float inside = level == nearest ? d : 0;
+        grad_w[k] = inside;
+        slope[k] = d * (level - (level == nearest ? u : 0));
+        outside[k] = d - inside;
     }
-    *grad_s = slopes;
-    *grad_z = -step * clipped;
+    *slopes += load(slope);
+    *clipped += load(outside);
+}
+
+INLINE void fake_quantize_group_backward(int bfloat16, Levels grid, const void *grad, const float *w, float *grad_w,
+                                         float *grad_s, float *grad_z, int64_t size) {
+    const int64_t width = bfloat16 ? 2 : 4, whole = size / LANES * LANES;
+    const char *d = grad;
+    floats slopes = {0}, clipped = {0};
+    fetch_ahead(w, size * 4, 0);
+    fetch_ahead(grad, size * width, 0);
+    fetch_ahead(grad_w, size * 4, 1);
+    for (int64_t i = 0; i < whole; i += LANES)
+        fake_quantize_lanes_backward(bfloat16, grid, d + i * width, w + i, grad_w + i, &slopes, &clipped, LANES);
+    if (whole < size)
+        fake_quantize_lanes_backward(bfloat16, grid, d + whole * width, w + whole, grad_w + whole, &slopes, &clipped,
+                                     (int)(size - whole));
+    *grad_s = sum(slopes);
+    *grad_z = -grid.step * sum(clipped);
 }
 
 void fake_quantize_backward(int bfloat16, const void *grad, const float *w, const float *s, const float *z,
                             float *grad_w, float *grad_s, float *grad_z, int64_t groups, int64_t size, int bits,
                             int threads) {
-    const float top = (float)((1 << bits) - 1);
 #pragma omp parallel for num_threads(threads)
     for (int64_t group = 0; group < groups; group++) {
+        const Levels grid = levels_of(s[group], z[group], bits);
         const int64_t at = group * size;
-        const void *d = (const char *)grad + at * (bfloat16 ? 2 : 4);
         float *dw = grad_w + at, *ds = grad_s + group, *dz = grad_z + group;
         if (bfloat16)
-            fake_quantize_group_backward(1, d, w + at, s[group], z[group], dw, ds, dz, size, top);
+            fake_quantize_group_backward(1, grid, (const uint16_t *)grad + at, w + at, dw, ds, dz, size);
         else
-            fake_quantize_group_backward(0, d, w + at, s[group], z[group], dw, ds, dz, size, top);
+            fake_quantize_group_backward(0, grid, (const float *)grad + at, w + at, dw, ds, dz, size);
     }
 }
 
