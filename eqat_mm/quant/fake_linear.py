@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eqat_kernels import fake_quantize
+from eqat_kernels import fake_quant_linear
 from eqat_mm.quant.grid import away_from_zero
 from eqat_mm.quant.spec import QuantSpec
 
@@ -36,8 +36,7 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W_hat.T + bias, [..., I] -> [..., O]."""
-        weight = fake_quantize(self.weight, self.scale, self.zero_point, self.spec.bits)
-        return nn.functional.linear(x, weight, self.bias)
+        return fake_quant_linear(x, self.weight, self.scale, self.zero_point, self.spec.bits, self.bias)
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """W."""

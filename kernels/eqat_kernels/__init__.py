@@ -6,7 +6,7 @@ picks an implementation (`dispatch.select`). Importing this package needs torch 
 
 from eqat_kernels.dequant import dequantize
 from eqat_kernels.dispatch import IMPLEMENTATIONS, select
-from eqat_kernels.fake_quant import fake_quantize
+from eqat_kernels.fake_quant import fake_quant_linear, fake_quantize
 from eqat_kernels.packing import PackedLayout, pack, unpack
 from eqat_kernels.quant_linear import quant_linear
 
@@ -14,6 +14,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "PackedLayout",
     "dequantize",
+    "fake_quant_linear",
     "fake_quantize",
     "pack",
     "quant_linear",

@@ -89,7 +89,9 @@ def _elementwise(bits: int) -> Iterator[Kernel]:
     for product in ("fp32", "bf16"):  # the dtype of W_hat; W, s and z are float32
         forward, backward = _types("fp32", out=product), _types("fp32", grad=product)
         yield Kernel(f"fake_quantize forward w{bits} {product}", fake_quant.forward_kernel, forward, tile, {})
-        yield Kernel(f"fake_quantize backward w{bits} {product}", fake_quant.backward_kernel, backward, tile, {})
+        name, kernel = f"fake_quantize backward w{bits} {product}", fake_quant.backward_kernel
+        yield Kernel(name, kernel, backward, tile | {"out_ptr": None}, {})
+        yield Kernel(f"{name}, W_hat again", kernel, backward | {"out_ptr": f"*{product}"}, tile, {})
     columns = columns_of_tile(_layout(bits), 64)
     tile = {"BITS": bits, "R": dequant.ROWS, "K": columns}
     yield Kernel(f"dequantize w{bits} bf16", dequant.dequantize_kernel, _types("bf16"), tile, {})

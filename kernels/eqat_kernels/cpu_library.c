@@ -214,13 +214,16 @@ INLINE void fake_quantize_lanes(int bfloat16, Levels grid, const float *w, void 
 }
 
 INLINE void fake_quantize_group(int bfloat16, Levels grid, const float *w, void *out, int64_t size) {
-    const int64_t width = bfloat16 ? 2 : 4, whole = size / LANES * LANES;
+    const int64_t width = bfloat16 ? 2 : 4;
     fetch_ahead(w, size * 4, 0);
     fetch_ahead(out, size * width, 1);
-    for (int64_t i = 0; i < whole; i += LANES)
-        fake_quantize_lanes(bfloat16, grid, w + i, (char *)out + i * width, LANES);
-    if (whole < size)
-        fake_quantize_lanes(bfloat16, grid, w + whole, (char *)out + whole * width, (int)(size - whole));
+    for (int64_t i = 0; i < size; i += LANES) {
+        char *to = (char *)out + i * width;
+        if (i + LANES <= size)
+            fake_quantize_lanes(bfloat16, grid, w + i, to, LANES);
+        else
+            fake_quantize_lanes(bfloat16, grid, w + i, to, (int)(size - i));
+    }
 }
 
 /* W_hat in float32 or bfloat16, which is how the product that follows wants it. */
@@ -237,52 +240,66 @@ void fake_quantize_forward(int bfloat16, const float *w, const float *s, const f
     }
 }
 
-/* Adds to the sums over a group: of d (level - u), u only where W is inside the grid, and of d where it is not. */
+/* Adds to the sums over a group: of d (level - u), u only where W is inside the grid, and of d where it is not. Writes
+   W_hat again where `hat` is given. `grad_w` may be `grad`. */
 INLINE void fake_quantize_lanes_backward(int bfloat16, Levels grid, const void *grad, const float *w, float *grad_w,
-                                         floats *slopes, floats *clipped, int count) {
+                                         void *hat, floats *slopes, floats *clipped, int count) {
     float slope[LANES] = {0}, outside[LANES] = {0};
 #pragma omp simd
     for (int k = 0; k < count; k++) {
         const float d = bfloat16 ? from_bfloat16(((const uint16_t *)grad)[k]) : ((const float *)grad)[k];
         const float u = divide(w[k], grid.step, grid.inverse), nearest = rintf(u), level = clip(grid, nearest);
-        const float inside = level == nearest ? d : 0;
+        const float inside = level == nearest ? d : 0, value = level * grid.step;
         grad_w[k] = inside;
         slope[k] = d * (level - (level == nearest ? u : 0));
         outside[k] = d - inside;
+        if (hat && bfloat16)
+            ((uint16_t *)hat)[k] = to_bfloat16(value);
+        else if (hat)
+            ((float *)hat)[k] = value;
     }
     *slopes += load(slope);
     *clipped += load(outside);
 }
 
-INLINE void fake_quantize_group_backward(int bfloat16, Levels grid, const void *grad, const float *w, float *grad_w,
-                                         float *grad_s, float *grad_z, int64_t size) {
-    const int64_t width = bfloat16 ? 2 : 4, whole = size / LANES * LANES;
-    const char *d = grad;
+INLINE void fake_quantize_group_backward(int bfloat16, Levels grid, const char *grad, const float *w, float *grad_w,
+                                         char *hat, float *grad_s, float *grad_z, int64_t size) {
+    const int64_t width = bfloat16 ? 2 : 4;
     floats slopes = {0}, clipped = {0};
     fetch_ahead(w, size * 4, 0);
     fetch_ahead(grad, size * width, 0);
     fetch_ahead(grad_w, size * 4, 1);
-    for (int64_t i = 0; i < whole; i += LANES)
-        fake_quantize_lanes_backward(bfloat16, grid, d + i * width, w + i, grad_w + i, &slopes, &clipped, LANES);
-    if (whole < size)
-        fake_quantize_lanes_backward(bfloat16, grid, d + whole * width, w + whole, grad_w + whole, &slopes, &clipped,
-                                     (int)(size - whole));
+    if (hat) fetch_ahead(hat, size * width, 1);
+    for (int64_t i = 0; i < size; i += LANES) {
+        const char *d = grad + i * width;
+        char *out = hat ? hat + i * width : 0;
+        if (i + LANES <= size)
+            fake_quantize_lanes_backward(bfloat16, grid, d, w + i, grad_w + i, out, &slopes, &clipped, LANES);
+        else
+            fake_quantize_lanes_backward(bfloat16, grid, d, w + i, grad_w + i, out, &slopes, &clipped, (int)(size - i));
+    }
     *grad_s = sum(slopes);
     *grad_z = -grid.step * sum(clipped);
 }
 
+/* `hat`, of the type of `grad`, or null. */
 void fake_quantize_backward(int bfloat16, const void *grad, const float *w, const float *s, const float *z,
-                            float *grad_w, float *grad_s, float *grad_z, int64_t groups, int64_t size, int bits,
-                            int threads) {
+                            float *grad_w, void *hat, float *grad_s, float *grad_z, int64_t groups, int64_t size,
+                            int bits, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t group = 0; group < groups; group++) {
         const Levels grid = levels_of(s[group], z[group], bits);
-        const int64_t at = group * size;
+        const int64_t at = group * size, bytes = at * (bfloat16 ? 2 : 4);
+        const char *d = (const char *)grad + bytes;
         float *dw = grad_w + at, *ds = grad_s + group, *dz = grad_z + group;
-        if (bfloat16)
-            fake_quantize_group_backward(1, grid, (const uint16_t *)grad + at, w + at, dw, ds, dz, size);
+        if (bfloat16 && hat)
+            fake_quantize_group_backward(1, grid, d, w + at, dw, (char *)hat + bytes, ds, dz, size);
+        else if (bfloat16)
+            fake_quantize_group_backward(1, grid, d, w + at, dw, 0, ds, dz, size);
+        else if (hat)
+            fake_quantize_group_backward(0, grid, d, w + at, dw, (char *)hat + bytes, ds, dz, size);
         else
-            fake_quantize_group_backward(0, grid, (const float *)grad + at, w + at, dw, ds, dz, size);
+            fake_quantize_group_backward(0, grid, d, w + at, dw, 0, ds, dz, size);
     }
 }
 

@@ -55,10 +55,11 @@ def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 else torch.float32
 
 
-def call(function: str, *arguments: int | Tensor | Packed) -> None:
-    """Run a function of the library on torch's number of threads; tensors are passed as pointers."""
+def call(function: str, *arguments: int | Tensor | Packed | None) -> None:
+    """Run a function of the library on torch's number of threads; tensors are passed as pointers, None as null."""
     converted = (
         ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor)
+        else ctypes.c_void_p() if value is None
         else ctypes.byref(value) if isinstance(value, Packed)
         else ctypes.c_int64(value)
         for value in arguments

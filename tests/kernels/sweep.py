@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from eqat_kernels import dequantize, fake_quantize, pack, quant_linear, unpack
+from eqat_kernels import dequantize, fake_quant_linear, fake_quantize, pack, quant_linear, unpack
 from tests.kernels.naive import PackedWeight, per_weight, random_codes, random_packed_weight
 from tests.tolerances import assert_close
 
@@ -208,6 +208,29 @@ def check_fake_quantize_for_a_product(case: Case, impl: str, device: str) -> Non
         assert_close(value, wanted, "gradient")
 
 
+def check_fake_quant_linear(case: Case, impl: str, device: str) -> None:
+    """Output, and the gradients of x, W, s, z and the bias; W in float32, x in the dtype of the product."""
+    w_OI, s_OG, z_OG, _ = fake_quantize_problem(replace(case, dtype=torch.float32), device)
+    x_TI = torch.randn(case.shape[3], w_OI.shape[1]).to(device, case.dtype)
+    bias = torch.randn(w_OI.shape[0]).to(device)
+    grad_TO = torch.randn(case.shape[3], w_OI.shape[0]).to(device, case.dtype)
+
+    exact = [tensor.double().requires_grad_() for tensor in (x_TI, w_OI, s_OG, z_OG, bias)]
+    weight = fake_quantize(*exact[1:4], case.bits, impl="reference")  # type: ignore[misc]
+    expected = torch.nn.functional.linear(exact[0], weight, exact[4])
+    gradients = torch.autograd.grad(expected, exact, grad_TO.double())
+
+    given = [inside_poison(tensor).requires_grad_() for tensor in (x_TI, w_OI, s_OG, z_OG)]
+    given.append(bias.clone().requires_grad_())
+    with poisoned_outputs():
+        found = fake_quant_linear(*given[:4], case.bits, given[4], impl=impl)  # type: ignore[misc]
+        found_gradients = torch.autograd.grad(found, given, inside_poison(grad_TO))
+    assert found.dtype is case.dtype
+    assert_close(found, expected, "matmul")
+    for value, wanted in zip(found_gradients, gradients, strict=True):
+        assert_close(value, wanted, "gradient", case.dtype)
+
+
 def check_quant_linear(case: Case, impl: str, device: str) -> None:
     """Output, and the gradients of x, s and the bias, with x and the gradient of any strides."""
     packed = packed_of(case, device)
@@ -237,5 +260,6 @@ CHECKS = {
     "dequantize": check_dequantize,
     "fake_quantize": check_fake_quantize,
     "fake_quantize for a product": check_fake_quantize_for_a_product,
+    "fake_quant_linear": check_fake_quant_linear,
     "quant_linear": check_quant_linear,
 }

@@ -48,11 +48,14 @@ def test_training_sees_the_codes_of_the_reference_bit_by_bit(bits: int) -> None:
         weight = cpu_impl.forward(w_OI, s_OG, z_OG, bits, dtype)
         assert torch.equal(weight, reference.forward(w_OI, s_OG, z_OG, bits, dtype))
         grad_OI = torch.randn_like(weight)
-        found = cpu_impl.backward(grad_OI, w_OI, s_OG, z_OG, bits)
-        expected = reference.backward(grad_OI, w_OI, s_OG, z_OG, bits)
-        assert torch.equal(found[0], expected[0])
-        for value, wanted in zip(found[1:], expected[1:], strict=True):
-            assert_close(value, wanted, "gradient")
+        grad_w_OI, wanted_OI = torch.empty_like(w_OI), torch.empty_like(w_OI)
+        grad_s, grad_z, again = cpu_impl.backward(grad_OI, w_OI, s_OG, z_OG, bits, grad_w_OI, remake=True)
+        wanted_s, wanted_z, _ = reference.backward(grad_OI, w_OI, s_OG, z_OG, bits, wanted_OI, remake=False)
+        assert torch.equal(grad_w_OI, wanted_OI)
+        assert again is not None
+        assert torch.equal(again, weight)
+        assert_close(grad_s, wanted_s, "gradient")
+        assert_close(grad_z, wanted_z, "gradient")
 
 
 @needs_compiler

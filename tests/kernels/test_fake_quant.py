@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from eqat_kernels import fake_quantize
+from eqat_kernels import fake_quant_linear, fake_quantize
 from eqat_kernels.fake_quant import reference
 from tests.kernels.naive import fake_quantize_elements, per_group, per_weight
 from tests.tolerances import assert_close
@@ -223,3 +223,33 @@ def test_under_autocast_the_result_is_rounded_once_for_the_product() -> None:
     assert torch.equal(found[0], expected[0])
     for sums, wanted in zip(found[1:], expected[1:], strict=True):
         assert_close(sums, wanted, "gradient")
+
+
+def test_with_its_product_nothing_is_kept_but_the_inputs() -> None:
+    w_OI, s_OG, z_OG = problem(3, (5, 3, 8))
+    x = torch.randn(2, 4, 24, dtype=torch.float64, requires_grad=True)
+    kept: list[Any] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = fake_quant_linear(x, w_OI, s_OG, z_OG, 3)
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in (x, w_OI, s_OG, z_OG)}
+    expected = torch.nn.functional.linear(x, fake_quantize(w_OI, s_OG, z_OG, 3))
+    assert torch.equal(y, expected)
+    grad = torch.randn_like(y)
+    leaves = (x, w_OI, s_OG, z_OG)
+    found = torch.autograd.grad(y, leaves, grad)
+    for left, right in zip(found, torch.autograd.grad(expected, leaves, grad), strict=True):
+        assert_close(left, right, "gradient")
+
+
+def test_an_input_that_needs_no_gradient_gets_none_and_the_rest_is_the_same() -> None:
+    inputs = problem(3, (5, 3, 8))
+    x = torch.randn(4, 24, dtype=torch.float64)
+    expected = torch.autograd.grad(fake_quant_linear(x.clone().requires_grad_(), *inputs, 3).sum(), inputs)
+    found = torch.autograd.grad(fake_quant_linear(x, *inputs, 3).sum(), inputs)
+    for left, right in zip(found, expected, strict=True):
+        assert torch.equal(left, right)

@@ -18,11 +18,13 @@ def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype:
 
 
 def backward(
-    grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, grad_w: Tensor, *, remake: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `eqat_kernels.fake_quant.reference.backward`."""
-    d, w, s, z = (tensor.contiguous() for tensor in (grad.to(weight_dtype(grad.dtype)), weight, scale, zero_point))
-    grad_w, grad_s, grad_z = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (w, s, z))
+    w, s, z = weight.contiguous(), scale.contiguous(), zero_point.contiguous()
+    d = grad.to(weight_dtype(grad.dtype)).contiguous()
+    result = torch.empty_like(d) if remake else None
+    grad_s, grad_z = torch.empty_like(s), torch.empty_like(z)
     narrow, size = d.dtype is torch.bfloat16, w.shape[1] // s.shape[1]
-    call("fake_quantize_backward", narrow, d, w, s, z, grad_w, grad_s, grad_z, s.numel(), size, bits)
-    return grad_w, grad_s, grad_z
+    call("fake_quantize_backward", narrow, d, w, s, z, grad_w, result, grad_s, grad_z, s.numel(), size, bits)
+    return grad_s, grad_z, None if result is None else result.to(grad.dtype)

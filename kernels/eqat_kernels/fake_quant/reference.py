@@ -40,23 +40,37 @@ def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype:
 
 
 def backward(
-    grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients dW [O, I], ds and dz [O, G] from that of W_hat, all in the dtype of W."""
+    grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, grad_w: Tensor, *, remake: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Write dW and return ds, dz and, on request, W_hat again.
+
+    Args:
+        grad: dW_hat, float [O, I].
+        weight: W, float [O, I].
+        scale: s, float [O, G].
+        zero_point: z, float [O, G].
+        bits: N.
+        grad_w: contiguous, of the shape and dtype of W, for dW; may be `grad`.
+        remake: whether W_hat is made again, in the dtype of `grad`.
+
+    Returns:
+        ds and dz [O, G], in the dtype of W; W_hat [O, I] or None.
+    """
     top = (1 << bits) - 1
+    result = forward(weight, scale, zero_point, bits, grad.dtype) if remake else None
     grad = grad.to(weight.dtype)
-    grad_w = torch.empty_like(weight)
     grads_s, grads_z = [], []
     for w_OGg, s_OG1, z_OG1, grad_OGg, grad_w_OGg in _slices(weight, scale, zero_point, grad, grad_w):
         u_OGg = w_OGg / s_OG1
         v_OGg = u_OGg.round().add_(z_OG1)
         q_OGg = v_OGg.clamp(0, top)
         inside_OGg = v_OGg.eq_(q_OGg)  # 1.0 or 0.0: products with a bool tensor are several times slower
-        torch.mul(grad_OGg, inside_OGg, out=grad_w_OGg)
         slope_OGg = q_OGg.sub_(z_OG1).sub_(u_OGg.mul_(inside_OGg))
         grads_s.append(slope_OGg.mul_(grad_OGg).sum(-1))
-        grads_z.append((grad_w_OGg.sum(-1) - grad_OGg.sum(-1)).mul_(s_OG1.squeeze(-1)))
-    return grad_w, torch.cat(grads_s), torch.cat(grads_z)
+        total_OG = grad_OGg.sum(-1)
+        torch.mul(grad_OGg, inside_OGg, out=grad_w_OGg)
+        grads_z.append((grad_w_OGg.sum(-1) - total_OG).mul_(s_OG1.squeeze(-1)))
+    return torch.cat(grads_s), torch.cat(grads_z), result
 
 
 def _slices(weight: Tensor, scale: Tensor, zero_point: Tensor, *like_weight: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -65,11 +65,14 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, w_ptr, s_ptr, z_ptr, grad_w_ptr, grad_s_ptr, grad_z_ptr, group_count, groups, size,
+    grad_ptr, w_ptr, s_ptr, z_ptr, grad_w_ptr, grad_s_ptr, grad_z_ptr, out_ptr, group_count, groups, size,
     grad_row, grad_column, w_row, w_column, s_row, s_group, z_row, z_group, grad_w_row, grad_w_column,
     BITS: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Write dW of R groups, and their ds and dz into contiguous [O, G]."""
+    """Write dW of R groups, their ds and dz into contiguous [O, G], and W_hat into contiguous [O, I] unless None.
+
+    dW may be written over the gradient: both are read and written by the same thread at the same strides.
+    """
     TOP: tl.constexpr = (1 << BITS) - 1
     index = tl.program_id(0) * R + tl.arange(0, R)
     inside_R = index < group_count
@@ -90,8 +93,11 @@ def backward_kernel(
         grad_w = tl.where(v == q, grad, 0.0)
         sum_s += tl.sum(grad * (q - z - tl.where(v == q, u, 0.0)), axis=1)
         sum_clipped += tl.sum(grad - grad_w, axis=1)
-        out = grad_w_ptr + row[:, None] * grad_w_row + at * grad_w_column
-        tl.store(out, grad_w.to(grad_w_ptr.dtype.element_ty), mask=inside)
+        to = grad_w_ptr + row[:, None] * grad_w_row + at * grad_w_column
+        tl.store(to, grad_w.to(grad_w_ptr.dtype.element_ty), mask=inside)
+        if out_ptr is not None:
+            out = out_ptr + row[:, None] * (groups * size) + at
+            tl.store(out, ((q - z) * s_R[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_s_ptr + index, sum_s.to(grad_s_ptr.dtype.element_ty), mask=inside_R)
     tl.store(grad_z_ptr + index, (-s_R * sum_clipped).to(grad_z_ptr.dtype.element_ty), mask=inside_R)
 
@@ -106,14 +112,14 @@ def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype:
 
 
 def backward(
-    grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, grad_w: Tensor, *, remake: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `eqat_kernels.fake_quant.reference.backward`."""
-    grad_w = torch.empty_like(weight)
     grad_s, grad_z = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (scale, zero_point))
+    result = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if remake else None
     strided = (grad, weight, scale, zero_point, grad_w)
-    _launch(backward_kernel, (*strided, grad_s, grad_z), strided, scale, weight, bits)
-    return grad_w, grad_s, grad_z
+    _launch(backward_kernel, (*strided, grad_s, grad_z, result), strided, scale, weight, bits)
+    return grad_s, grad_z, result
 
 
 def tile_of(group_size: int) -> tuple[int, int]:
@@ -124,7 +130,7 @@ def tile_of(group_size: int) -> tuple[int, int]:
 
 def _launch(
     kernel: Callable[..., Any],
-    pointers: tuple[Tensor, ...],
+    pointers: tuple[Tensor | None, ...],
     strided: tuple[Tensor, ...],
     scale: Tensor,
     weight: Tensor,

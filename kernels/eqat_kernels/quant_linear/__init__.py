@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eqat_kernels.bias import bias_gradient
 from eqat_kernels.dispatch import implementation, product_dtype, select
 from eqat_kernels.layout import PackedLayout
 
@@ -73,11 +74,7 @@ class _QuantLinear(torch.autograd.Function):
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
         run = implementation("quant_linear", ctx.chosen).backward
         grad_x, grad_s = run(grad, *ctx.saved_tensors, ctx.layout, wanted)
-        grad_b = (
-            grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
-            if ctx.needs_input_grad[5]
-            else None
-        )
+        grad_b = bias_gradient(grad, ctx.bias_dtype) if ctx.needs_input_grad[5] else None
         return grad_x, None, grad_s, None, None, grad_b, None
 
 
