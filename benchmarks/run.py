@@ -78,7 +78,7 @@ def block_step() -> dict[str, Any]:
 
         quantized = train(step.block, fake, walker, call, hidden, target)
         reference = train(plain, [{"params": list(plain.parameters()), "lr": 1e-4}], walker, call, hidden, target)
-        fast, slow = interleaved([reference, quantized], 15)
+        fast, slow = interleaved([reference, quantized], 40)
         result[precision] = {"plain_ms": fast * 1e3, "fake_quantized_ms": slow * 1e3, "ratio": slow / fast}
     return result
 

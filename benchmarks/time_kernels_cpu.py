@@ -87,7 +87,7 @@ def block_step(hidden: int, mlp: int, tokens: int, precision: torch.dtype) -> tu
 
         return step
 
-    first, second = interleaved([trainer(plain), trainer(fake)], 15 if hidden == 576 else 5)
+    first, second = interleaved([trainer(plain), trainer(fake)], 40 if hidden == 576 else 5)
     return first * 1e3, second * 1e3
 
 

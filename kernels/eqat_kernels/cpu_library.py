@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -57,16 +58,23 @@ def weight_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def call(function: str, *arguments: int | Tensor | Packed | None) -> None:
     """Run a function of the library on torch's number of threads; tensors are passed as pointers, None as null."""
-    converted = (
-        ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor)
-        else ctypes.c_void_p() if value is None
-        else ctypes.byref(value) if isinstance(value, Packed)
-        else ctypes.c_int64(value)
+    numbers = [
+        value.data_ptr() if isinstance(value, Tensor)
+        else ctypes.addressof(value) if isinstance(value, Packed)
+        else value or 0
         for value in arguments
-    )  # fmt: skip
+    ]  # fmt: skip
+    _function(function, len(numbers))(*numbers, torch.get_num_threads())
+
+
+@cache
+def _function(name: str, arguments: int) -> Callable[..., None]:
+    """Return a function of the library that takes whole numbers, pointers among them, and a number of threads."""
     library, reason = _load()
     assert library is not None, reason
-    getattr(library, function)(*converted, torch.get_num_threads())
+    function = getattr(library, name)
+    function.argtypes, function.restype = [ctypes.c_int64] * (arguments + 1), None
+    return function  # type: ignore[no-any-return]
 
 
 def obstacle() -> str | None:

@@ -62,18 +62,23 @@ def select(
     """
     if impl == "auto":
         impl = os.environ.get("EQAT_KERNELS", "auto")
+    return _choose(op, impl, tensor.device, dtype or tensor.dtype, layout)
+
+
+@cache
+def _choose(op: str, impl: str, device: torch.device, dtype: torch.dtype, layout: PackedLayout | None) -> str:
+    """Decide once: between two products a training step has no time to look around."""
     known = IMPLEMENTATIONS[op]
-    dtype = dtype or tensor.dtype
     if impl == "auto":
-        fast = "triton" if tensor.device.type == "cuda" else "cpu"
-        chosen = "reference" if _obstacle(op, fast, tensor.device, dtype, layout) else fast
+        fast = "triton" if device.type == "cuda" else "cpu"
+        chosen = "reference" if _obstacle(op, fast, device, dtype, layout) else fast
     elif impl not in known:
         raise ValueError(f"{op}: implementation {impl!r} does not exist; choose one of {('auto', *known)}")
-    elif reason := _obstacle(op, impl, tensor.device, dtype, layout):
+    elif reason := _obstacle(op, impl, device, dtype, layout):
         raise ValueError(f"{op}: implementation {impl!r} cannot run: {reason}; choose another one, or 'auto'")
     else:
         chosen = impl
-    _log_once(op, chosen, tensor.device.type)
+    _log_once(op, chosen, device.type)
     return chosen
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eqat_kernels import cpu_library, fake_quantize, quant_linear, select
+from eqat_kernels import cpu_library, dispatch, fake_quantize, quant_linear, select
 from eqat_kernels.fake_quant import cpu_impl, reference
 from tests.kernels.naive import random_packed_weight
 from tests.kernels.sweep import CHECKS, Case, full_sweep, short_sweep
@@ -21,9 +21,13 @@ needs_compiler = pytest.mark.skipif(cpu_library.obstacle() is not None, reason=s
 
 @pytest.fixture
 def _compile_again() -> Iterator[None]:
-    cpu_library._load.cache_clear()
+    def forget() -> None:
+        cpu_library._load.cache_clear()
+        dispatch._choose.cache_clear()
+
+    forget()
     yield
-    cpu_library._load.cache_clear()
+    forget()
 
 
 @needs_compiler

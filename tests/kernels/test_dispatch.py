@@ -32,8 +32,10 @@ FOLDER = Path(dispatch.__file__).parents[1]
 @pytest.fixture(autouse=True)
 def _nothing_logged_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("EQAT_KERNELS", raising=False)
+    dispatch._choose.cache_clear()
     dispatch._log_once.cache_clear()
     yield
+    dispatch._choose.cache_clear()
     dispatch._log_once.cache_clear()
 
 
