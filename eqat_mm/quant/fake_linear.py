@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eqat_kernels import fake_quant_linear
-from eqat_mm.quant.grid import SMALLEST_STEP, away_from_zero
+from eqat_mm.quant.grid import away_from_zero
 from eqat_mm.quant.spec import QuantSpec
 
 
@@ -53,11 +53,8 @@ class FakeQuantLinear(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Bring s and z back to what can be stored: s away from zero, z in [0, 2^N - 1]. Call after a step."""
-        if self.spec.symmetric:
-            self.scale.copy_(away_from_zero(self.scale, signed=True))
-        else:
-            self.scale.clamp_(min=SMALLEST_STEP)
-            self.zero_point.clamp_(0, self.spec.top)
+        self.scale.copy_(away_from_zero(self.scale, signed=self.spec.symmetric))
+        self.zero_point.clamp_(0, self.spec.top)
 
     def extra_repr(self) -> str:
         """Shape and spec."""
