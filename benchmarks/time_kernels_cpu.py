@@ -20,7 +20,7 @@ from eqat_kernels import PackedLayout, pack, quant_linear
 from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.commands.models import load_model, model_folder
 from eqat_mm.quant.convert import to_fake, to_packed
-from eqat_mm.quant.fake_linear import FakeQuantLinear
+from eqat_mm.quant.fake_linear import fake_quant_linears, project
 from eqat_mm.quant.init import initial_grid
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.memory import keep_freed_memory
@@ -74,7 +74,7 @@ def block_step(hidden: int, mlp: int, tokens: int, precision: torch.dtype) -> tu
 
     def trainer(model: nn.Module) -> Callable[[], None]:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-        projected = [module for module in model.modules() if isinstance(module, FakeQuantLinear)]
+        linears = fake_quant_linears(model)
 
         def step() -> None:
             optimizer.zero_grad()
@@ -82,8 +82,7 @@ def block_step(hidden: int, mlp: int, tokens: int, precision: torch.dtype) -> tu
                 output = model(inputs_embeds=x, use_cache=False).last_hidden_state
             nn.functional.mse_loss(output.float(), target).backward()
             optimizer.step()
-            for module in projected:
-                module.project()
+            project(linears)
 
         return step
 

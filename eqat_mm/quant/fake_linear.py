@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -50,13 +52,20 @@ class FakeQuantLinear(nn.Module):
         """Zero points z; empty on the symmetric grid."""
         return [] if self.spec.symmetric else [self.zero_point]
 
-    @torch.no_grad()
-    def project(self) -> None:
-        """Bring s and z back to what can be stored: s away from zero, z in [0, 2^N - 1]. Call after a step."""
-        self.scale.copy_(away_from_zero(self.scale, signed=self.spec.symmetric))
-        self.zero_point.clamp_(0, self.spec.top)
-
     def extra_repr(self) -> str:
         """Shape and spec."""
         out_features, in_features = self.weight.shape
         return f"{in_features}, {out_features}, {self.spec.name}"
+
+
+def fake_quant_linears(block: nn.Module) -> list[FakeQuantLinear]:
+    """Return all of them in a block, in the order of its modules."""
+    return [module for module in block.modules() if isinstance(module, FakeQuantLinear)]
+
+
+@torch.no_grad()
+def project(linears: Iterable[FakeQuantLinear]) -> None:
+    """Bring s and z back to what can be stored: s away from zero, z in [0, 2^N - 1]. Call after an optimizer step."""
+    for linear in linears:
+        away_from_zero(linear.scale, signed=linear.spec.symmetric, out=linear.scale)
+        linear.zero_point.clamp_(0, linear.spec.top)

@@ -39,9 +39,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return weight
 
 
-def away_from_zero(scale: Tensor, *, signed: bool) -> Tensor:
-    """Return `scale` with every entry at least `SMALLEST_STEP` from zero; positive unless `signed`."""
+def away_from_zero(scale: Tensor, *, signed: bool, out: Tensor | None = None) -> Tensor:
+    """Return `scale` with every entry at least `SMALLEST_STEP` from zero; positive unless `signed`.
+
+    Written to `out` where it is given, which may be `scale`.
+    """
     if not signed:
-        return scale.clamp(min=SMALLEST_STEP)
+        return torch.clamp(scale, min=SMALLEST_STEP, out=out)
     sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
-    return sign * scale.abs().clamp(min=SMALLEST_STEP)
+    return torch.mul(sign, scale.abs().clamp(min=SMALLEST_STEP), out=out)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.data.order import EpochOrder
 from eqat_mm.errors import TrainingError
-from eqat_mm.quant.fake_linear import FakeQuantLinear
+from eqat_mm.quant.fake_linear import fake_quant_linears, project
 from eqat_mm.runtime.progress import progress, say
 from eqat_mm.runtime.seeding import derive_seed, generator
 from eqat_mm.train.losses import BlockLoss, block_loss
@@ -131,7 +131,7 @@ class _BlockFit:
         self.seed = derive_seed(seed, "block", step.index)
         self.training, self.validation = split_samples(len(step.quantized), config)
         self.parameters = trainable_parameters(step.block, config)
-        self.projected = [module for module in step.block.modules() if isinstance(module, FakeQuantLinear)]
+        self.linears = fake_quant_linears(step.block)
         self.report = FitReport(loss_before=self.evaluate())
         self.report.loss_after = self.report.loss_before
         self.best = self._snapshot()
@@ -192,8 +192,7 @@ class _BlockFit:
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             return None
         optimizer.step()
-        for module in self.projected:
-            module.project()
+        project(self.linears)
         self.report.steps += 1
         self.report.tokens += sum(self.step.quantized.read(i).shape[:2].numel() for i in indices)
         return loss.item()
@@ -240,7 +239,7 @@ def trainable_parameters(block: nn.Module, config: FitConfig) -> list[dict[str, 
 
     Each quantized linear names its own W, s and z; what else the block owns (norms) is a group of its own.
     """
-    linears = [module for module in block.modules() if isinstance(module, FakeQuantLinear)]
+    linears = fake_quant_linears(block)
     owned = {id(parameter) for module in linears for parameter in module.parameters()}
     groups: list[tuple[list[nn.Parameter], float, float]] = [
         ([p for m in linears for p in m.weight_parameters()], config.lr_weight, config.weight_decay),

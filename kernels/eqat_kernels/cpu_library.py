@@ -43,6 +43,10 @@ class Packed(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("columns", "groups", "row_words", "first", "last")),
     )
 
+    def data_ptr(self) -> int:
+        """Return where it lies, as tensors do."""
+        return ctypes.addressof(self)
+
 
 def packed(words: Tensor, zeros: Tensor | None, layout: PackedLayout, rows: range) -> Packed:
     """Describe some rows of a packed weight. The tensors are contiguous and outlive the description."""
@@ -56,14 +60,14 @@ def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 else torch.float32
 
 
-def call(function: str, *arguments: int | Tensor | Packed | None) -> None:
-    """Run a function of the library on torch's number of threads; tensors are passed as pointers, None as null."""
-    numbers = [
-        value.data_ptr() if isinstance(value, Tensor)
-        else ctypes.addressof(value) if isinstance(value, Packed)
-        else value or 0
-        for value in arguments
-    ]  # fmt: skip
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in `dtype`; unlike `Tensor.to`, that takes no time where there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def call(function: str, *arguments: int | Tensor | Packed) -> None:
+    """Run a function of the library on torch's number of threads; tensors are passed as pointers, null is 0."""
+    numbers = [value if isinstance(value, int) else value.data_ptr() for value in arguments]
     _function(function, len(numbers))(*numbers, torch.get_num_threads())
 
 

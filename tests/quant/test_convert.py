@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from eqat_kernels import fake_quantize, unpack
 from eqat_mm.quant import FakeQuantLinear, PackedLinear, QuantSpec
 from eqat_mm.quant.convert import to_dense, to_fake, to_packed
+from eqat_mm.quant.fake_linear import project
 from eqat_mm.quant.grid import quantize
 from eqat_mm.quant.init import initial_grid
 from tests.quant.problems import SPECS, correlated_inputs, random_fake_linear
@@ -74,7 +75,7 @@ def test_zero_points_outside_the_range_are_clamped_before_codes_are_taken() -> N
     with torch.no_grad():
         fake.zero_point.add_(torch.randn_like(fake.zero_point) * 4)
     packed = to_packed(fake)
-    fake.project()
+    project([fake])
     assert torch.equal(packed.dequantize(), fake_quantize(fake.weight, rounded_scale(fake), fake.zero_point, spec.bits))
 
 

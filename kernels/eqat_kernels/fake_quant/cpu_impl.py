@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eqat_kernels.cpu_library import call, weight_dtype
+from eqat_kernels.cpu_library import call, cast, weight_dtype
 
 
 def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """See `eqat_kernels.fake_quant.reference.forward`."""
     w, s, z = weight.contiguous(), scale.contiguous(), zero_point.contiguous()
-    result = torch.empty(w.shape, dtype=weight_dtype(dtype))
+    result = torch.empty_like(w, dtype=weight_dtype(dtype))
     narrow = result.dtype is torch.bfloat16
     call("fake_quantize_forward", narrow, w, s, z, result, s.numel(), w.shape[1] // s.shape[1], bits)
-    return result.to(dtype)
+    return cast(result, dtype)
 
 
 def backward(
@@ -22,9 +22,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `eqat_kernels.fake_quant.reference.backward`."""
     w, s, z = weight.contiguous(), scale.contiguous(), zero_point.contiguous()
-    d = grad.to(weight_dtype(grad.dtype)).contiguous()
-    result = torch.empty_like(d) if remake else None
+    d = cast(grad, weight_dtype(grad.dtype)).contiguous()
+    w_hat = torch.empty_like(d) if remake else None
     grad_s, grad_z = torch.empty_like(s), torch.empty_like(z)
-    narrow, size = d.dtype is torch.bfloat16, w.shape[1] // s.shape[1]
-    call("fake_quantize_backward", narrow, d, w, s, z, grad_w, result, grad_s, grad_z, s.numel(), size, bits)
-    return grad_s, grad_z, None if result is None else result.to(grad.dtype)
+    narrow, out, size = d.dtype is torch.bfloat16, 0 if w_hat is None else w_hat, w.shape[1] // s.shape[1]
+    call("fake_quantize_backward", narrow, d, w, s, z, grad_w, out, grad_s, grad_z, s.numel(), size, bits)
+    return grad_s, grad_z, None if w_hat is None else cast(w_hat, grad.dtype)
