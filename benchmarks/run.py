@@ -4,8 +4,8 @@
     python benchmarks/run.py block-step   one of: block-step, block-memory, e2e, packing
 
 Times are medians of interleaved repetitions, so that noise of the machine meets both sides; `block-step` gives medians
-over several processes. Peak memory is the growth of the resident set in a process of its own, from after the imports and
-a first training step to the peak.
+over several processes. Peak memory is the growth of the resident set in a process of its own, from after the imports
+and a first training step to the peak.
 """
 
 from __future__ import annotations

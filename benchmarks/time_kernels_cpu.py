@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from kernel_peers import peers
 from timing import interleaved
 from torch import Tensor, nn
 
-from eqat_kernels import PackedLayout, pack, quant_linear
+from eqat_kernels import PackedLayout, pack, quant_linear, use
 from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.commands.models import load_model, model_folder
 from eqat_mm.quant.convert import to_fake, to_packed
@@ -113,16 +111,6 @@ def peak_bytes() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-@contextmanager
-def implementation(name: str) -> Iterator[None]:
-    """Choose the implementation of every op."""
-    os.environ["EQAT_KERNELS"] = name
-    try:
-        yield
-    finally:
-        del os.environ["EQAT_KERNELS"]
-
-
 @torch.no_grad()
 def generation() -> None:
     """Print tokens per second of the demo model, dense float32, packed, and packed with the naive reference."""
@@ -139,7 +127,7 @@ def generation() -> None:
         for what, run, count in (("decode", decode, STEPS), ("prefill", prefill, PROMPT)):
 
             def naive(run: Callable[..., Any] = run, packed: nn.Module = packed) -> None:
-                with implementation("reference"):
+                with use("reference"):
                     run(packed, tokens)
 
             calls = [lambda run=run: run(dense, tokens), lambda run=run, packed=packed: run(packed, tokens), naive]  # type: ignore[misc]

@@ -5,7 +5,7 @@ picks an implementation (`dispatch.select`). Importing this package needs torch 
 """
 
 from eqat_kernels.dequant import dequantize
-from eqat_kernels.dispatch import IMPLEMENTATIONS, select
+from eqat_kernels.dispatch import IMPLEMENTATIONS, select, use
 from eqat_kernels.fake_quant import fake_quant_linear, fake_quantize
 from eqat_kernels.packing import PackedLayout, pack, unpack
 from eqat_kernels.quant_linear import quant_linear
@@ -20,4 +20,5 @@ __all__ = [
     "quant_linear",
     "select",
     "unpack",
+    "use",
 ]

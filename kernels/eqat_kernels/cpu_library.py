@@ -60,11 +60,6 @@ def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 else torch.float32
 
 
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor in `dtype`; unlike `Tensor.to`, that takes no time where there is nothing to do."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
-
-
 def call(function: str, *arguments: int | Tensor | Packed) -> None:
     """Run a function of the library on torch's number of threads; tensors are passed as pointers, null is 0."""
     numbers = [value if isinstance(value, int) else value.data_ptr() for value in arguments]

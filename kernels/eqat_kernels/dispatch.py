@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -36,6 +38,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 
 _FOLDERS = {"fake_quantize": "fake_quant", "dequantize": "dequant", "pack": "packing", "unpack": "packing"}
 _MODULES = {"triton": "triton_impl", "cpu": "cpu_impl", "reference": "reference"}
+_auto = os.environ.get("EQAT_KERNELS", "auto")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,8 +54,8 @@ def select(
 
     Args:
         op: a key of `IMPLEMENTATIONS`.
-        impl: `auto`, or the name of an implementation. `auto` yields to the environment variable
-            `EQAT_KERNELS` where it is set.
+        impl: `auto`, or the name of an implementation. `auto` yields to `use`, and to the environment variable
+            `EQAT_KERNELS` as it was at import.
         tensor: decides by its device.
         dtype: floating-point dtype the op computes in; by default that of `tensor`.
         layout: of the packed weight, for ops that read one.
@@ -60,9 +63,18 @@ def select(
     Raises:
         ValueError: `impl` does not exist for this op, or cannot run on this tensor; says why.
     """
-    if impl == "auto":
-        impl = os.environ.get("EQAT_KERNELS", "auto")
-    return _choose(op, impl, tensor.device, dtype or tensor.dtype, layout)
+    return _choose(op, _auto if impl == "auto" else impl, tensor.device, dtype or tensor.dtype, layout)
+
+
+@contextmanager
+def use(impl: str) -> Iterator[None]:
+    """Let `auto` mean `impl` inside the block, whatever `EQAT_KERNELS` says."""
+    global _auto
+    before, _auto = _auto, impl
+    try:
+        yield
+    finally:
+        _auto = before
 
 
 @cache
@@ -115,13 +127,6 @@ def _triton_is_installed() -> bool:
         return find_spec("triton") is not None
     except ModuleNotFoundError:
         return False
-
-
-def product_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the dtype that a matrix product of this tensor is made in: autocast's, where it is on."""
-    kind = tensor.device.type
-    on = torch.is_autocast_enabled(kind) and tensor.dtype in _FLOATS  # autocast leaves float64 alone
-    return torch.get_autocast_dtype(kind) if on else tensor.dtype
 
 
 @cache

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eqat_kernels import cpu_library
+from eqat_kernels import cpu_library, use
 from eqat_kernels.quant_linear import tiles
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.cli import main
@@ -80,24 +80,24 @@ def losses_of_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 
     def fit_with_all(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: int) -> FitReport:
         for impl in IMPLEMENTATIONS:
-            monkeypatch.setenv("EQAT_KERNELS", impl)
             copied = step if impl == "reference" else replace(step, block=copy.deepcopy(step.block))
-            report = fit_block(walker, copied, config, seed=seed)
+            with use(impl):
+                report = fit_block(walker, copied, config, seed=seed)
             found[impl].append([report.loss_before, *report.training, *report.validation])
         return report
 
     monkeypatch.setattr(block_ap, "fit_block", fit_with_all)
-    monkeypatch.setenv("EQAT_KERNELS", "reference")
-    run("block-ap", folder)
+    with use("reference"):
+        run("block-ap", folder)
     return {impl: torch.tensor(losses) for impl, losses in found.items()}
 
 
-def losses_of_the_whole(folder: Path, blocks: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+def losses_of_the_whole(folder: Path, blocks: Path) -> dict[str, Tensor]:
     """Losses of E2E-QP behind one Block-AP, by implementation and step."""
     found = {}
     for impl in IMPLEMENTATIONS:
-        monkeypatch.setenv("EQAT_KERNELS", impl)
-        log = run("e2e-qp", folder / impl, quantized=blocks / "model")
+        with use(impl):
+            log = run("e2e-qp", folder / impl, quantized=blocks / "model")
         found[impl] = torch.tensor([record["loss"] for record in log if "loss" in record])
     return found
 
@@ -108,7 +108,7 @@ def test_block_ap_and_e2e_qp_of_the_demo(tmp_path: Path, monkeypatch: pytest.Mon
         pytest.skip(str(cpu_library.obstacle()))
     enlarge_tiles(monkeypatch)
     blocks = losses_of_blocks(tmp_path / "blocks", monkeypatch)
-    whole = losses_of_the_whole(tmp_path, tmp_path / "blocks", monkeypatch)
+    whole = losses_of_the_whole(tmp_path, tmp_path / "blocks")
     assert blocks["reference"].shape == (30, 3)
     assert whole["reference"].shape == (3,)
     for stage, found in (("Block-AP", blocks), ("E2E-QP", whole)):

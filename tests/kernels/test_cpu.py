@@ -104,7 +104,7 @@ def test_the_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_without_a_compiler_auto_is_the_reference(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delenv("EQAT_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "_auto", "auto")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(cpu_library.shutil, "which", lambda _: None)
     with caplog.at_level(logging.WARNING, logger=cpu_library.log.name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from eqat_kernels import (
     quant_linear,
     select,
     unpack,
+    use,
 )
 from tests.kernels.naive import random_packed_weight
 
@@ -31,7 +33,7 @@ FOLDER = Path(dispatch.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _nothing_logged_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("EQAT_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "_auto", "auto")
     dispatch._choose.cache_clear()
     dispatch._log_once.cache_clear()
     yield
@@ -74,17 +76,33 @@ def test_an_unknown_implementation_is_an_error(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_the_environment_decides_for_auto(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EQAT_KERNELS", "reference")
-    assert select(op, "auto", TENSOR) == "reference"
-    monkeypatch.setenv("EQAT_KERNELS", "fastest")
-    with pytest.raises(ValueError, match="'fastest' does not exist"):
-        call(op, "auto")
+def test_what_auto_means_inside_a_block(op: str) -> None:
+    before = select(op, "auto", TENSOR)
+    with use("reference"):
+        assert select(op, "auto", TENSOR) == "reference"
+        with use("auto"):
+            assert select(op, "auto", TENSOR) == before
+        with use("fastest"), pytest.raises(ValueError, match="'fastest' does not exist"):
+            call(op, "auto")
+        assert select(op, "auto", TENSOR) == "reference"
+    assert select(op, "auto", TENSOR) == before
 
 
-def test_an_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EQAT_KERNELS", "fastest")
-    assert select("fake_quantize", "reference", TENSOR) == "reference"
+def test_an_argument_beats_the_block() -> None:
+    with use("fastest"):
+        assert select("fake_quantize", "reference", TENSOR) == "reference"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("reference", "reference"), ("fastest", "does not exist")])
+def test_the_environment_decides_for_auto(name: str, expected: str) -> None:
+    """In a process of its own: it is read at import."""
+    code = "import torch, eqat_kernels; print(eqat_kernels.select('fake_quantize', 'auto', torch.zeros(1)))"
+    environment = os.environ | {"EQAT_KERNELS": name}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=FOLDER, env=environment
+    )
+    assert (done.returncode == 0) == (name in dispatch.IMPLEMENTATIONS["fake_quantize"])
+    assert expected in done.stdout + done.stderr
 
 
 def test_what_cannot_run_is_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from eqat_kernels import cpu_library
+from eqat_kernels import cpu_library, use
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.init import initial_grid
 from eqat_mm.quant.spec import QuantSpec
@@ -15,9 +15,8 @@ from tests.tolerances import assert_close
 STEPS = 5
 
 
-def losses(impl: str, spec: QuantSpec, monkeypatch: pytest.MonkeyPatch, *, packed: bool) -> torch.Tensor:
+def losses(spec: QuantSpec, *, packed: bool) -> torch.Tensor:
     """Fit two layers, fake-quantized (Block-AP) or packed (E2E-QP), to their full-precision selves."""
-    monkeypatch.setenv("EQAT_KERNELS", impl)
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
     x = torch.randn(40, 64)
@@ -43,13 +42,13 @@ def losses(impl: str, spec: QuantSpec, monkeypatch: pytest.MonkeyPatch, *, packe
 @pytest.mark.parametrize("packed", [False, True], ids=["block-ap", "e2e-qp"])
 @pytest.mark.parametrize("spec", [QuantSpec(2, 32), QuantSpec(3, -1, symmetric=True)], ids=lambda spec: spec.name)
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
-def test_losses_are_those_of_the_reference(
-    impl: str, spec: QuantSpec, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_are_those_of_the_reference(impl: str, spec: QuantSpec, packed: bool) -> None:
     if impl == "cpu" and cpu_library.obstacle():
         pytest.skip(str(cpu_library.obstacle()))
     if impl == "triton":
         pytest.importorskip("triton")
-    expected = losses("reference", spec, monkeypatch, packed=packed)
+    with use("reference"):
+        expected = losses(spec, packed=packed)
     assert expected[-1] < expected[0]
-    assert_close(losses(impl, spec, monkeypatch, packed=packed), expected, "block")
+    with use(impl):
+        assert_close(losses(spec, packed=packed), expected, "block")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from eqat_kernels.cpu_library import call, packed, weight_dtype
 from eqat_kernels.layout import PackedLayout
+from eqat_kernels.tensors import cast
 
 
 def dequantize(
@@ -25,10 +26,10 @@ def dequantize_rows(
     rows: range,
 ) -> Tensor:
     """Return some rows of W_hat, [len(rows), I]."""
-    words, scale, zeros = words.contiguous(), scale.float().contiguous(), contiguous(zero_words)
+    words, scale, zeros = words.contiguous(), cast(scale, torch.float32).contiguous(), contiguous(zero_words)
     weight = torch.empty(len(rows), layout.in_features, dtype=weight_dtype(dtype))
     call("dequantize", layout.bits, packed(words, zeros, layout, rows), scale, weight, weight.dtype is torch.bfloat16)
-    return weight.to(dtype)
+    return cast(weight, dtype)
 
 
 def contiguous(zero_words: Tensor | None) -> Tensor | None:

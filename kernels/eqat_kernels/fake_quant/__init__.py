@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqat_kernels.bias import bias_gradient
-from eqat_kernels.cpu_library import cast
-from eqat_kernels.dispatch import implementation, product_dtype, select
+from eqat_kernels.dispatch import implementation, select
+from eqat_kernels.tensors import bias_gradient, cast, product_dtype
 
 
 def fake_quantize(

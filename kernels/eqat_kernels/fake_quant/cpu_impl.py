@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eqat_kernels.cpu_library import call, cast, weight_dtype
+from eqat_kernels.cpu_library import call, weight_dtype
+from eqat_kernels.tensors import cast
 
 
 def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

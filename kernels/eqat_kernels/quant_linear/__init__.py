@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqat_kernels.bias import bias_gradient
-from eqat_kernels.dispatch import implementation, product_dtype, select
+from eqat_kernels.dispatch import implementation, select
 from eqat_kernels.layout import PackedLayout
+from eqat_kernels.tensors import bias_gradient, cast, product_dtype
 
 
 def quant_linear(
@@ -38,7 +38,7 @@ def quant_linear(
     Returns:
         [..., O] in the dtype of `x`.
     """
-    x = x.to(product_dtype(x))
+    x = cast(x, product_dtype(x))
     chosen = select("quant_linear", impl, x, layout=layout)
     x_TI = x.reshape(-1, x.shape[-1])
     y_TO: Tensor

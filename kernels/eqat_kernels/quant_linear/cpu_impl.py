@@ -16,6 +16,7 @@ from torch import Tensor
 from eqat_kernels.cpu_library import call, packed
 from eqat_kernels.dequant.cpu_impl import contiguous, dequantize_rows
 from eqat_kernels.layout import PackedLayout
+from eqat_kernels.tensors import cast
 
 FEW = 16
 """Rows up to which unpacking once beats a dense product; the C source holds sums for as many."""
@@ -40,16 +41,17 @@ def forward(
 
 
 def _forward_few(x: Tensor, words: Tensor, scale: Tensor, zero_words: Tensor | None, layout: PackedLayout) -> Tensor:
-    words, scale, zeros = words.contiguous(), scale.float().contiguous(), contiguous(zero_words)
+    words, scale, zeros = words.contiguous(), cast(scale, torch.float32).contiguous(), contiguous(zero_words)
     tokens, columns = x.shape
     rows = next(rows for rows in (1, 4, 8, FEW) if tokens <= rows)  # what the C source has code for
-    x_few = x.float().contiguous()
+    x_few = cast(x, torch.float32).contiguous()
     if rows > tokens or columns % RUN:
         x_few = torch.nn.functional.pad(x_few, (0, -columns % RUN, 0, rows - tokens))
-    x_few = x_few.unflatten(1, (-1, RUN)).transpose(0, 1).contiguous()  # read from front to back
+    if rows > 1:
+        x_few = x_few.unflatten(1, (-1, RUN)).transpose(0, 1).contiguous()  # read from front to back
     y = torch.empty(rows, layout.out_features, dtype=torch.float32)
     call("multiply", layout.bits, packed(words, zeros, layout, range(layout.out_features)), scale, x_few, y, rows)
-    return y[:tokens].to(x.dtype)
+    return cast(y if rows == tokens else y[:tokens], x.dtype)
 
 
 def _forward_many(x: Tensor, words: Tensor, scale: Tensor, zero_words: Tensor | None, layout: PackedLayout) -> Tensor:
