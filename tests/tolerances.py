@@ -29,24 +29,32 @@ TOLERANCES: dict[Operation, dict[torch.dtype, float]] = {
 }
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """`max |actual - expected| / max |expected|`, computed in float64; NaN if either holds a NaN."""
+def relative_error(actual: torch.Tensor, expected: torch.Tensor, least: float = 0.0) -> float:
+    """`max |actual - expected| / max |expected|`, computed in float64; NaN if either holds a NaN.
+
+    `least` is the size that `expected` counts as having at least.
+    """
     difference = (actual.detach().double().cpu() - expected.detach().double().cpu()).abs().max()
-    size = expected.detach().double().cpu().abs().max()
+    size = expected.detach().double().cpu().abs().max().clamp(min=least)
     return float(difference / size) if size > 0 else float(difference)
 
 
 def assert_close(
-    actual: torch.Tensor, expected: torch.Tensor, operation: Operation, dtype: torch.dtype | None = None
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    operation: Operation,
+    dtype: torch.dtype | None = None,
+    *,
+    least: float = 0.0,
 ) -> None:
     """Assert equal shapes and a relative error within the table's entry.
 
     `dtype` is the precision the computation ran in; by default the dtype of `actual`. `expected` may be
-    of a higher precision.
+    of a higher precision. `least` is for a sum that may cancel: the size of such a sum where it does not.
     """
     assert actual.shape == expected.shape, f"shapes differ: {actual.shape} and {expected.shape}"
     if actual.numel() == 0:
         return
     allowed = TOLERANCES[operation][dtype or actual.dtype]
-    error = relative_error(actual, expected)
+    error = relative_error(actual, expected, least)
     assert error <= allowed, f"{operation}: relative error {error:.3g} is above {allowed:.3g}"

@@ -117,11 +117,11 @@ class _FakeQuantLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, zero_point = ctx.saved_tensors
         grad_TO, wanted = grad.contiguous().view(-1, grad.shape[-1]), ctx.needs_input_grad
-        grad_hat = torch.mm(grad_TO.t(), x.view(-1, x.shape[-1]))
+        grad_hat = grad_TO.T @ x.view(-1, x.shape[-1])
         grad_w = grad_hat if grad_hat.dtype is weight.dtype else torch.empty_like(grad_hat, dtype=weight.dtype)
         run = implementation("fake_quantize", ctx.chosen).backward
         grad_s, grad_z, w_hat = run(grad_hat, weight, scale, zero_point, ctx.bits, grad_w, remake=wanted[0])
-        grad_x = torch.mm(grad_TO, w_hat).view(x.shape) if wanted[0] else None
+        grad_x = (grad_TO @ w_hat).view(x.shape) if wanted[0] else None
         grad_b = bias_gradient(grad_TO, ctx.bias_dtype) if wanted[4] else None
         return grad_x, grad_w, grad_s, grad_z, grad_b, None, None
 
