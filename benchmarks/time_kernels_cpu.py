@@ -84,7 +84,7 @@ def block_step(hidden: int, mlp: int, tokens: int, precision: torch.dtype) -> tu
 
         return step
 
-    # the large block grows the heap in its first steps, until freed memory lies well for all that is to come
+    # enough that the median is of steps that reuse freed memory; the first ones of the large block grow the heap
     first, second = interleaved([trainer(plain), trainer(fake)], 40 if hidden == 576 else 15)
     return first * 1e3, second * 1e3
 

@@ -60,9 +60,12 @@ def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 else torch.float32
 
 
-def call(function: str, *arguments: int | Tensor | Packed) -> None:
-    """Run a function of the library on torch's number of threads; tensors are passed as pointers, null is 0."""
-    numbers = [value if isinstance(value, int) else value.data_ptr() for value in arguments]
+def call(function: str, *arguments: int | Tensor | Packed | None) -> None:
+    """Run a function of the library on torch's number of threads; tensors are passed as pointers, None as null."""
+    numbers = [
+        value if isinstance(value, int) else 0 if value is None else value.data_ptr()
+        for value in arguments
+    ]  # fmt: skip
     _function(function, len(numbers))(*numbers, torch.get_num_threads())
 
 

@@ -23,6 +23,7 @@ import torch
 
 from eqat_kernels import cpu_library
 from eqat_kernels.layout import PackedLayout
+from eqat_kernels.tensors import FLOATS
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,9 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 
 _FOLDERS = {"fake_quantize": "fake_quant", "dequantize": "dequant", "pack": "packing", "unpack": "packing"}
 _MODULES = {"triton": "triton_impl", "cpu": "cpu_impl", "reference": "reference"}
+
 _auto = os.environ.get("EQAT_KERNELS", "auto")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What `auto` means at the moment; `use` changes it."""
 
 
 def select(
@@ -98,8 +100,8 @@ def _obstacle(op: str, impl: str, device: torch.device, dtype: torch.dtype, layo
     """Say why `impl` cannot run here; None where it can."""
     if impl == "reference":
         return None
-    if dtype.is_floating_point and dtype not in _FLOATS:
-        return f"it computes in {', '.join(map(str, _FLOATS))}, not in {dtype}"
+    if dtype.is_floating_point and dtype not in FLOATS:
+        return f"it computes in {', '.join(map(str, FLOATS))}, not in {dtype}"
     if layout is not None and layout.groups > 1 and layout.group_size % 32:
         return f"groups must be multiples of 32 weights, or one per row, not {layout.group_size}"
     return _cpu_obstacle(op, device, dtype) if impl == "cpu" else _triton_obstacle(device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # float64 is left alone
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels compute in, and what autocast casts; float64 is for references."""
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -16,7 +17,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype that a matrix product of this tensor is made in: autocast's, where it is on."""
     kind = tensor.device.type
-    on = torch.is_autocast_enabled(kind) and tensor.dtype in _AUTOCAST
+    on = torch.is_autocast_enabled(kind) and tensor.dtype in FLOATS
     return torch.get_autocast_dtype(kind) if on else tensor.dtype
 
 

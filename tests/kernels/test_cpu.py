@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eqat_kernels import cpu_library, dispatch, fake_quantize, quant_linear, select
+from eqat_kernels import cpu_library, dispatch, fake_quantize, quant_linear, select, use
 from eqat_kernels.fake_quant import cpu_impl, reference
 from tests.kernels.naive import random_packed_weight
 from tests.kernels.sweep import CHECKS, Case, full_sweep, short_sweep
@@ -104,10 +104,9 @@ def test_the_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_without_a_compiler_auto_is_the_reference(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(dispatch, "_auto", "auto")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(cpu_library.shutil, "which", lambda _: None)
-    with caplog.at_level(logging.WARNING, logger=cpu_library.log.name):
+    with use("auto"), caplog.at_level(logging.WARNING, logger=cpu_library.log.name):
         assert select("fake_quantize", "auto", torch.zeros(1)) == "reference"
         assert select("quant_linear", "auto", torch.zeros(1)) == "reference"
     assert [message for message in caplog.messages if "no C compiler" in message] == caplog.messages

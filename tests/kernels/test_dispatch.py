@@ -32,11 +32,11 @@ FOLDER = Path(dispatch.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_logged_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "_auto", "auto")
+def _nothing_logged_yet() -> Iterator[None]:
     dispatch._choose.cache_clear()
     dispatch._log_once.cache_clear()
-    yield
+    with use("auto"):
+        yield
     dispatch._choose.cache_clear()
     dispatch._log_once.cache_clear()
 
@@ -101,7 +101,7 @@ def test_the_environment_decides_for_auto(name: str, expected: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=FOLDER, env=environment
     )
-    assert (done.returncode == 0) == (name in dispatch.IMPLEMENTATIONS["fake_quantize"])
+    assert (done.returncode == 0) == (name in IMPLEMENTATIONS["fake_quantize"])
     assert expected in done.stdout + done.stderr
 
 

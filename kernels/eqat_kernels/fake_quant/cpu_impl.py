@@ -26,6 +26,6 @@ def backward(
     d = cast(grad, weight_dtype(grad.dtype)).contiguous()
     w_hat = torch.empty_like(d) if remake else None
     grad_s, grad_z = torch.empty_like(s), torch.empty_like(z)
-    narrow, out, size = d.dtype is torch.bfloat16, 0 if w_hat is None else w_hat, w.shape[1] // s.shape[1]
-    call("fake_quantize_backward", narrow, d, w, s, z, grad_w, out, grad_s, grad_z, s.numel(), size, bits)
+    narrow, size = d.dtype is torch.bfloat16, w.shape[1] // s.shape[1]
+    call("fake_quantize_backward", narrow, d, w, s, z, grad_w, w_hat, grad_s, grad_z, s.numel(), size, bits)
     return grad_s, grad_z, None if w_hat is None else cast(w_hat, grad.dtype)
