@@ -1,4 +1,4 @@
-"""A tiny model, its packed twin and windows of its text, made once; not to be altered."""
+"""A tiny model, its packed twin and windows of its text, made once, not to be altered; a walker and a block to fit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 from eqat_mm.blocks.source import open_model
+from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.models import load_model
 from eqat_mm.data.windows import text_windows
@@ -16,7 +17,7 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.rtn import run_rtn
 from llava_adapters.llama import ARCH
 from tests.tiny_model import Tiny, save_tiny
-from tests.train.problems import CPU
+from tests.train.problems import CPU, step_to_fit, walker_of
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +42,13 @@ def packed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
     run_rtn(open_model(tiny.folder, ARCH), QuantSpec(2, 32), folder, source="tiny", provenance={"config": {}})
     return folder / "model"
+
+
+@pytest.fixture
+def walker(tiny: Tiny) -> BlockWalker:
+    return walker_of(tiny)
+
+
+@pytest.fixture
+def step(walker: BlockWalker) -> BlockStep:
+    return step_to_fit(walker)

@@ -1,25 +1,24 @@
-"""Fitting one block: what is trained, with which learning rate, and what happens when it goes wrong."""
+"""Fitting one block: steps, the best weights, and what happens when it goes wrong."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.errors import TrainingError
 from eqat_mm.quant.fake_linear import FakeQuantLinear
 from eqat_mm.quant.grid import SMALLEST_STEP
-from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train import fit
-from eqat_mm.train.fit import FitConfig, fit_block, split_samples, trainable_parameters
+from eqat_mm.train.fit import FitConfig, fit_block, split_samples
 from eqat_mm.train.losses import BlockLoss, block_loss
+from llava_adapters.llama import ARCH
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_model import Tiny
 from tests.tolerances import TOLERANCES
@@ -30,16 +29,6 @@ TRAINED, HELD_OUT = range(3, SAMPLES), range(3)
 STEPS_PER_EPOCH = 5
 CLOSE = TOLERANCES["block"][torch.float32]
 Broken = Callable[[int], bool]
-
-
-@pytest.fixture
-def walker(tiny: Tiny) -> BlockWalker:
-    return walker_of(tiny)
-
-
-@pytest.fixture
-def step(walker: BlockWalker) -> BlockStep:
-    return step_to_fit(walker)
 
 
 @contextmanager
@@ -186,81 +175,6 @@ def test_gradients_are_clipped(walker: BlockWalker, step: BlockStep, clip_norm: 
         assert norms == pytest.approx([clip_norm] * STEPS_PER_EPOCH, rel=1e-3)
 
 
-def named_groups(block: nn.Module, config: FitConfig) -> dict[float, set[str]]:
-    """Names of the parameters by learning rate."""
-    names = {id(parameter): name for name, parameter in block.named_parameters()}
-    groups = trainable_parameters(block, config)
-    return {group["lr"]: {names[id(parameter)] for parameter in group["params"]} for group in groups}
-
-
-LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-NORMS = {"input_layernorm.weight", "post_attention_layernorm.weight"}
-
-
-def of_linears(leaf: str) -> set[str]:
-    return {f"{path}.{leaf}" for path in LINEARS}
-
-
-def trainable(block: nn.Module) -> set[str]:
-    return {name for name, parameter in block.named_parameters() if parameter.requires_grad}
-
-
-def test_each_kind_has_its_own_learning_rate(step: BlockStep) -> None:
-    config = FitConfig(lr_weight=1.0, lr_scale=2.0, lr_zero_point=3.0, lr_norm=4.0)
-    expected = {
-        1.0: of_linears("weight"),
-        2.0: of_linears("scale"),
-        3.0: of_linears("zero_point"),
-        4.0: NORMS,
-    }
-    assert named_groups(step.block, config) == expected
-    assert trainable(step.block) == set.union(*expected.values())
-
-
-def test_the_symmetric_grid_trains_no_zero_points(walker: BlockWalker) -> None:
-    step = step_to_fit(walker, QuantSpec(bits=3, group_size=32, symmetric=True))
-    before = values_of(step.block)
-    config = FitConfig(lr_weight=1.0, lr_scale=2.0, lr_zero_point=3.0, lr_norm=4.0)
-    assert named_groups(step.block, config).keys() == {1.0, 2.0, 4.0}
-    assert trainable(step.block) == of_linears("weight") | of_linears("scale") | NORMS
-    report = fit_block(walker, step, FitConfig(epochs=2, lr_weight=1e-3, validation_samples=0), seed=0)
-    assert report.loss_after < report.loss_before
-    assert all(torch.equal(step.block.state_dict()[name], before[name]) for name in of_linears("zero_point"))
-
-
-def test_rates_that_are_not_given_follow_another(step: BlockStep) -> None:
-    groups = trainable_parameters(step.block, FitConfig(lr_weight=1.0, lr_scale=2.0, weight_decay=0.5))
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
-        (1.0, 0.5),
-        (2.0, 0.0),
-        (2.0, 0.0),
-        (1.0, 0.0),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("off", "frozen"),
-    [
-        ({"lr_weight": 0.0}, of_linears("weight")),
-        ({"lr_scale": 0.0}, of_linears("scale")),
-        ({"lr_zero_point": 0.0}, of_linears("zero_point")),
-        ({"lr_norm": 0.0}, NORMS),
-    ],
-    ids=["weight", "scale", "zero point", "norm"],
-)
-def test_what_has_no_learning_rate_is_frozen(
-    walker: BlockWalker, step: BlockStep, off: dict[str, Any], frozen: set[str]
-) -> None:
-    before = values_of(step.block)
-    rates = {"lr_weight": 2e-3, "lr_scale": 1e-3, "lr_zero_point": 1e-2, "lr_norm": 1e-3} | off
-    fit_block(walker, step, FitConfig(epochs=1, validation_samples=0, **rates), seed=0)
-    after = values_of(step.block)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed
-    assert changed.isdisjoint(frozen)
-    assert trainable(step.block) == before.keys() - frozen
-
-
 def test_the_learning_rate_falls_along_the_schedule(walker: BlockWalker, step: BlockStep) -> None:
     rates: list[float] = []
     config = FitConfig(epochs=2, lr_weight=1e-3, lr_floor=0.1, warmup=0.2, validation_samples=3)
@@ -353,7 +267,7 @@ def test_the_grid_stays_one_that_can_be_stored(
     falling = iter(range(100, 0, -1))
     monkeypatch.setattr(fit._BlockFit, "evaluate", lambda _: float(next(falling)))  # keep whatever comes out
     fit_block(walker, step, FitConfig(epochs=2, lr_weight=1e-2, lr_scale=0.5, lr_zero_point=5.0), seed=0)
-    fakes = [step.block.get_submodule(path) for path in LINEARS]
+    fakes = [step.block.get_submodule(path) for path in ARCH.linears]
     assert any((fake.scale == SMALLEST_STEP).any() for fake in fakes)  # type: ignore[union-attr]
     for fake in fakes:
         assert isinstance(fake, FakeQuantLinear)

@@ -27,11 +27,6 @@ INITS: tuple[Init, ...] = ("minmax", "search", "gptq", "refined")
 
 
 @pytest.fixture
-def walker(tiny: Tiny) -> BlockWalker:
-    return walker_of(tiny)
-
-
-@pytest.fixture
 def step(walker: BlockWalker) -> BlockStep:
     return step_behind_rounded_block(walker)
 
