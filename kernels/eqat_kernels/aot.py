@@ -33,15 +33,13 @@ from eqat_kernels.dequant import triton_impl as dequant
 from eqat_kernels.fake_quant import triton_impl as fake_quant
 from eqat_kernels.layout import BITS, PackedLayout, columns_of_tile
 from eqat_kernels.packing import triton_impl as packing
-from eqat_kernels.quant_linear import tiles
+from eqat_kernels.quant_linear import few_rows
 from eqat_kernels.quant_linear import triton_impl as quant_linear
 
 ARCHITECTURES = (80, 90, 100)
 GROUP, SIZE = 64, 4096
 ALIGNED = ("inputs", "outputs", "row_count", "columns_count", "length", "words", "groups", "group_size", "size")
 """Sizes of a layer, multiples of 16 in every large model: Triton compiles a version of its own for that."""
-
-_FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,6 @@ class Compiled:
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel for every bit width."""
-    yield Kernel("combine", quant_linear.combine_kernel, _types("bf16", parts="fp32"), {"BLOCK": 1024}, {})
     for bits in BITS:
         yield from _elementwise(bits)
         for dtype in ("bf16", "fp32", "fp16") if bits == 4 else ("bf16", "fp32"):
@@ -102,28 +99,15 @@ def _elementwise(bits: int) -> Iterator[Kernel]:
 
 
 def _products(bits: int, dtype: str) -> Iterator[Kernel]:
-    layout, float_type = _layout(bits), _FLOATS[dtype]
-    for tokens in (1, 64, 2048):
-        if dtype == "fp32" and tokens == 64:
-            continue  # the tile of 2048
-        tile = tiles.forward_tile(tokens, layout, float_type)
-        split = tiles.splits(tokens, layout, tile, torch.device("cpu"))[0] > 1
-        types = _types(dtype, y="fp32") if split else _types(dtype)
-        yield _product(f"quant_linear {tokens} rows", quant_linear.forward_kernel, types, bits, dtype, tile, split)
-    types = _types(dtype)
-    tile = tiles.input_gradient_tile(layout, float_type)
-    yield _product("quant_linear dx", quant_linear.input_gradient_kernel, types, bits, dtype, tile)
-    tile = tiles.scale_gradient_tile(layout, float_type)
-    yield _product("quant_linear ds", quant_linear.scale_gradient_kernel, types, bits, dtype, tile)
-
-
-def _product(
-    name: str, function: Any, types: dict[str, str], bits: int, dtype: str, tile: tiles.Tile, split: bool = False
-) -> Kernel:
-    arguments = tile.arguments()
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"BITS": bits, "PRECISION": "ieee", **arguments, **({"bias_ptr": None} if split else {})}
-    return Kernel(f"{name} w{bits} {dtype}", function, types, constants, options)
+    group_units = GROUP // few_rows.UNIT
+    tile = {"N": few_rows.OUTPUTS, "U": few_rows.UNITS, "UNITS_OF_GROUP": group_units, "BFLOAT16": dtype == "bf16"}
+    if dtype != "fp32":
+        options = {"num_warps": few_rows.UNITS // 32}
+        name, types = f"quant_linear few rows w{bits} {dtype}", _types(dtype)
+        yield Kernel(name, few_rows.few_rows_kernel, types, {"BITS": bits, "bias_ptr": None, **tile}, options)
+    tile = {"BITS": bits, "R": quant_linear.ROWS, "K": columns_of_tile(_layout(bits), quant_linear.COLUMNS)}
+    types = _types("fp32", grad_w=dtype)
+    yield Kernel(f"quant_linear ds w{bits} {dtype}", quant_linear.scale_gradient_kernel, types, tile, {})
 
 
 def _layout(bits: int) -> PackedLayout:
@@ -132,7 +116,7 @@ def _layout(bits: int) -> PackedLayout:
 
 def _types(values: str, **others: str) -> dict[str, str]:
     """Pointer types by argument name: words and zero points int32, step sizes and sums float32, all else `values`."""
-    fixed = {"words": "i32", "zeros": "i32", "scale": "fp32", "parts": "fp32", "grad_s": "fp32", "grad_z": "fp32"}
+    fixed = {"words": "i32", "zeros": "i32", "scale": "fp32", "grad_s": "fp32", "grad_z": "fp32"}
     names = ("x", "y", "w", "s", "z", "out", "bias", "codes", "weight", "grad", "grad_w", "grad_x")
     return {f"{name}_ptr": f"*{kind}" for name, kind in ({**dict.fromkeys(names, values), **fixed} | others).items()}
 

@@ -25,12 +25,14 @@ ROWS = 32
 
 @triton.jit
 def zero_points(zeros_ptr, rows, group, row_count, groups, BITS: tl.constexpr):
-    """Return z of one group of `rows`, float32 [R]; `zeros_ptr` is None on the symmetric grid."""
+    """Return z of a group, or of several, of `rows` as float32; `zeros_ptr` is None on the symmetric grid."""
     if zeros_ptr is None:
-        return tl.full((rows.shape[0],), 1 << (BITS - 1), tl.float32)
-    words = tl.cdiv(row_count * BITS, 32)
-    bits = window(zeros_ptr + group, rows * BITS, groups, words, rows < row_count, BITS)
-    return (bits & ((1 << BITS) - 1)).to(tl.float32)
+        z = tl.full(rows.shape, 1 << (BITS - 1), tl.float32)
+    else:  # a return above would not keep Triton before 3.8 from compiling what follows it
+        words = tl.cdiv(row_count * BITS, 32)
+        bits = window(zeros_ptr + group, rows * BITS, groups, words, rows < row_count, BITS)
+        z = (bits & ((1 << BITS) - 1)).to(tl.float32)
+    return z
 
 
 @triton.jit
@@ -49,7 +51,7 @@ def centred_tile(
 
 @triton.jit
 def scales(scale_ptr, rows, group, row_count, groups):
-    """Return s of one group of `rows`, float32 [R]; zero behind the last row."""
+    """Return s of a group, or of several, of `rows` as float32; zero behind the last row."""
     place = rows.to(tl.int64) * groups + group
     return tl.load(scale_ptr + place, mask=rows < row_count, other=0.0).to(tl.float32)
 
