@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -100,8 +99,8 @@ def _elementwise(bits: int) -> Iterator[Kernel]:
 
 def _products(bits: int, dtype: str) -> Iterator[Kernel]:
     group_units = GROUP // few_rows.UNIT
-    tile = {"N": few_rows.OUTPUTS, "U": few_rows.UNITS, "UNITS_OF_GROUP": group_units, "BFLOAT16": dtype == "bf16"}
-    if dtype != "fp32":
+    tile = {"N": few_rows.OUTPUTS, "U": few_rows.UNITS, "UNITS_OF_GROUP": group_units}
+    if dtype == "bf16":
         options = {"num_warps": few_rows.UNITS // 32}
         name, types = f"quant_linear few rows w{bits} {dtype}", _types(dtype)
         yield Kernel(name, few_rows.few_rows_kernel, types, {"BITS": bits, "bias_ptr": None, **tile}, options)
