@@ -65,9 +65,17 @@ class Stream:
         """Return a view of sample `index`."""
         return self._samples[index]
 
-    def gather(self, indices: Sequence[int]) -> Tensor:
-        """Return the samples `indices`, of equal shape but for the batch, concatenated along the batch."""
-        return torch.cat([self._samples[index] for index in indices])
+    def gather(self, indices: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Return the samples `indices`, of equal shape but for the batch, concatenated along the batch.
+
+        Written to `out` where it is given, which must have their shape and dtype.
+        """
+        return torch.cat([self._samples[index] for index in indices], out=out)
+
+    def shape_of(self, indices: Sequence[int]) -> torch.Size:
+        """Return the shape of the samples `indices` together."""
+        shapes = [self._shapes[index] for index in indices]
+        return torch.Size((sum(shape[0] for shape in shapes), *shapes[0][1:]))
 
     def write(self, index: int, value: Tensor) -> None:
         """Overwrite sample `index`."""

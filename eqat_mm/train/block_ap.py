@@ -27,7 +27,8 @@ from eqat_mm.runtime.memory import peak_bytes, release_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.train.commit import RunState
-from eqat_mm.train.fit import FitConfig, FitReport, fit_block, split_samples
+from eqat_mm.train.fit import FitConfig, fit_block, split_samples
+from eqat_mm.train.report import FitReport
 from eqat_mm.train.warm_start import WarmStartConfig, initial_grids
 
 STAGE = "block-ap"
@@ -104,21 +105,25 @@ def run_block_ap(
     release_freed_memory()
     console = _Console(len(walker), state.done, device)
     for step in walker.walk(state.done):
-        report = quantize_block(walker, step, config)
+        report, target_square = quantize_block(walker, step, config)
         writer.write_block(step.index, step.block)
-        state.commit(walker, console.record(step, report))
+        state.commit(walker, console.record(step, report, target_square))
     release_freed_memory()
     manifest = writer.finish(STAGE, source, provenance)
     state.clean()
     return manifest
 
 
-def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) -> FitReport:
-    """Turn the full-precision block of `step` into a trained and packed one and pass both streams through it."""
+def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) -> tuple[FitReport, float]:
+    """Turn the full-precision block of `step` into a trained and packed one and pass both streams through it.
+
+    Returns:
+        What happened, and the mean square of the targets.
+    """
     arch = walker.opened.arch
     training, _ = split_samples(len(step.quantized), config.fit)
     grids = initial_grids(walker, step, config.quant, config.start, training)
-    walker.advance_fp(step)
+    target_square = walker.advance_fp(step)
     for path, linear in arch.named_linears(step.block):
         set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant))
     release_freed_memory()
@@ -130,7 +135,7 @@ def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) 
     step.block.requires_grad_(False)
     _round_as_stored(walker, step)
     walker.advance_quantized(step)
-    return report
+    return report, target_square
 
 
 @torch.no_grad()
@@ -174,11 +179,10 @@ class _Console:
         self.total, self.first, self.device = total, done, device
         self.started = self.last = time.monotonic()
 
-    def record(self, step: BlockStep, report: FitReport) -> dict[str, Any]:
+    def record(self, step: BlockStep, report: FitReport, target_square: float) -> dict[str, Any]:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        target = torch.stack([step.fp.read(i).float().square().mean() for i in range(len(step.fp))])
-        relative = (report.loss_after / target.mean().item()) ** 0.5
+        relative = (report.loss_after / target_square) ** 0.5
         finished = step.index + 1 - self.first
         eta = (now - self.started) / finished * (self.total - step.index - 1)
         memory = peak_bytes(self.device)

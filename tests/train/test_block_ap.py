@@ -21,7 +21,8 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
 from eqat_mm.train import block_ap, commit, fit
 from eqat_mm.train.block_ap import BlockAPConfig, quantize_block, run_block_ap
-from eqat_mm.train.fit import FitConfig, FitReport, fit_block
+from eqat_mm.train.fit import FitConfig, fit_block
+from eqat_mm.train.report import FitReport
 from eqat_mm.train.warm_start import WarmStartConfig
 from llava_adapters.llama import ARCH
 from tests.checkpoint.files import assert_four_lines, contents, same_weights
