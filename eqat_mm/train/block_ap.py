@@ -1,7 +1,7 @@
 """Block-AP (EfficientQAT): for block in walker: prepare, train, pack, commit.
 
-A committed block is the unit of resume: its shard, both activation streams, and last a small JSON. A run that is
-killed and started again gives the same weights as one that is not.
+A committed block is the unit of resume (`train.commit`). On a CPU a run that is killed and started again gives the same
+weights as one that is not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from eqat_mm.blocks.arch import Inputs, set_submodule
 from eqat_mm.blocks.source import OpenModel
-from eqat_mm.blocks.spool import require_disk
+from eqat_mm.blocks.spool import require_disk, require_memory
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.checkpoint.verify import Manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
@@ -43,7 +43,9 @@ class BlockAPConfig:
         start: where the grids start.
         fit: how each block is trained.
         spool: keep the activation streams in RAM or in memory-mapped files.
-        stream_dtype: dtype of the activation streams.
+        stream_dtype: of the activation streams; `auto` takes bfloat16 on a GPU and float32 on a CPU.
+        commit: how a killed run gets its streams back. `files`: each block leaves both on the disk. `recompute`: the
+            tokens pass the finished blocks again, nothing is written. `auto` takes `files` where `spool` is `disk`.
         precision: of matrix products; `auto` takes bfloat16 where it is faster (see `runtime.precision`).
         batch_tokens: tokens per forward where nothing is trained.
         seed: of the order of samples.
@@ -53,10 +55,24 @@ class BlockAPConfig:
     start: WarmStartConfig = field(default_factory=WarmStartConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     spool: Literal["ram", "disk"] = "ram"
-    stream_dtype: Literal["float32", "bfloat16"] = "float32"
+    stream_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    commit: Literal["auto", "recompute", "files"] = "auto"
     precision: Precision = "auto"
     batch_tokens: int = 4096
     seed: int = 0
+
+    @property
+    def commits_streams(self) -> bool:
+        """Whether a commit holds both streams."""
+        return self.commit == "files" or (self.commit == "auto" and self.spool == "disk")
+
+    def stream_dtype_on(self, device: torch.device) -> torch.dtype:
+        """Return the dtype of the streams, `auto` decided."""
+        name = self.stream_dtype
+        if name == "auto":
+            name = "bfloat16" if device.type == "cuda" else "float32"
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
 
 
 def run_block_ap(
@@ -84,12 +100,12 @@ def run_block_ap(
 
     Raises:
         ConfigError: the group size does not divide a layer, or the folder holds a run with other settings.
-        ResourceError: not enough disk for the activation streams.
+        ResourceError: not enough disk or memory for the activation streams.
         TrainingError: a block whose loss stays non-finite.
     """
     check_groups(opened, config.quant)
-    check_disk(opened, batches, config, folder)
-    state = RunState.open(folder, provenance["config"])
+    check_room(opened, batches, config, folder, device)
+    state = RunState.open(folder, provenance["config"], keeps_streams=config.commits_streams)
     writer = CheckpointWriter(folder / "model", opened, config.quant)
     captured = capture_front(opened, progress(batches, what="capture", unit="sample"), torch.float32)
     walker = BlockWalker(
@@ -97,11 +113,12 @@ def run_block_ap(
         captured,
         device=device,
         precision=resolve(config.precision, device),
-        stream_dtype=getattr(torch, config.stream_dtype),
-        spool=folder / "spool" if config.spool == "disk" else None,
+        stream_dtype=config.stream_dtype_on(device),
+        spool=state.streams if config.spool == "disk" else None,
+        keep_passed=state.keeps_streams,
         batch_tokens=config.batch_tokens,
     )
-    state.restore(walker)
+    state.restore(walker, writer)
     release_freed_memory()
     console = _Console(len(walker), state.done, device)
     for step in walker.walk(state.done):
@@ -158,18 +175,32 @@ def check_groups(opened: OpenModel, spec: QuantSpec) -> None:
             spec.group_of(linear.in_features, f"{opened.block_name(index)}.{path}")
 
 
-def check_disk(opened: OpenModel, batches: Sequence[Inputs], config: BlockAPConfig, folder: Path) -> None:
-    """Check that there is room for two streams, twice (the old commit goes when the new one stands), and the rest.
+def check_room(
+    opened: OpenModel, batches: Sequence[Inputs], config: BlockAPConfig, folder: Path, device: torch.device
+) -> None:
+    """Check that there is room for the streams, where they are kept and committed, and for the checkpoint.
 
     Raises:
-        ResourceError: not enough disk for streams, their live files and the checkpoint.
+        ResourceError: not enough memory, or not enough disk.
     """
     hidden = opened.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    stream: int = tokens * hidden * getattr(torch, config.stream_dtype).itemsize
+    stream: int = tokens * hidden * config.stream_dtype_on(device).itemsize
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
-    needed = stream * (6 if config.spool == "disk" else 4) + weights * 2
-    require_disk(folder, needed, "activation streams and checkpoint")
+    if config.spool == "ram":
+        require_memory(2 * stream, "activation streams")
+    require_disk(folder, streams_on_disk(config) * stream + weights * 2, "activation streams and checkpoint")
+
+
+def streams_on_disk(config: BlockAPConfig) -> int:
+    """Return how many streams are on the disk at the worst moment.
+
+    With `files` two at a block's input, which the last commit needs, and two behind it; without, one is being written
+    while both are there.
+    """
+    if config.commits_streams:
+        return 4
+    return 3 if config.spool == "disk" else 0
 
 
 class _Console:
