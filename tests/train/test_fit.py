@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from eqat_mm.blocks.feed import PinnedFeed
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.errors import TrainingError
 from eqat_mm.quant.fake_linear import FakeQuantLinear
@@ -20,10 +22,11 @@ from eqat_mm.train import report as report_of_block
 from eqat_mm.train.fit import FitConfig, fit_block, split_samples
 from eqat_mm.train.losses import BlockLoss, block_loss
 from llava_adapters.llama import ARCH
+from tests.blocks.test_feed import FakeLink
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_model import Tiny
 from tests.tolerances import TOLERANCES
-from tests.train.problems import LENGTH, SAMPLES, SPEC, loss_on, step_to_fit, values_of, walker_of
+from tests.train.problems import CPU, LENGTH, SAMPLES, SPEC, loss_on, step_to_fit, values_of, walker_of
 
 CONFIG = FitConfig(epochs=3, batch_size=2, lr_weight=5e-3, lr_scale=1e-3, validation_samples=3)
 TRAINED, HELD_OUT = range(3, SAMPLES), range(3)
@@ -122,6 +125,35 @@ def test_the_same_seed_gives_the_same_weights(tiny: Tiny) -> None:
     torch.manual_seed(99)
     assert same(fitted(0), first)
     assert not same(fitted(1), first)
+
+
+def test_batches_from_pinned_memory_train_the_same(tiny: Tiny, walker: BlockWalker, step: BlockStep) -> None:
+    fit_block(walker, step, CONFIG, seed=0)
+    other = walker_of(tiny)
+    other.feed = PinnedFeed(CPU, FakeLink())
+    other_step = step_to_fit(other)
+    fit_block(other, other_step, CONFIG, seed=0)
+    assert same(values_of(other_step.block), values_of(step.block))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_training_step_on_a_gpu_never_waits_for_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    walker = walker_of(tiny, torch.device("cuda"))
+    step = step_to_fit(walker)
+    fit_block(walker, step, CONFIG, seed=0)  # kernels are compiled and recorded calls are sent
+    take = fit._BlockFit._step
+
+    def strictly(*args: Any) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return take(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(fit._BlockFit, "_step", strictly)
+    report = fit_block(walker, step, CONFIG, seed=0)
+    assert report.steps == CONFIG.epochs * STEPS_PER_EPOCH
 
 
 # ---- the best weights -----------------------------------------------------------------------------
