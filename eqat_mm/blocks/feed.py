@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from eqat_mm.blocks.capture import BlockCall, map_tensors
+from eqat_mm.blocks.link import CudaLink, Event, Link
 from eqat_mm.blocks.spool import Stream
 
 SLOTS = 2
@@ -48,66 +48,6 @@ class Feed:
                 stream.write(index, part)
 
         yield write
-
-
-class Event(Protocol):
-    """The part of `torch.cuda.Event` that is needed."""
-
-    def record(self) -> None:
-        """Mark what the device was given so far."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has done it; at once where nothing was recorded."""
-
-
-class Link(Protocol):
-    """What a `PinnedFeed` needs of a device that works beside the host."""
-
-    def buffer(self, size: int) -> Tensor:
-        """Return pinned host memory, uint8 [size]."""
-
-    def event(self) -> Event:
-        """Return an event of the stream that computes."""
-
-    def copying(self) -> AbstractContextManager[object]:
-        """Return a context whose copies run beside the computation; at its end they are done."""
-
-
-class CudaLink:
-    """The link to a CUDA device: copies have a CUDA stream of their own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._copies = torch.cuda.Stream(device)
-
-    def buffer(self, size: int) -> Tensor:
-        """Return pinned host memory, uint8 [size]."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-    def event(self) -> Event:
-        """Return an event of the device's current CUDA stream, whichever device is current."""
-        return _CudaEvent(self.device)
-
-    @contextmanager
-    def copying(self) -> Iterator[None]:
-        """Copy on the CUDA stream for copies; the thread waits for them, the computation does not."""
-        with torch.cuda.stream(self._copies):
-            yield
-            copied = torch.cuda.Event()
-            copied.record()
-        copied.synchronize()
-
-
-class _CudaEvent:
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._event = torch.cuda.Event()
-
-    def record(self) -> None:
-        self._event.record(torch.cuda.current_stream(self._device))
-
-    def synchronize(self) -> None:
-        self._event.synchronize()
 
 
 class _Slot:
