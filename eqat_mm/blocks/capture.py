@@ -10,7 +10,7 @@ Tensors that are equal are kept once, whatever the number of samples and blocks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,14 @@ def _sample(recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]], pool
         call_args, call_kwargs = pytree.tree_map(intern, (args, kwargs))
         calls.append(BlockCall(call_args, call_kwargs, batch=hidden.shape[0]))
     return Sample(hidden, tuple(calls))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], call: BlockCall) -> BlockCall:
+    """Return the call with `function` applied to each of its tensors."""
+    args, kwargs = pytree.tree_map(
+        lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs)
+    )
+    return BlockCall(args, kwargs, call.batch)
 
 
 def collate(calls: Sequence[BlockCall]) -> BlockCall:

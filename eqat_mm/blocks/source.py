@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,16 @@ class WeightSource:
     Args:
         folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
         rename: from a name in the files to the name by which the tensor is asked for; see `module_names`.
+        files: some files of the folder, where it is not complete yet; None takes all that its index names.
 
     Raises:
         CheckpointError: no weights, a missing shard, or a file that is not safetensors (truncated, altered).
     """
 
-    def __init__(self, folder: Path, rename: Callable[[str], str] = str) -> None:
+    def __init__(self, folder: Path, rename: Callable[[str], str] = str, files: Iterable[Path] | None = None) -> None:
         self.folder = folder
         self._where: dict[str, tuple[Path, str]] = {}
-        for path in weight_files(folder):
+        for path in weight_files(folder) if files is None else files:
             for stored in self.names_of(path):
                 self._where[rename(stored)] = (path, stored)
 

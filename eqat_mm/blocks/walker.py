@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from eqat_mm.blocks.arch import Inputs, Part
-from eqat_mm.blocks.capture import BlockCall, Sample, capture, collate, signature
+from eqat_mm.blocks.capture import BlockCall, Sample, capture, collate, map_tensors, signature
+from eqat_mm.blocks.feed import Copies, feed_for
 from eqat_mm.blocks.source import OpenModel, release
-from eqat_mm.blocks.spool import Stream
+from eqat_mm.blocks.spool import FP, QUANTIZED, Stream, stream_path
 from eqat_mm.runtime.precision import autocast
 
 
@@ -36,6 +36,7 @@ class BlockStep:
         fp: the FP stream; at the block's input until `BlockWalker.advance_fp`, then at its output (the targets).
         quantized: the quantized stream, at the block's input until `BlockWalker.advance_quantized`.
         calls: how the model calls the block, one per sample.
+        copies: what calls hold, on the device.
     """
 
     index: int
@@ -44,10 +45,11 @@ class BlockStep:
     fp: Stream
     quantized: Stream
     calls: tuple[BlockCall, ...]
+    copies: Copies = field(default_factory=lambda: Copies(torch.device("cpu")))
 
     def call(self, indices: Sequence[int]) -> BlockCall:
-        """Return the call for some samples together."""
-        return collate([self.calls[i] for i in indices])
+        """Return the call for some samples together, on the device."""
+        return collate([self.copies.of(self.calls[i]) for i in indices])
 
     def buckets(self, indices: Sequence[int]) -> list[list[int]]:
         """Group samples that can be batched together, keeping their order."""
@@ -70,7 +72,8 @@ class BlockWalker:
         device: where blocks are computed.
         precision: `float32`, or `bfloat16` for matrix products under autocast; weights are held in float32.
         stream_dtype: in which activations are kept.
-        spool: folder for memory-mapped streams; None keeps them in RAM.
+        spool: folder for memory-mapped streams, each in a file of its own behind each block; None keeps them in RAM.
+        keep_passed: leave the file at a block's input when the stream has passed it; a commit removes it.
         batch_tokens: tokens per forward when a stream is advanced.
     """
 
@@ -83,15 +86,19 @@ class BlockWalker:
         precision: Literal["float32", "bfloat16"] = "float32",
         stream_dtype: torch.dtype = torch.float32,
         spool: Path | None = None,
+        keep_passed: bool = False,
         batch_tokens: int = 2048,
     ) -> None:
         self.opened = opened
         self.device = device
         self.precision = precision
         self.batch_tokens = batch_tokens
+        self.feed = feed_for(device)
         self._blocks = opened.blocks
-        self.fp = Stream(stream_dtype, None if spool is None else spool / "fp.bin")
-        self.quantized = Stream(stream_dtype, None if spool is None else spool / "quantized.bin")
+        self._copies = Copies(device)
+        self._spool, self._keep_passed = spool, keep_passed
+        self.fp = Stream(stream_dtype, self._path(FP, 0))
+        self.quantized = Stream(stream_dtype, self._path(QUANTIZED, 0))
         per_sample = []
         for sample in samples:
             self.fp.append(sample.hidden)
@@ -105,16 +112,16 @@ class BlockWalker:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def walk(self, start: int = 0) -> Iterator[BlockStep]:
-        """Yield the full-precision blocks from `start` on; both streams must stand at that block's input.
+    def walk(self, start: int = 0, stop: int | None = None) -> Iterator[BlockStep]:
+        """Yield the full-precision blocks from `start` up to `stop`; both streams must stand at that block's input.
 
         The caller passes both streams through the block, with `advance_fp` before it is changed and with
         `advance_quantized` after; then it is freed.
         """
-        for index in range(start, len(self)):
+        for index in range(start, len(self) if stop is None else stop):
             block = self.load_block(index)
             name = self.opened.block_name(index)
-            yield BlockStep(index, name, block, self.fp, self.quantized, self._calls[index])
+            yield BlockStep(index, name, block, self.fp, self.quantized, self._calls[index], self._copies)
             block.to("meta")
 
     def load_block(self, index: int) -> nn.Module:
@@ -123,31 +130,39 @@ class BlockWalker:
         self.opened.source.materialise(block, self.opened.block_name(index) + ".", torch.float32, self.device)
         return block.requires_grad_(False)
 
-    def advance_fp(self, step: BlockStep) -> None:
-        """Pass the FP stream through the block of `step`."""
-        self._pass(step, self.fp)
+    def advance_fp(self, step: BlockStep) -> float:
+        """Pass the FP stream through the block of `step`; return the mean square of its output."""
+        return self._pass(step, self.fp, FP)
 
     def advance_quantized(self, step: BlockStep) -> None:
         """Pass the quantized stream through the block of `step`."""
-        self._pass(step, self.quantized)
+        self._pass(step, self.quantized, QUANTIZED)
 
     def run(self, block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
         """Return the output [B, T, H] of `block` for a recorded call, on the walker's device and in its precision."""
-        args, kwargs = pytree.tree_map(
-            lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs)
-        )
+        call = map_tensors(lambda recorded: recorded.to(self.device), call)
         with autocast(self.precision, self.device):
-            output = block(hidden.to(self.device, torch.float32), *args, **kwargs)
+            output = block(hidden.to(self.device).float(), *call.args, **call.kwargs)
         hidden_states: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden_states
 
     @torch.no_grad()
-    def _pass(self, step: BlockStep, stream: Stream) -> None:
-        for indices in step.batches(range(len(stream)), self.batch_tokens):
-            output = self.run(step.block, step.call(indices), stream.gather(indices))
-            parts = output.split([step.calls[i].batch for i in indices])
-            for index, part in zip(indices, parts, strict=True):
-                stream.write(index, part)
+    def _pass(self, step: BlockStep, stream: Stream, name: str) -> float:
+        """Overwrite every sample with its output; return the mean over samples of the output's mean square."""
+        squares, passed = [], stream.path
+        with stream.rewritten(self._path(name, step.index + 1)), self.feed.results(stream) as write:
+            order = step.batches(range(len(stream)), self.batch_tokens)
+            for indices, (hidden,) in self.feed.batches([stream], order):
+                output = self.run(step.block, step.call(indices), hidden).to(stream.dtype)
+                sizes = [step.calls[i].batch for i in indices]
+                write(indices, output, sizes)
+                squares += [_mean_square(part) for part in output.split(sizes)]
+        if passed is not None and not self._keep_passed:
+            passed.unlink()
+        return torch.stack(squares).mean().item()
+
+    def _path(self, name: str, passed: int) -> Path | None:
+        return None if self._spool is None else stream_path(self._spool, name, passed)
 
 
 def capture_front(opened: OpenModel, batches: Iterable[Inputs], dtype: torch.dtype) -> Iterator[Sample]:
@@ -179,6 +194,12 @@ def _read_when_called(opened: OpenModel, dtype: torch.dtype) -> Iterator[None]:
             handle.remove()
         for part in parts:
             release(part.module, recurse=part.whole)
+
+
+def _mean_square(value: Tensor) -> Tensor:
+    """Without a squared copy."""
+    square: Tensor = torch.linalg.vector_norm(value, dtype=torch.float32).square() / value.numel()
+    return square
 
 
 def _buckets(calls: Sequence[BlockCall], stream: Stream, indices: Sequence[int]) -> list[list[int]]:

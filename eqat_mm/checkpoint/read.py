@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.attention import quantize_keys_and_values
-from eqat_mm.blocks.source import WeightSource, module_names
+from eqat_mm.blocks.source import OpenModel, WeightSource, module_names, release
 from eqat_mm.checkpoint.adapters import ADAPTER, load_adapters
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX, from_bytes, spec_of_config, widths_of_config
 from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest, verify_checkpoint
@@ -71,6 +71,34 @@ def load(
     nn.Module.to(model, device)
     model.eval()
     return model
+
+
+def load_block(
+    shard: Path, opened: OpenModel, name: str, block: nn.Module, spec: QuantSpec, device: torch.device
+) -> None:
+    """Turn a full-precision block into the packed one of a shard, frozen; unquantized parts are float32.
+
+    The checkpoint need not be finished.
+
+    Args:
+        shard: written by `CheckpointWriter.write_block`.
+        opened: the full-precision model.
+        name: path of the block in it.
+        block: the block; what it holds is not read.
+        spec: of its quantized linears.
+        device: to load to.
+
+    Raises:
+        CheckpointError: the shard is missing, truncated or another one.
+    """
+    release(block)
+    for path, linear in opened.arch.named_linears(block):
+        set_submodule(block, path, _empty_packed(linear, spec, UNQUANTIZED, f"{name}.{path}"))
+    names = [f"{name}.{part}" for part in block.state_dict()]
+    stored = {opened.source.stored_name(part): part for part in names}
+    source = WeightSource(shard.parent, lambda part: stored.get(part, part), [shard])
+    source.materialise(block, f"{name}.", torch.float32, device)
+    block.requires_grad_(False)
 
 
 class _PackedSource(WeightSource):

@@ -83,11 +83,15 @@ class CheckpointWriter:
         ignore = ignored_linears(self.opened.arch, self.opened.model)
         channels = None if self.widths.kv_cache == UNQUANTIZED else head_dim(self.opened)
         config["quantization_config"] = quantization_config(self.spec, ignore, self.widths, channels)
-        files = [self.folder / self._name(index) for index in range(self._count)]
+        files = [self.shard(index) for index in range(self._count)]
         made = Manifest(
             self.opened.arch.name, self.spec.as_dict(), stage, source, {}, [provenance], *self.widths.dynamic
         )
         return _seal(self.folder, files, config, made)
+
+    def shard(self, index: int) -> Path:
+        """Return the file of block `index`; what was not quantized comes behind the last one."""
+        return self.folder / f"model-{index + 1:05d}-of-{self._count:05d}.safetensors"
 
     def _write(self, index: int, tensors: dict[str, Tensor]) -> None:
         source, cast = self.opened.source, {}
@@ -95,10 +99,7 @@ class CheckpointWriter:
             keeps = name in source and tensor.is_floating_point()
             kept = source.read(name).dtype if keeps else tensor.dtype
             cast[source.stored_name(name)] = tensor.to(kept)
-        save_shard(self.folder / self._name(index), cast)
-
-    def _name(self, index: int) -> str:
-        return f"model-{index + 1:05d}-of-{self._count:05d}.safetensors"
+        save_shard(self.shard(index), cast)
 
 
 def head_dim(opened: OpenModel) -> int:

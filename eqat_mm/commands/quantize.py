@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
@@ -13,8 +15,9 @@ from eqat_mm.commands.runs import begin_run, default_output, discard, require_si
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.progress import say
-from eqat_mm.train.block_ap import BlockAPConfig, check_disk, check_groups, run_block_ap
+from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap
 from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_of_folder
 
@@ -77,13 +80,23 @@ def block_ap(job: BlockAPJob) -> Path:
     device = best_device(job.device)
     if job.overwrite:
         discard(folder)
-    check_disk(opened, batches, job, folder)
-    job = with_precision(job, folder, device)
+    job = with_stream_dtype(with_precision(job, folder, device), folder, device)
+    check_room(opened, batches, job, folder, device)
     record = begin_run(folder, "block-ap", settings(job, digest_of(windows)), job.seed)
     if record is not None:
         run_block_ap(opened, batches, job, folder, device=device, source=job.model, provenance=record)
         say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
+
+
+def with_stream_dtype(job: BlockAPJob, folder: Path, device: torch.device) -> BlockAPJob:
+    """Return the job with `stream_dtype: auto` decided; a run that is continued keeps what it was started with."""
+    if job.stream_dtype != "auto":
+        return job
+    record, decided = folder / "run.json", str(job.stream_dtype_on(device)).removeprefix("torch.")
+    if record.is_file():
+        decided = read_json(record)["config"].get("stream_dtype", decided)
+    return replace(job, stream_dtype=decided)  # type: ignore[arg-type]
 
 
 def rtn(job: RTNJob) -> Path:

@@ -63,13 +63,15 @@ def _compensate_group(w_Og: Tensor, factor_gg: Tensor, s_O: Tensor, z_O: Tensor,
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian, computed in float64, returned in float32."""
-    damped = damp(hessian, DAMPING).double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    matrix = damp(hessian, DAMPING).double()  # one name: each goes when the next is there
+    matrix = torch.linalg.cholesky(matrix)
+    matrix = torch.cholesky_inverse(matrix)
+    factor: Tensor = torch.linalg.cholesky(matrix, upper=True).float()
     return factor
 
 
 def damp(hessian: Tensor, fraction: float) -> Tensor:
     """Return the Hessian with `fraction` of its mean diagonal added to the diagonal."""
-    mean = hessian.diagonal().mean().clamp(min=1e-12)
-    return hessian + torch.eye(len(hessian), device=hessian.device) * (fraction * mean)
+    damped = hessian.clone()
+    damped.diagonal().add_(fraction * hessian.diagonal().mean().clamp(min=1e-12))
+    return damped

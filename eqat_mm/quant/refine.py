@@ -24,6 +24,9 @@ DAMPING = 0.03
 ROUNDS = 4
 """Step sizes and codes, this many times."""
 
+SYSTEMS = 1 << 26
+"""Numbers in the systems of equations that are solved at a time: 256 MiB. All rows of a 70B model's layer are 20 GB."""
+
 LARGEST_CHANGE = 2.0
 """A step size refitted to outside s / 2 .. 2 s is left as it was: its group hardly matters, or not by itself."""
 
@@ -59,7 +62,13 @@ def refine(
 
 
 def _refit(c_OI: Tensor, wh_OI: Tensor, h_II: Tensor, s_OG: Tensor) -> Tensor:
-    """Return the least-squares step sizes of these codes."""
+    """Return the least-squares step sizes of these codes; rows are solved apart, so some at a time."""
+    rows = max(1, SYSTEMS // s_OG.shape[1] ** 2)
+    parts = zip(c_OI.split(rows), wh_OI.split(rows), s_OG.split(rows), strict=True)
+    return torch.cat([_refit_rows(c_RI, wh_RI, h_II, s_RG) for c_RI, wh_RI, s_RG in parts])
+
+
+def _refit_rows(c_OI: Tensor, wh_OI: Tensor, h_II: Tensor, s_OG: Tensor) -> Tensor:
     groups = (s_OG.shape[1], -1)
     c_OGg, h_GgGg = c_OI.unflatten(1, groups), h_II.unflatten(0, groups).unflatten(2, groups)
     normal_OGG = torch.stack(

@@ -6,6 +6,7 @@ import ctypes
 import resource
 import sys
 
+import psutil
 import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
@@ -34,6 +35,11 @@ def release_freed_memory() -> bool:
         return bool(ctypes.CDLL(None).malloc_trim(0))
     except (AttributeError, OSError, TypeError):
         return False
+
+
+def available_bytes() -> int:
+    """Memory of this machine that could be used without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Block-AP (EfficientQAT): for block in walker: prepare, train, pack, commit.
 
-A committed block is the unit of resume: its shard, both activation streams, and last a small JSON. A run that is
-killed and started again gives the same weights as one that is not.
+A committed block is the unit of resume (`train.commit`). On a CPU a run that is killed and started again gives the same
+weights as one that is not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from eqat_mm.blocks.arch import Inputs, set_submodule
 from eqat_mm.blocks.source import OpenModel
-from eqat_mm.blocks.spool import require_disk
+from eqat_mm.blocks.spool import require_disk, require_memory
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.checkpoint.verify import Manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
@@ -27,7 +27,8 @@ from eqat_mm.runtime.memory import peak_bytes, release_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.train.commit import RunState
-from eqat_mm.train.fit import FitConfig, FitReport, fit_block, split_samples
+from eqat_mm.train.fit import FitConfig, fit_block, split_samples
+from eqat_mm.train.report import FitReport
 from eqat_mm.train.warm_start import WarmStartConfig, initial_grids
 
 STAGE = "block-ap"
@@ -42,7 +43,9 @@ class BlockAPConfig:
         start: where the grids start.
         fit: how each block is trained.
         spool: keep the activation streams in RAM or in memory-mapped files.
-        stream_dtype: dtype of the activation streams.
+        stream_dtype: of the activation streams; `auto` takes bfloat16 on a GPU and float32 on a CPU.
+        commit: how a killed run gets its streams back. `files`: each block leaves both on the disk. `recompute`: the
+            tokens pass the finished blocks again, nothing is written. `auto` takes `files` where `spool` is `disk`.
         precision: of matrix products; `auto` takes bfloat16 where it is faster (see `runtime.precision`).
         batch_tokens: tokens per forward where nothing is trained.
         seed: of the order of samples.
@@ -52,10 +55,24 @@ class BlockAPConfig:
     start: WarmStartConfig = field(default_factory=WarmStartConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     spool: Literal["ram", "disk"] = "ram"
-    stream_dtype: Literal["float32", "bfloat16"] = "float32"
+    stream_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    commit: Literal["auto", "recompute", "files"] = "auto"
     precision: Precision = "auto"
     batch_tokens: int = 4096
     seed: int = 0
+
+    @property
+    def commits_streams(self) -> bool:
+        """Whether a commit holds both streams."""
+        return self.commit == "files" or (self.commit == "auto" and self.spool == "disk")
+
+    def stream_dtype_on(self, device: torch.device) -> torch.dtype:
+        """Return the dtype of the streams, `auto` decided."""
+        name = self.stream_dtype
+        if name == "auto":
+            name = "bfloat16" if device.type == "cuda" else "float32"
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
 
 
 def run_block_ap(
@@ -83,12 +100,12 @@ def run_block_ap(
 
     Raises:
         ConfigError: the group size does not divide a layer, or the folder holds a run with other settings.
-        ResourceError: not enough disk for the activation streams.
+        ResourceError: not enough disk or memory for the activation streams.
         TrainingError: a block whose loss stays non-finite.
     """
     check_groups(opened, config.quant)
-    check_disk(opened, batches, config, folder)
-    state = RunState.open(folder, provenance["config"])
+    check_room(opened, batches, config, folder, device)
+    state = RunState.open(folder, provenance["config"], keeps_streams=config.commits_streams)
     writer = CheckpointWriter(folder / "model", opened, config.quant)
     captured = capture_front(opened, progress(batches, what="capture", unit="sample"), torch.float32)
     walker = BlockWalker(
@@ -96,29 +113,34 @@ def run_block_ap(
         captured,
         device=device,
         precision=resolve(config.precision, device),
-        stream_dtype=getattr(torch, config.stream_dtype),
-        spool=folder / "spool" if config.spool == "disk" else None,
+        stream_dtype=config.stream_dtype_on(device),
+        spool=state.streams if config.spool == "disk" else None,
+        keep_passed=state.keeps_streams,
         batch_tokens=config.batch_tokens,
     )
-    state.restore(walker)
+    state.restore(walker, writer)
     release_freed_memory()
     console = _Console(len(walker), state.done, device)
     for step in walker.walk(state.done):
-        report = quantize_block(walker, step, config)
+        report, target_square = quantize_block(walker, step, config)
         writer.write_block(step.index, step.block)
-        state.commit(walker, console.record(step, report))
+        state.commit(walker, console.record(step, report, target_square))
     release_freed_memory()
     manifest = writer.finish(STAGE, source, provenance)
     state.clean()
     return manifest
 
 
-def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) -> FitReport:
-    """Turn the full-precision block of `step` into a trained and packed one and pass both streams through it."""
+def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) -> tuple[FitReport, float]:
+    """Turn the full-precision block of `step` into a trained and packed one and pass both streams through it.
+
+    Returns:
+        What happened, and the mean square of the targets.
+    """
     arch = walker.opened.arch
     training, _ = split_samples(len(step.quantized), config.fit)
     grids = initial_grids(walker, step, config.quant, config.start, training)
-    walker.advance_fp(step)
+    target_square = walker.advance_fp(step)
     for path, linear in arch.named_linears(step.block):
         set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant))
     release_freed_memory()
@@ -130,7 +152,7 @@ def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) 
     step.block.requires_grad_(False)
     _round_as_stored(walker, step)
     walker.advance_quantized(step)
-    return report
+    return report, target_square
 
 
 @torch.no_grad()
@@ -153,18 +175,32 @@ def check_groups(opened: OpenModel, spec: QuantSpec) -> None:
             spec.group_of(linear.in_features, f"{opened.block_name(index)}.{path}")
 
 
-def check_disk(opened: OpenModel, batches: Sequence[Inputs], config: BlockAPConfig, folder: Path) -> None:
-    """Check that there is room for two streams, twice (the old commit goes when the new one stands), and the rest.
+def check_room(
+    opened: OpenModel, batches: Sequence[Inputs], config: BlockAPConfig, folder: Path, device: torch.device
+) -> None:
+    """Check that there is room for the streams, where they are kept and committed, and for the checkpoint.
 
     Raises:
-        ResourceError: not enough disk for streams, their live files and the checkpoint.
+        ResourceError: not enough memory, or not enough disk.
     """
     hidden = opened.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    stream: int = tokens * hidden * getattr(torch, config.stream_dtype).itemsize
+    stream: int = tokens * hidden * config.stream_dtype_on(device).itemsize
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
-    needed = stream * (6 if config.spool == "disk" else 4) + weights * 2
-    require_disk(folder, needed, "activation streams and checkpoint")
+    if config.spool == "ram":
+        require_memory(2 * stream, "activation streams")
+    require_disk(folder, streams_on_disk(config) * stream + weights * 2, "activation streams and checkpoint")
+
+
+def streams_on_disk(config: BlockAPConfig) -> int:
+    """Return how many streams are on the disk at the worst moment.
+
+    With `files` two at a block's input, which the last commit needs, and two behind it; without, one is being written
+    while both are there.
+    """
+    if config.commits_streams:
+        return 4
+    return 3 if config.spool == "disk" else 0
 
 
 class _Console:
@@ -174,11 +210,10 @@ class _Console:
         self.total, self.first, self.device = total, done, device
         self.started = self.last = time.monotonic()
 
-    def record(self, step: BlockStep, report: FitReport) -> dict[str, Any]:
+    def record(self, step: BlockStep, report: FitReport, target_square: float) -> dict[str, Any]:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        target = torch.stack([step.fp.read(i).float().square().mean() for i in range(len(step.fp))])
-        relative = (report.loss_after / target.mean().item()) ** 0.5
+        relative = (report.loss_after / target_square) ** 0.5
         finished = step.index + 1 - self.first
         eta = (now - self.started) / finished * (self.total - step.index - 1)
         memory = peak_bytes(self.device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from eqat_mm.quant.fake_linear import fake_quant_linears, project
 from eqat_mm.runtime.progress import progress, say
 from eqat_mm.runtime.seeding import derive_seed, generator
 from eqat_mm.train.losses import BlockLoss, block_loss
+from eqat_mm.train.report import Diverged, FitReport, Outcomes
 from eqat_mm.train.schedule import cosine_factor
 
 
@@ -61,42 +63,14 @@ class FitConfig:
     max_retries: int = 3
 
 
-@dataclass
-class FitReport:
-    """What happened to one block.
-
-    Attributes:
-        loss_before: validation loss at initialisation.
-        loss_after: validation loss of the kept weights.
-        validation: validation loss after each epoch.
-        training: mean training loss of each epoch.
-        steps: optimizer steps.
-        tokens: tokens trained on.
-        skipped: steps with a non-finite loss.
-        retries: rollbacks.
-    """
-
-    loss_before: float = math.nan
-    loss_after: float = math.nan
-    validation: list[float] = field(default_factory=list)
-    training: list[float] = field(default_factory=list)
-    steps: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    retries: int = 0
-
-
-class _Diverged(Exception):
-    """Too many steps with a non-finite loss."""
-
-
 def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: int) -> FitReport:
     """Train the fake-quantized block of `step` in place and keep its best weights by validation loss.
 
     The FP stream must stand at the block's output, the quantized stream at its input.
 
     A step whose loss or gradient is not finite is skipped; after `max_skipped` of them the block goes back to
-    its best weights and continues with half the learning rates.
+    its best weights and continues with half the learning rates. Losses are looked at every
+    `report.READ_EVERY` steps and at the end of an epoch, so that may come as many steps late.
 
     Raises:
         TrainingError: still not finite after `max_retries` rollbacks.
@@ -106,7 +80,7 @@ def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: 
         factor = 0.5**retry
         try:
             fit.run(factor)
-        except _Diverged:
+        except Diverged:
             fit.report.retries += 1
             fit.restore_best()
             say(f"{step.name}: {fit.report.skipped} non-finite losses; back to the best weights, lr x {factor / 2:g}")
@@ -134,10 +108,10 @@ class _BlockFit:
         self.linears = fake_quant_linears(step.block)
         self.report = FitReport(loss_before=self.evaluate())
         self.report.loss_after = self.report.loss_before
-        self.best = self._snapshot()
+        self.best = [parameter.detach().clone() for parameter in self._all()]
 
     def run(self, lr_factor: float) -> None:
-        """Train all epochs with learning rates times `lr_factor`; raise `_Diverged` if it cannot."""
+        """Train all epochs with learning rates times `lr_factor`; raise `Diverged` if it cannot."""
         config = self.config
         # copies: the schedule writes its rates into the groups, and a retry starts from the peaks again
         groups = [dict(group) for group in self.parameters]
@@ -145,25 +119,18 @@ class _BlockFit:
         peaks = [group["lr"] * lr_factor for group in optimizer.param_groups]
         epochs = [self._epoch(epoch) for epoch in range(config.epochs)]
         total = sum(map(len, epochs))
-        taken, stale, skipped = 0, 0, 0
+        taken, stale = 0, 0
+        outcomes = Outcomes(self.report, config.max_skipped)
         bar = progress(range(total), what=self.step.name, unit="step")
         for batches in epochs:
-            losses = []
-            for indices in batches:
+            for indices, (hidden, target) in self._batches(batches):
                 next(bar)
                 factor = cosine_factor(taken, total, warmup=round(config.warmup * total), floor=config.lr_floor)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
                 taken += 1
-                loss = self._step(optimizer, indices)
-                if loss is None:
-                    self.report.skipped += 1
-                    skipped += 1
-                    if skipped > config.max_skipped:
-                        raise _Diverged
-                else:
-                    losses.append(loss)
-            self.report.training.append(sum(losses) / max(1, len(losses)))
+                outcomes.add(self._step(optimizer, indices, hidden, target), self._tokens(indices))
+            self.report.training.append(outcomes.mean())
             stale = 0 if self._validate() else stale + 1
             if config.patience is not None and stale >= config.patience:
                 return
@@ -178,29 +145,38 @@ class _BlockFit:
     def evaluate(self) -> float:
         """Mean loss on the validation samples; on all samples where none are held out."""
         losses = []
-        for indices in self.step.batches(self.validation or self.training, self.walker.batch_tokens):
-            losses += [self._loss(indices).item()] * len(indices)
-        return sum(losses) / len(losses)
+        order = self.step.batches(self.validation or self.training, self.walker.batch_tokens)
+        for indices, (hidden, target) in self._batches(order):
+            losses += [self._loss(indices, hidden, target)] * len(indices)
+        values: list[float] = torch.stack(losses).tolist()
+        return sum(values) / len(values)
 
-    def _step(self, optimizer: torch.optim.Optimizer, indices: list[int]) -> float | None:
-        """One optimizer step; None if the loss or a gradient was not finite and nothing was changed."""
-        optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(indices)
+    def _step(self, optimizer: torch.optim.Optimizer, indices: list[int], hidden: Tensor, target: Tensor) -> Tensor:
+        """One optimizer step; return its loss, NaN if that or a gradient was not finite and nothing was changed.
+
+        Nothing here waits for the device.
+        """
+        loss = self._loss(indices, hidden, target)
         loss.backward()
         limit = self.config.clip_norm if self.config.clip_norm is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._all(), limit)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            return None
+        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        # as torch.amp.GradScaler tells it: fused AdamW then leaves weights, moments and its step count alone
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # here, so that no gradients lie beside what validation needs
         project(self.linears)
-        self.report.steps += 1
-        self.report.tokens += sum(self.step.quantized.read(i).shape[:2].numel() for i in indices)
-        return loss.item()
+        return loss.detach().where(finite, math.nan)
 
-    def _loss(self, indices: list[int]) -> Tensor:
-        step = self.step
-        target = step.fp.gather(indices).to(self.walker.device)
-        output = self.walker.run(step.block, step.call(indices), step.quantized.gather(indices))
+    def _batches(self, order: Iterable[list[int]]) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
+        """Yield samples with their inputs and targets."""
+        return self.walker.feed.batches([self.step.quantized, self.step.fp], order)
+
+    def _tokens(self, indices: list[int]) -> int:
+        return self.step.quantized.shape_of(indices)[:2].numel()
+
+    def _loss(self, indices: list[int], hidden: Tensor, target: Tensor) -> Tensor:
+        output = self.walker.run(self.step.block, self.step.call(indices), hidden)
         return block_loss(output, target, self.config.loss)
 
     def _validate(self) -> bool:
@@ -209,7 +185,7 @@ class _BlockFit:
         better = math.isfinite(loss) and not loss >= self.report.loss_after
         if better:
             self.report.loss_after = loss
-            self.best = self._snapshot()
+            self._keep()
         return better
 
     def _epoch(self, epoch: int) -> list[list[int]]:
@@ -224,8 +200,11 @@ class _BlockFit:
     def _all(self) -> list[nn.Parameter]:
         return [parameter for group in self.parameters for parameter in group["params"]]
 
-    def _snapshot(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self._all()]
+    @torch.no_grad()
+    def _keep(self) -> None:
+        """Make the present weights the best, in place: a second copy would raise the peak of memory."""
+        for kept, parameter in zip(self.best, self._all(), strict=True):
+            kept.copy_(parameter)
 
 
 def split_samples(count: int, config: FitConfig) -> tuple[range, range]:

@@ -113,11 +113,12 @@ class _Statistics:
         sums = dict(arch.sums)
         of_output = len(stage) == 1 and stage[0] in sums
         total: _Statistics | None = None
-        for indices in step.batches(samples, walker.batch_tokens):
+        order = step.batches(samples, walker.batch_tokens)
+        for indices, (fp, quantized) in walker.feed.batches([step.fp, step.quantized], order):
             call = step.call(indices)
             paths = (stage[0], sums[stage[0]]) if of_output else (stage[0],)
-            x_fp, *sum_fp = _inputs_of(step.block, paths, walker, call, step.fp.gather(indices))
-            x_q, *sum_q = _inputs_of(working, paths, walker, call, step.quantized.gather(indices))
+            x_fp, *sum_fp = _inputs_of(step.block, paths, walker, call, fp)
+            x_q, *sum_q = _inputs_of(working, paths, walker, call, quantized)
             d = x_fp - x_q
             if of_output:
                 weight_T1 = token_weights(sum_q[0])

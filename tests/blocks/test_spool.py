@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eqat_mm.blocks.spool import Stream, require_disk
+from eqat_mm.blocks import spool
+from eqat_mm.blocks.spool import Stream, require_disk, require_memory
 from eqat_mm.errors import CheckpointError, ResourceError
+from tests.checkpoint.files import assert_four_lines
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -27,6 +29,13 @@ def filled(dtype: torch.dtype, path: Path | None, values: list[Tensor]) -> Strea
         stream.append(value)
     stream.seal()
     return stream
+
+
+def rewrite(stream: Stream, values: list[Tensor], path: Path | None) -> None:
+    """Pass a stream on, last sample first."""
+    with stream.rewritten(path):
+        for index, value in reversed(list(enumerate(values))):
+            stream.write(index, value)
 
 
 @pytest.fixture(params=["ram", "disk"])
@@ -55,6 +64,49 @@ def test_one_sample_is_overwritten(path: Path | None, dtype: torch.dtype) -> Non
     assert torch.equal(stream.read(2), values[2].to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_samples_are_rewritten(path: Path | None, tmp_path: Path, dtype: torch.dtype) -> None:
+    values, others = samples(), samples()
+    stream = filled(dtype, path, values)
+    rewrite(stream, others, path and tmp_path / "next.bin")
+    assert all(torch.equal(stream.read(index), value.to(dtype)) for index, value in enumerate(others))
+    if path is not None:
+        assert stream.path == tmp_path / "next.bin"
+        before = filled(dtype, None, others)
+        before.restore(path)
+        assert all(torch.equal(before.read(index), value.to(dtype)) for index, value in enumerate(values))
+
+
+def test_a_file_is_read_while_the_next_is_written(tmp_path: Path) -> None:
+    values = samples()
+    stream = filled(torch.float32, tmp_path / "fp.bin", values)
+    with stream.rewritten(tmp_path / "next.bin"):
+        stream.write(0, torch.zeros(1, 4, 8))
+        assert torch.equal(stream.read(0), values[0])
+        for index in (1, 2):
+            stream.write(index, values[index])
+    assert not stream.read(0).any()
+
+
+def test_a_rewriting_that_fails_leaves_the_stream(tmp_path: Path) -> None:
+    values = samples()
+    stream = filled(torch.float32, tmp_path / "fp.bin", values)
+    with pytest.raises(IndexError), stream.rewritten(tmp_path / "next.bin"):
+        stream.write(99, torch.zeros(1, 4, 8))
+    assert stream.path == tmp_path / "fp.bin"
+    assert all(torch.equal(stream.read(index), value) for index, value in enumerate(values))
+
+
+def test_a_stream_on_disk_goes_on_from_the_file_it_is_restored_from(tmp_path: Path) -> None:
+    values, others = samples(), samples()
+    filled(torch.float32, None, others).save(tmp_path / "saved.bin")
+    stream = filled(torch.float32, tmp_path / "fp.bin", values)
+    stream.restore(tmp_path / "saved.bin")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.bin"]
+    stream.save(tmp_path / "saved.bin")  # nothing to be written
+    assert all(torch.equal(stream.read(index), value) for index, value in enumerate(others))
+
+
 def test_a_stream_owns_its_numbers(path: Path | None) -> None:
     values = samples()
     stream = filled(torch.float32, path, values)
@@ -63,9 +115,13 @@ def test_a_stream_owns_its_numbers(path: Path | None) -> None:
     assert torch.equal(stream.read(0), kept)
 
 
-def test_non_contiguous_samples(path: Path | None) -> None:
-    value = torch.randn(4, 1, 8).transpose(0, 1)
-    assert torch.equal(filled(torch.float32, path, [value]).read(0), value)
+def test_non_contiguous_samples(path: Path | None, tmp_path: Path) -> None:
+    value = torch.randn(4, 2, 8).transpose(0, 1)
+    stream = filled(torch.float32, path, [value])
+    assert torch.equal(stream.read(0), value)
+    filled(torch.float32, None, [2 * value]).save(tmp_path / "saved.bin")
+    stream.restore(tmp_path / "saved.bin")
+    assert torch.equal(stream.read(0), 2 * value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,7 +143,7 @@ def test_saved_samples_are_restored(path: Path | None, tmp_path: Path, dtype: to
         stream.write(index, torch.zeros_like(value))
     stream.restore(tmp_path / "saved.bin")
     assert all(torch.equal(stream.read(index), value.to(dtype)) for index, value in enumerate(values))
-    stream.write(0, torch.ones(1, 4, 8))
+    rewrite(stream, [torch.ones_like(value) for value in values], tmp_path / "next.bin")
     again = filled(dtype, None, [torch.zeros_like(value) for value in values])
     again.restore(tmp_path / "saved.bin")
     assert torch.equal(again.read(0), values[0].to(dtype))
@@ -138,3 +194,15 @@ def test_too_little_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "activation streams" in caught.value.where
     assert caught.value.given == "1.00 GiB free"
     assert "1.50 GiB" in caught.value.allowed
+
+
+def test_too_little_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "available_bytes", lambda: 2**30)
+    require_memory(2**30, "activation streams")
+    with pytest.raises(ResourceError) as caught:
+        require_memory(2**30 + 2**29, "activation streams")
+    assert_four_lines(caught.value)
+    assert "activation streams" in caught.value.where
+    assert caught.value.given == "1.00 GiB available"
+    assert "1.50 GiB" in caught.value.allowed
+    assert "--spool disk" in caught.value.do

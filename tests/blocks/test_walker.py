@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eqat_mm.blocks import walker as blocks_walker
 from eqat_mm.blocks.arch import Inputs
+from eqat_mm.blocks.feed import PinnedFeed
 from eqat_mm.blocks.source import open_model
 from eqat_mm.blocks.walker import BlockWalker, capture_front
 from llava_adapters import arch_for
+from tests.blocks.test_feed import FakeLink
 from tests.tolerances import assert_close
 
 CPU = torch.device("cpu")
@@ -74,7 +77,7 @@ def test_streams_in_ram_and_on_disk_are_equal(folder: Path, tmp_path: Path, stre
     on_disk = outputs(walker_of(folder, stream_dtype=stream_dtype, spool=tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(in_ram, on_disk, strict=True))
     assert in_ram[0].dtype is stream_dtype
-    assert {path.name for path in tmp_path.iterdir()} == {"fp.bin", "quantized.bin"}
+    assert {path.name for path in tmp_path.iterdir()} == {"fp-00002.bin", "quantized-00002.bin"}
 
 
 def test_the_two_streams_are_independent(folder: Path) -> None:
@@ -100,6 +103,36 @@ def test_a_walk_starts_at_any_block(folder: Path) -> None:
         assert (step.index, step.name) == (1, "model.layers.1")
         second.advance_fp(step)
     assert all(torch.equal(second.fp.read(index), value) for index, value in enumerate(expected))
+
+
+def test_a_walk_stops_before_any_block(folder: Path) -> None:
+    walker = walker_of(folder)
+    assert [step.index for step in walker.walk(stop=1)] == [0]
+    assert all(parameter.is_meta for block in walker.opened.blocks for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("stream_dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_measures_its_output(folder: Path, stream_dtype: torch.dtype) -> None:
+    walker = walker_of(folder, stream_dtype=stream_dtype)
+    for step in walker.walk():
+        measured = walker.advance_fp(step)
+        squares = [walker.fp.read(index).double().square().mean().item() for index in range(len(walker.fp))]
+        assert measured == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+        walker.advance_quantized(step)
+
+
+def test_a_pinned_feed_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = outputs(walker_of(folder))
+    monkeypatch.setattr(blocks_walker, "feed_for", lambda device: PinnedFeed(device, FakeLink()))
+    assert all(torch.equal(a, b) for a, b in zip(outputs(walker_of(folder)), expected, strict=True))
+
+
+def test_files_at_the_input_of_blocks_are_kept_where_asked(folder: Path, tmp_path: Path) -> None:
+    opened = open_model(folder, LLAMA)
+    captured = capture_front(opened, batches(), torch.float32)
+    outputs(BlockWalker(opened, captured, device=CPU, spool=tmp_path, keep_passed=True))
+    names = {f"{stream}-{passed:05d}.bin" for stream in ("fp", "quantized") for passed in range(3)}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_blocks_are_frozen_and_in_float32(folder: Path) -> None:

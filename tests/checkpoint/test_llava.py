@@ -14,6 +14,8 @@ import eqat_mm
 from eqat_mm.blocks.arch import Inputs
 from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint import save_like
+from eqat_mm.checkpoint.read import load_block
+from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
@@ -54,6 +56,16 @@ def packed(case: tuple[str, QuantSpec], tmp_path_factory: pytest.TempPathFactory
     batches = save_tiny_llava(folder / "full", arch, torch.float16)
     run_rtn(open_model(folder / "full", arch_for(arch)), spec, folder, source="tiny", provenance={})
     return Packed(folder / "full", folder / "model", batches)
+
+
+def test_a_block_is_loaded_from_its_shard_alone(packed: Packed, case: tuple[str, QuantSpec]) -> None:
+    """The shard has the names of the published files, which are not those of the modules."""
+    opened, whole = open_model(packed.full, arch_for(case[0])), eqat_mm.load(packed.folder)
+    name, block = opened.block_name(0), opened.blocks[0]
+    shard = CheckpointWriter(packed.folder, opened, case[1]).shard(0)
+    load_block(shard, opened, name, block, case[1], torch.device("cpu"))
+    expected = whole.get_submodule(name).state_dict()
+    assert all(torch.equal(block.state_dict()[key], value) for key, value in expected.items())
 
 
 def test_only_linears_of_the_tower_are_packed(packed: Packed) -> None:

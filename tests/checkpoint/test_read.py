@@ -14,13 +14,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 import eqat_mm
+from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint import read_manifest
 from eqat_mm.checkpoint.layout import quantization_config, spec_of_config
+from eqat_mm.checkpoint.read import load_block
 from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import BITS, GROUP_SIZES, QuantSpec
 from eqat_mm.runtime.files import read_json, write_json
+from llava_adapters import arch_for
 from tests.checkpoint.conftest import Pack, save_llama
 from tests.checkpoint.files import assert_four_lines, shard_of, tensors_of
 
@@ -55,6 +59,20 @@ def test_linears_stay_packed_and_only_step_sizes_train(folder: Path) -> None:
     stored = tensors_of(folder)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, stored[name].to(tensor.dtype))
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}], ids=["plain", "bias"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_block_is_loaded_from_its_shard_alone(pack: Pack, changes: dict[str, Any], symmetric: bool) -> None:
+    spec = QuantSpec(3, 32, symmetric=symmetric)
+    folder = pack(spec, **changes)
+    opened, whole = open_model(folder.parent / "full", arch_for("llama")), eqat_mm.load(folder)
+    name, block = opened.block_name(1), opened.blocks[1]
+    load_block(CheckpointWriter(folder, opened, spec).shard(1), opened, name, block, spec, torch.device("cpu"))
+    expected, found = whole.get_submodule(name).state_dict(), block.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], value) and found[key].dtype is value.dtype for key, value in expected.items())
+    assert not any(parameter.requires_grad for parameter in block.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,8 @@ from eqat_kernels.quant_linear import tiles
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.cli import main
 from eqat_mm.train import block_ap
-from eqat_mm.train.fit import FitConfig, FitReport, fit_block
+from eqat_mm.train.fit import FitConfig, fit_block
+from eqat_mm.train.report import FitReport
 from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.slow

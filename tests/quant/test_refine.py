@@ -99,3 +99,13 @@ def test_arguments_are_left_alone() -> None:
     before = [each.clone() for each in arguments]
     refine(*arguments, 3)
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
+
+
+def test_rows_solved_some_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x_TI = torch.randn(24, 128), correlated_inputs(512, 128)
+    spec, hessian = QuantSpec(2, 32), x_TI.T @ x_TI
+    grid, _, rounded = grid_of(weight, spec, hessian, "refined")
+    monkeypatch.setattr("eqat_mm.quant.refine.SYSTEMS", 5 * 4**2)  # five rows: 24 are not a multiple
+    other, _, others = grid_of(weight, spec, hessian, "refined")
+    assert_close(other.scale, grid.scale, "elementwise")
+    assert_close(others, rounded, "elementwise")

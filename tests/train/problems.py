@@ -31,10 +31,10 @@ def batches_of(tiny: Tiny, count: int = SAMPLES) -> list[Inputs]:
     return [{"input_ids": window.unsqueeze(0)} for window in windows]
 
 
-def walker_of(tiny: Tiny) -> BlockWalker:
+def walker_of(tiny: Tiny, device: torch.device = CPU) -> BlockWalker:
     """Both streams at the input of block 0."""
     opened = open_model(tiny.folder, ARCH)
-    return BlockWalker(opened, capture_front(opened, batches_of(tiny), torch.float32), device=CPU, batch_tokens=64)
+    return BlockWalker(opened, capture_front(opened, batches_of(tiny), torch.float32), device=device, batch_tokens=64)
 
 
 def step_behind_rounded_block(walker: BlockWalker) -> BlockStep:

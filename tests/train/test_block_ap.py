@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,25 +13,29 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from eqat_mm.blocks import spool
 from eqat_mm.blocks.source import open_model
+from eqat_mm.blocks.spool import Stream
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import Manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError, ConfigError, ResourceError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
 from eqat_mm.train import block_ap, commit, fit
-from eqat_mm.train.block_ap import BlockAPConfig, quantize_block, run_block_ap
-from eqat_mm.train.fit import FitConfig, FitReport, fit_block
+from eqat_mm.train.block_ap import BlockAPConfig, quantize_block, run_block_ap, streams_on_disk
+from eqat_mm.train.fit import FitConfig, fit_block
+from eqat_mm.train.report import FitReport
 from eqat_mm.train.warm_start import WarmStartConfig
 from llava_adapters.llama import ARCH
 from tests.checkpoint.files import assert_four_lines, contents, same_weights
 from tests.tiny_model import Tiny, save_tiny
-from tests.train.problems import CPU, SPEC, batches_of, walker_of
+from tests.train.problems import CPU, LENGTH, SAMPLES, SPEC, batches_of, walker_of
 from tests.train.stopping import Stopped
 
 BLOCKS = 3
+HIDDEN = 64
 CONFIG = BlockAPConfig(
     SPEC,
     WarmStartConfig(init="gptq"),
@@ -37,6 +43,9 @@ CONFIG = BlockAPConfig(
     precision="float32",
     batch_tokens=64,
 )
+KEPT = [("ram", "recompute"), ("ram", "files"), ("disk", "recompute"), ("disk", "files")]
+"""Where streams are kept, and how they are committed."""
+
 Run = Callable[..., Manifest]
 
 
@@ -136,29 +145,33 @@ def test_two_runs_give_the_same_weights(run: Run, undisturbed: Path, tmp_path: P
 def test_streams_on_disk_give_the_same_weights(run: Run, undisturbed: Path, tmp_path: Path) -> None:
     run(tmp_path, replace(CONFIG, spool="disk"))
     assert same_weights(tmp_path / "model", undisturbed / "model")
-    assert not (tmp_path / "spool").exists()
+    assert not (tmp_path / "streams").exists()
 
 
-@pytest.mark.parametrize("spool", ["ram", "disk"])
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("stopped_in", range(BLOCKS))
 def test_a_stopped_run_is_continued(
-    run: Run, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: int, spool: Any
+    run: Run, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: int, kept: Any
 ) -> None:
+    config = replace(CONFIG, spool=kept[0], commit=kept[1])
     with monkeypatch.context() as patch:
         stop_in_block(patch, stopped_in)
         with pytest.raises(Stopped):
-            run(tmp_path, replace(CONFIG, spool=spool))
+            run(tmp_path, config)
     assert len(metrics(tmp_path)) == stopped_in
     assert not (tmp_path / "model" / "eqat.json").exists()
     fitted = stop_in_block(monkeypatch, BLOCKS)
-    run(tmp_path, replace(CONFIG, spool=spool))
+    run(tmp_path, config)
     assert fitted == list(range(stopped_in, BLOCKS))
     assert same_weights(tmp_path / "model", undisturbed / "model")
     assert len(metrics(tmp_path)) == BLOCKS
 
 
-def test_streams_in_bfloat16_are_continued(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(CONFIG, stream_dtype="bfloat16")
+@pytest.mark.parametrize("kept", KEPT)
+def test_streams_in_bfloat16_are_continued(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Any
+) -> None:
+    config = replace(CONFIG, stream_dtype="bfloat16", spool=kept[0], commit=kept[1])
     run(tmp_path / "undisturbed", config)
     with monkeypatch.context() as patch:
         stop_in_block(patch, 2)
@@ -168,11 +181,40 @@ def test_streams_in_bfloat16_are_continued(run: Run, tmp_path: Path, monkeypatch
     assert same_weights(tmp_path / "stopped" / "model", tmp_path / "undisturbed" / "model")
 
 
+def test_trained_norms_and_weights_are_computed_with_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes out of training is kept, norms are stored in 16 bits: the shards must give the same stream."""
+    falling = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(fit._BlockFit, "evaluate", lambda _: float(next(falling)))
+    tiny = save_tiny(tmp_path, dtype=torch.bfloat16, blocks=BLOCKS)
+    config = replace(CONFIG, fit=FitConfig(epochs=1, lr_weight=2e-3, lr_norm=1e-2, validation_samples=0))
+    streams: list[Tensor] = []
+
+    def start(folder: Path) -> None:
+        opened, record = open_model(tiny.folder, ARCH), {"config": {}}
+        run_block_ap(opened, batches_of(tiny), config, folder, device=CPU, source="tiny", provenance=record)
+
+    def look(walker: Any, step: Any, *args: Any, **kwargs: Any) -> FitReport:
+        if step.index == BLOCKS - 1:
+            streams.append(torch.cat([step.quantized.read(index) for index in range(SAMPLES)]))
+        return fit_block(walker, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        stop_in_block(patch, BLOCKS - 1)
+        with pytest.raises(Stopped):
+            start(tmp_path / "stopped")
+    monkeypatch.setattr(block_ap, "fit_block", look)
+    start(tmp_path / "stopped")
+    start(tmp_path / "undisturbed")
+    assert torch.equal(*streams)
+    assert same_weights(tmp_path / "stopped" / "model", tmp_path / "undisturbed" / "model")
+
+
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("moment", ["write_json", "append_jsonl"])
 def test_a_stop_while_a_block_is_committed(
-    run: Run, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    run: Run, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, kept: Any
 ) -> None:
-    calls = 0
+    calls, config = 0, replace(CONFIG, spool=kept[0], commit=kept[1])
     function = getattr(commit, moment)
 
     def stop_at_the_second(*args: Any) -> None:
@@ -185,8 +227,8 @@ def test_a_stop_while_a_block_is_committed(
     with monkeypatch.context() as patch:
         patch.setattr(commit, moment, stop_at_the_second)
         with pytest.raises(Stopped):
-            run(tmp_path)
-    run(tmp_path)
+            run(tmp_path, config)
+    run(tmp_path, config)
     assert same_weights(tmp_path / "model", undisturbed / "model")
     assert len(metrics(tmp_path)) == BLOCKS
 
@@ -207,14 +249,120 @@ def test_a_stop_before_the_manifest(
     assert same_weights(tmp_path / "model", undisturbed / "model")
 
 
+# ---- what is written of the streams, and when -----------------------------------------------------
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes written to each file of a stream, as they grow."""
+    count: dict[str, int] = defaultdict(int)
+
+    def counting(name: str, path_of: Callable[..., Path | None], size_of: Callable[..., int]) -> None:
+        method = getattr(Stream, name)
+
+        def counted(self: Stream, *args: Any) -> Any:
+            path, size = path_of(self, *args), size_of(self, *args)
+            if (path is not None and path != self.path) or name != "save":
+                count[str(path and path.name)] += size
+            return method(self, *args)
+
+        monkeypatch.setattr(Stream, name, counted)
+
+    counting("append", lambda self, value: self.path, lambda self, value: value.numel() * self.dtype.itemsize)
+    counting(
+        "write",
+        lambda self, index, value: self._next and Path(self._next.name),
+        lambda self, index, value: value.numel() * self.dtype.itemsize,
+    )
+    counting("save", lambda self, path: path, lambda self, path: self.nbytes)
+    return count
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_each_stream_is_written_once_per_block_or_not_at_all(
+    run: Run, tmp_path: Path, written: dict[str, int], kept: Any
+) -> None:
+    """On the disk: nothing for streams in RAM that are computed again, else each stream once behind every block."""
+    run(tmp_path, replace(CONFIG, spool=kept[0], commit=kept[1]))
+    in_ram = written.pop("None", 0)
+    stream = SAMPLES * LENGTH * HIDDEN * 4
+    files = {"recompute": [], "files": range(1, BLOCKS + 1)}[kept[1]] if kept[0] == "ram" else range(BLOCKS + 1)
+    assert written == {f"{name}-{passed:05d}.bin": stream for name in ("fp", "quantized") for passed in files}
+    assert in_ram == (2 * (BLOCKS + 1) * stream if kept[0] == "ram" else 0)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_the_disk_holds_what_was_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Any
+) -> None:
+    config = replace(CONFIG, spool=kept[0], commit=kept[1])
+    most, folder = 0, tmp_path / "streams"
+
+    def look(*_: Any, **__: Any) -> None:
+        nonlocal most
+        most = max(most, sum(path.stat().st_size for path in folder.glob("*.bin")))
+
+    write, save = Stream.rewritten, commit.write_json
+    monkeypatch.setattr(commit, "write_json", lambda *args: (look(), save(*args)))
+
+    @contextmanager
+    def watched(self: Stream, path: Path | None) -> Iterator[None]:
+        with write(self, path):
+            yield
+        look()
+
+    monkeypatch.setattr(Stream, "rewritten", watched)
+    run(tmp_path, config)
+    assert most == streams_on_disk(config) * SAMPLES * LENGTH * HIDDEN * 4
+
+
+def test_only_the_committed_streams_are_left(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a stop, the next run removes what no commit holds, before it captures anything."""
+    config = replace(CONFIG, spool="disk")
+    stopped_run(run, tmp_path, monkeypatch, config)
+    names = {path.name for path in (tmp_path / "streams").iterdir()}
+    assert names == {"fp-00001.bin", "fp-00002.bin", "quantized-00001.bin"}
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(block_ap, "capture_front", stop)
+    with pytest.raises(Stopped):
+        run(tmp_path, config)
+    assert {path.name for path in (tmp_path / "streams").iterdir()} == {"fp-00001.bin", "quantized-00001.bin"}
+
+
+def test_a_truncated_shard_is_noticed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_run(run, tmp_path, monkeypatch)
+    (shard,) = (tmp_path / "model").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(CheckpointError) as raised:
+        run(tmp_path)
+    assert_four_lines(raised.value)
+
+
+@pytest.mark.parametrize(("device", "auto"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_the_dtype_of_streams_follows_the_device(device: str, auto: torch.dtype) -> None:
+    assert BlockAPConfig().stream_dtype_on(torch.device(device)) is auto
+    assert BlockAPConfig(stream_dtype="float32").stream_dtype_on(torch.device(device)) is torch.float32
+    assert BlockAPConfig(stream_dtype="bfloat16").stream_dtype_on(torch.device(device)) is torch.bfloat16
+
+
+def test_streams_are_committed_as_files_where_they_are_files() -> None:
+    assert not BlockAPConfig(spool="ram").commits_streams
+    assert BlockAPConfig(spool="disk").commits_streams
+    assert BlockAPConfig(spool="ram", commit="files").commits_streams
+    assert not BlockAPConfig(spool="disk", commit="recompute").commits_streams
+
+
 # ---- refused before anything is written -----------------------------------------------------------
 
 
-def stopped_run(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stopped_run(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, config: BlockAPConfig = CONFIG) -> None:
     with monkeypatch.context() as patch:
         stop_in_block(patch, 1)
         with pytest.raises(Stopped):
-            run(folder)
+            run(folder, config)
 
 
 def test_other_settings_do_not_continue_a_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,11 +377,12 @@ def test_other_settings_do_not_continue_a_run(run: Run, tmp_path: Path, monkeypa
 
 
 def test_an_altered_stream_is_noticed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped_run(run, tmp_path, monkeypatch)
+    config = replace(CONFIG, commit="files")
+    stopped_run(run, tmp_path, monkeypatch, config)
     (stream,) = (tmp_path / "streams").glob("fp-*")
     stream.write_bytes(stream.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="--overwrite"):
-        run(tmp_path)
+        run(tmp_path, config)
 
 
 def test_a_full_disk_is_noticed_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +391,17 @@ def test_a_full_disk_is_noticed_first(run: Run, tmp_path: Path, monkeypatch: pyt
         run(tmp_path / "run", replace(CONFIG, spool="disk"))
     assert_four_lines(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_is_noticed_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 2 * SAMPLES * LENGTH * HIDDEN * 4
+    monkeypatch.setattr(spool, "available_bytes", lambda: needed - 1)
+    with pytest.raises(ResourceError) as raised:
+        run(tmp_path / "run")
+    assert_four_lines(raised.value)
+    assert not (tmp_path / "run").exists()
+    run(tmp_path / "bfloat16", replace(CONFIG, stream_dtype="bfloat16"))
+    run(tmp_path / "disk", replace(CONFIG, spool="disk"))
 
 
 def test_a_group_size_that_does_not_divide_is_noticed_first(run: Run, tmp_path: Path) -> None:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from eqat_mm.blocks.feed import PinnedFeed
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.errors import TrainingError
 from eqat_mm.quant.fake_linear import FakeQuantLinear
 from eqat_mm.quant.grid import SMALLEST_STEP
 from eqat_mm.train import fit
+from eqat_mm.train import report as report_of_block
 from eqat_mm.train.fit import FitConfig, fit_block, split_samples
 from eqat_mm.train.losses import BlockLoss, block_loss
 from llava_adapters.llama import ARCH
+from tests.blocks.test_feed import FakeLink
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_model import Tiny
 from tests.tolerances import TOLERANCES
-from tests.train.problems import LENGTH, SAMPLES, SPEC, loss_on, step_to_fit, values_of, walker_of
+from tests.train.problems import CPU, LENGTH, SAMPLES, SPEC, loss_on, step_to_fit, values_of, walker_of
 
 CONFIG = FitConfig(epochs=3, batch_size=2, lr_weight=5e-3, lr_scale=1e-3, validation_samples=3)
 TRAINED, HELD_OUT = range(3, SAMPLES), range(3)
@@ -54,6 +58,18 @@ def breaking(monkeypatch: pytest.MonkeyPatch, broken: Broken, look: Callable[[in
         return block_loss(output, target, kind) * (math.nan if broken(calls - 1) else 1.0)
 
     monkeypatch.setattr(fit, "block_loss", loss)
+
+
+def is_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step that the optimizer is about to take will change nothing."""
+    return bool(optimizer.found_inf)  # type: ignore[attr-defined]
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Copies of all weights, moments and step counts."""
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [value for weight in weights for value in optimizer.state[weight].values()]
+    return [value.detach().clone() for value in (*weights, *moments)]
 
 
 def worse_after_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +127,35 @@ def test_the_same_seed_gives_the_same_weights(tiny: Tiny) -> None:
     assert not same(fitted(1), first)
 
 
+def test_batches_from_pinned_memory_train_the_same(tiny: Tiny, walker: BlockWalker, step: BlockStep) -> None:
+    fit_block(walker, step, CONFIG, seed=0)
+    other = walker_of(tiny)
+    other.feed = PinnedFeed(CPU, FakeLink())
+    other_step = step_to_fit(other)
+    fit_block(other, other_step, CONFIG, seed=0)
+    assert same(values_of(other_step.block), values_of(step.block))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_training_step_on_a_gpu_never_waits_for_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    walker = walker_of(tiny, torch.device("cuda"))
+    step = step_to_fit(walker)
+    fit_block(walker, step, CONFIG, seed=0)  # kernels are compiled and recorded calls are sent
+    take = fit._BlockFit._step
+
+    def strictly(*args: Any) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return take(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(fit._BlockFit, "_step", strictly)
+    report = fit_block(walker, step, CONFIG, seed=0)
+    assert report.steps == CONFIG.epochs * STEPS_PER_EPOCH
+
+
 # ---- the best weights -----------------------------------------------------------------------------
 
 
@@ -129,6 +174,25 @@ def test_the_initial_weights_are_kept_where_training_harms(walker: BlockWalker, 
     assert min(report.validation) > report.loss_before
     assert report.loss_after == report.loss_before
     assert same(values_of(step.block), before)
+
+
+def test_the_best_weights_are_kept_in_place_and_without_gradients_beside_them(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[set[int]] = []
+    keep = fit._BlockFit._keep
+
+    def look(fitted: fit._BlockFit) -> None:
+        assert all(parameter.grad is None for parameter in step.block.parameters())
+        keep(fitted)
+        kept.append({value.data_ptr() for value in fitted.best})
+
+    falling = iter(range(100, 0, -1))
+    monkeypatch.setattr(fit._BlockFit, "evaluate", lambda _: float(next(falling)))
+    monkeypatch.setattr(fit._BlockFit, "_keep", look)
+    fit_block(walker, step, CONFIG, seed=0)
+    assert len(kept) == CONFIG.epochs
+    assert kept[0] == kept[1] == kept[2]
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(1, 2), (2, 5), (3, 6), (None, 8)])
@@ -200,6 +264,67 @@ def test_steps_with_a_non_finite_loss_are_skipped(
     assert report.loss_after < report.loss_before
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_skipped_step_leaves_weights_moments_and_step_counts(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    states: list[list[Tensor]] = []
+    breaking(monkeypatch, lambda call: first <= call < first + 2)
+    config = FitConfig(epochs=2, lr_weight=5e-3, lr_zero_point=0.1, weight_decay=0.1, validation_samples=3)
+    with watched(lambda optimizer: states.append(state_of(optimizer))):
+        fit_block(walker, step, config, seed=0)
+    before, after, taken = states[first], states[first + 2], states[first + 3]
+    if first == 0:  # moments are made by the first step, taken or not
+        assert not any(value.any() for value in after[len(before) :])
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=first > 0))
+    assert not all(torch.equal(a, b) for a, b in zip(after, taken, strict=True))
+
+
+def test_skipped_steps_are_as_if_they_had_not_been(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first batches are skipped, the others train as they would alone."""
+    monkeypatch.setattr(fit, "cosine_factor", lambda *_, **__: 1.0)
+    monkeypatch.setattr(fit._BlockFit, "_validate", lambda fitted: fitted._keep() is None)
+
+    def fitted(batches: slice, broken: Broken) -> dict[str, Tensor]:
+        with monkeypatch.context() as patch:
+            breaking(patch, broken)
+            epoch = fit._BlockFit._epoch
+            patch.setattr(fit._BlockFit, "_epoch", lambda self, number: epoch(self, number)[batches])
+            walker = walker_of(tiny)
+            step = step_to_fit(walker)
+            fit_block(walker, step, FitConfig(epochs=1, lr_weight=5e-3, validation_samples=3), seed=0)
+        return values_of(step.block)
+
+    assert same(fitted(slice(None), lambda call: call < 2), fitted(slice(2, None), lambda call: False))
+
+
+@pytest.mark.parametrize("read_every", [1, 2, 16])
+def test_losses_are_counted_whenever_they_are_read(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch, read_every: int
+) -> None:
+    monkeypatch.setattr(report_of_block, "READ_EVERY", read_every)
+    breaking(monkeypatch, lambda call: call in (0, 3, 9))
+    report = fit_block(walker, step, FitConfig(epochs=2, validation_samples=1), seed=0)
+    assert (report.skipped, report.steps) == (3, 9)
+    # 11 samples in batches of 2: an epoch of 6 steps, whose short batch comes anywhere
+    assert report.tokens in (9 * 2 * LENGTH - LENGTH, 9 * 2 * LENGTH - 2 * LENGTH, 9 * 2 * LENGTH)
+    assert all(math.isfinite(loss) for loss in report.training)
+
+
+def test_a_rollback_comes_when_losses_are_read(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three losses are not finite at once, the epoch has five steps: with its end comes the rollback."""
+    at_start: dict[int, dict[str, Tensor]] = {}
+    breaking(monkeypatch, lambda call: call < 3, lambda call: at_start.update({call: values_of(step.block)}))
+    report = fit_block(walker, step, FitConfig(epochs=1, lr_weight=5e-3, validation_samples=3, max_skipped=1), seed=0)
+    assert (report.skipped, report.retries) == (3, 1)
+    assert len(at_start) == 2 * STEPS_PER_EPOCH
+    assert not same(at_start[4], at_start[0])
+    assert same(at_start[STEPS_PER_EPOCH], at_start[0])
+    assert report.loss_after < report.loss_before
+
+
 def test_a_finite_loss_with_a_non_finite_gradient_is_skipped(
     walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,12 +345,13 @@ def test_too_many_skipped_steps_roll_the_block_back(
 ) -> None:
     at_start: dict[int, dict[str, Tensor]] = {}
     rates: list[float] = []
+    monkeypatch.setattr(report_of_block, "READ_EVERY", 1)
     # first try: steps 0-2 are taken, 3 and 4 break it; second try: steps 5 and 6 break it; third try: nothing does
     breaking(
         monkeypatch, lambda call: call in (3, 4, 5, 6), lambda call: at_start.update({call: values_of(step.block)})
     )
     config = FitConfig(epochs=3, lr_weight=2e-3, lr_scale=1e-3, validation_samples=3, max_skipped=1)
-    with watched(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])):
+    with watched(lambda optimizer: rates.extend([optimizer.param_groups[0]["lr"]] * (not is_skipped(optimizer)))):
         report = fit_block(walker, step, config, seed=0)
     assert (report.skipped, report.retries) == (4, 2)
     assert not same(at_start[3], at_start[0])
