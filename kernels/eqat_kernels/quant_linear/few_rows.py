@@ -19,7 +19,7 @@ Shape letters: N outputs of a program, U units it takes at a time.
 """
 
 # Kernels are written in Triton's language, which has no types for mypy.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment, misc"
 
 from __future__ import annotations
 
@@ -99,10 +99,7 @@ def paired_words(line_ptr, BITS: tl.constexpr):
 def halves_of_pair(quads, down, PAIR: tl.constexpr, BITS: tl.constexpr):
     """Return the x of one pair of codes of every unit, as the codes where they lie need them."""
     BIT: tl.constexpr = PAIR * BITS % 16
-    if BIT + BITS > 16:
-        PLACE: tl.constexpr = 0
-    else:
-        PLACE: tl.constexpr = BIT - 6 if BIT + BITS > 10 else BIT
+    PLACE: tl.constexpr = 0 if BIT + BITS > 16 else (BIT - 6 if BIT + BITS > 10 else BIT)
     APART: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     FIRST: tl.constexpr = PAIR // APART * 2 * APART + PAIR % APART
     times = down * 2.0 ** (14 - PLACE)
