@@ -1,12 +1,14 @@
 """Compile every Triton kernel ahead of time, without a GPU, and print what it needs.
 
-    python -m eqat_kernels.aot                   all kernels and bit widths, sm_80, sm_90 and sm_100
+    python -m eqat_kernels.aot                   all kernels and bit widths, from sm_80 to sm_120
     python -m eqat_kernels.aot --arch 90         one architecture
     python -m eqat_kernels.aot --markdown        as a table for the documentation
 
 Each kernel is compiled for every bit width as it is launched on a 4096 x 4096 layer with groups of 64, asymmetric, in
-bfloat16; the products in float32, too, and at 4 bits in float16. Registers are per thread, spills the bytes of local
-memory a thread is short of registers for, shared memory is per program.
+bfloat16; sums of weight gradients in float32, too, and at 4 bits in float16. To fake quantization the width is only a
+number. Registers are per thread, spills the bytes of local memory a thread lacks registers for, shared memory is per
+program. Instructions are per weight: those of the
+largest loop, or of a kernel without one.
 """
 
 from __future__ import annotations
@@ -14,14 +16,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -31,14 +29,19 @@ from triton.compiler import ASTSource
 from eqat_kernels.dequant import triton_impl as dequant
 from eqat_kernels.fake_quant import triton_impl as fake_quant
 from eqat_kernels.layout import BITS, PackedLayout, columns_of_tile
+from eqat_kernels.machine_code import instructions, resources
 from eqat_kernels.packing import triton_impl as packing
 from eqat_kernels.quant_linear import few_rows
 from eqat_kernels.quant_linear import triton_impl as quant_linear
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 GROUP, SIZE = 64, 4096
 ALIGNED = ("inputs", "outputs", "row_count", "columns_count", "length", "words", "groups", "group_size", "size")
 """Sizes of a layer, multiples of 16 in every large model: Triton compiles a version of its own for that."""
+
+
+LIMITS = {"quant_linear few rows": 4.0, "quant_linear ds": 11.0, "dequantize": 12.0, "fake_quantize": 42.0}
+"""Instructions per weight, by the beginning of a kernel's name, above which something is wrong."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Kernel:
         function: decorated with `triton.jit`.
         pointers: dtype of every pointer argument, by name.
         constants: constexpr arguments, by name.
-        options: `num_warps` and `num_stages`, where not Triton's own choice.
+        options: `num_warps`, where not Triton's own choice.
     """
 
     name: str
@@ -59,35 +62,61 @@ class Kernel:
     constants: dict[str, Any]
     options: dict[str, int]
 
+    @property
+    def weights(self) -> int:
+        """Weights of a thread, in a pass of its loop where it has one; 0 where weights are not what it works on."""
+        if "UNITS_OF_GROUP" in self.constants:
+            return int(self.constants["N"]) * few_rows.UNIT
+        rows, columns = self.constants.get("R", 0), self.constants.get("K", 0)
+        return int(rows * columns) // (32 * self.options.get("num_warps", 4))
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel needs: registers per thread, bytes spilled per thread, shared bytes per program."""
+    """What a compiled kernel needs: registers and bytes spilled per thread, shared bytes per program, and its work."""
 
     name: str
     arch: int
     registers: int
     spills: int
     shared: int
+    per_weight: float | None
+
+    def __str__(self) -> str:
+        cell = f"{self.registers} / {self.spills} / {self.shared:,}"
+        return cell if self.per_weight is None else f"{cell} / {self.per_weight:.1f}"
+
+    def faults(self) -> Iterator[str]:
+        """Say what is wrong with it."""
+        where = f"{self.name} on sm_{self.arch}"
+        if self.spills:
+            yield f"{where}: {self.spills} bytes spilled"
+        limit = next((value for name, value in LIMITS.items() if self.name.startswith(name)), None)
+        if self.per_weight is not None and limit is not None and self.per_weight > limit:
+            yield f"{where}: {self.per_weight:.1f} instructions per weight, at most {limit}"
 
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel for every bit width."""
+    yield from _fake_quantize()
     for bits in BITS:
         yield from _elementwise(bits)
         for dtype in ("bf16", "fp32", "fp16") if bits == 4 else ("bf16", "fp32"):
             yield from _products(bits, dtype)
 
 
-def _elementwise(bits: int) -> Iterator[Kernel]:
+def _fake_quantize() -> Iterator[Kernel]:
     rows, columns = fake_quant.tile_of(GROUP)
-    tile = {"BITS": bits, "R": rows, "K": columns}
+    tile = {"BITS": 2, "R": rows, "K": columns}
     for product in ("fp32", "bf16"):  # the dtype of W_hat; W, s and z are float32
         forward, backward = _types("fp32", out=product), _types("fp32", grad=product)
-        yield Kernel(f"fake_quantize forward w{bits} {product}", fake_quant.forward_kernel, forward, tile, {})
-        name, kernel = f"fake_quantize backward w{bits} {product}", fake_quant.backward_kernel
+        yield Kernel(f"fake_quantize forward {product}", fake_quant.forward_kernel, forward, tile, {})
+        name, kernel = f"fake_quantize backward {product}", fake_quant.backward_kernel
         yield Kernel(name, kernel, backward, tile | {"out_ptr": None}, {})
         yield Kernel(f"{name}, W_hat again", kernel, backward | {"out_ptr": f"*{product}"}, tile, {})
+
+
+def _elementwise(bits: int) -> Iterator[Kernel]:
     columns = columns_of_tile(_layout(bits), 64)
     tile = {"BITS": bits, "R": dequant.ROWS, "K": columns}
     yield Kernel(f"dequantize w{bits} bf16", dequant.dequantize_kernel, _types("bf16"), tile, {})
@@ -137,30 +166,20 @@ def compile_for(kernel: Kernel, arch: int) -> Compiled:
     }
     source = ASTSource(kernel.function, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
-    registers, spills = resources(compiled.asm["cubin"])
-    return Compiled(kernel.name, arch, registers, spills, compiled.metadata.shared)
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Return registers per thread and bytes of local memory per thread of a compiled kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|LOCAL|STACK):(\d+)", text)}
-    return found["REG"], max(found["LOCAL"], found["STACK"])
+    cubin = compiled.asm["cubin"]
+    per_weight = instructions(cubin) / kernel.weights if kernel.weights else None
+    return Compiled(kernel.name, arch, *resources(cubin), compiled.metadata.shared, per_weight)
 
 
 def table(results: list[Compiled], *, markdown: bool) -> str:
-    """Lay out registers / spills / shared memory, a row for each kernel, a column for each architecture."""
+    """Lay out registers / spills / shared memory / instructions, kernels in rows, architectures in columns."""
     architectures = sorted({result.arch for result in results})
     cells = {(result.name, result.arch): result for result in results}
-    heads = ["kernel", *(f"sm_{arch} regs/spills/shared" for arch in architectures)]
+    heads = ["kernel", *(f"sm_{arch} regs/spills/shared/per weight" for arch in architectures)]
     rows = [heads]
     for name in dict.fromkeys(result.name for result in results):
         found = (cells[name, arch] for arch in architectures)
-        rows.append([name, *(f"{each.registers} / {each.spills} / {each.shared:,}" for each in found)])
+        rows.append([name, *map(str, found)])
     if markdown:
         rows.insert(1, ["---"] * len(heads))
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -173,7 +192,7 @@ def _compile_one(index: int, arch: int) -> Compiled:
 
 
 def main() -> int:
-    """Compile and print; return 1 if a kernel spills."""
+    """Compile and print; return 1 if a kernel spills or does too much."""
     parser = argparse.ArgumentParser(prog="python -m eqat_kernels.aot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, such as 90")
@@ -187,9 +206,9 @@ def main() -> int:
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(_compile_one, *zip(*jobs, strict=True)))
     print(table(results, markdown=arguments.markdown))  # noqa: T201 - the table is what this command is for
-    spilling = [f"{result.name} on sm_{result.arch}" for result in results if result.spills]
-    print(f"{len(results)} kernels compiled, {len(spilling)} spill" + "".join(f"\n  {name}" for name in spilling))  # noqa: T201
-    return 1 if spilling else 0
+    faults = [fault for result in results for fault in result.faults()]
+    print("\n".join([f"{len(results)} kernels compiled, {len(faults)} faults", *faults]))  # noqa: T201
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
