@@ -40,7 +40,7 @@ test-all: setup  ## the default and the slow tests (offline, no GPU)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network"
 
 test-gpu: setup  ## the tests that need a CUDA device
-	HF_HUB_OFFLINE=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n 0 -m gpu
+	HF_HUB_OFFLINE=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n auto -m gpu
 
 lint: setup  ## ruff: rules and format
 	$(BIN)/ruff check $(wildcard $(CODE))
@@ -56,7 +56,7 @@ types: setup  ## mypy, strict
 imports: setup  ## the floors: who may import whom
 	$(BIN)/lint-imports --no-logo
 
-aot: setup  ## compile every Triton kernel for sm_80, sm_90 and sm_100 without a GPU; a spill is an error
+aot: setup  ## compile every Triton kernel, sm_80 to sm_120, without a GPU; a spill is an error
 	cd kernels && ../$(BIN)/python -m eqat_kernels.aot
 
 check: lint types imports test aot  ## everything CI runs

@@ -3,7 +3,7 @@
     python benchmarks/time_kernels.py                 on whatever is there
     python benchmarks/time_kernels.py --cpu           on the CPU: training step, decode and prefill, peak memory
     python benchmarks/time_kernels.py --cpu --only peers     beside torch.compile and torch's int4 product
-    python benchmarks/time_kernels.py --tune          on a GPU: every tile of `TILES` for every row count
+    python benchmarks/time_kernels.py --tune          on a GPU: sizes of the decode kernel, and where it loses
 
 The correctness sweep runs first. Where a test fails no number is printed.
 
@@ -16,11 +16,11 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 from kernel_peers import Layer
@@ -28,7 +28,7 @@ from time_kernels_cpu import cpu_ratios
 from torch import Tensor
 
 from eqat_kernels import dequantize, fake_quantize, quant_linear
-from eqat_kernels.quant_linear import tiles
+from eqat_kernels.quant_linear import few_rows
 
 LAYERS = {
     "7B": ((4096, 4096), (11008, 4096), (4096, 11008)),
@@ -38,6 +38,7 @@ LAYERS = {
 """(O, I) of the linear layers of Llama-2."""
 
 ROWS = (1, 16, 2048)
+FEW = (1, 2, 3, 4, 6, 8)
 GROUP = 64
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,8 +46,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def require_green(marker: str) -> None:
     """Run the correctness sweep; leave if it is red."""
     tests = ["tests/kernels/test_triton.py"] if marker == "gpu" else ["tests/kernels/test_cpu.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *tests]
-    command += ["-m", "gpu"] if marker == "gpu" else []
+    command = [sys.executable, "-m", "pytest", "-q", *tests]
+    command += ["-n", "auto", "-m", "gpu"] if marker == "gpu" else ["-n", "0"]
     interpret = {"TRITON_INTERPRET": "0" if marker == "gpu" else "1"}
     if subprocess.run(command, cwd=ROOT, env=os.environ | interpret, check=False).returncode:
         sys.exit("the correctness sweep is red: no numbers")
@@ -148,36 +149,27 @@ def training_table(limits: tuple[float, float]) -> None:
         )
 
 
-def candidates(rows: int) -> Iterator[tiles.Tile]:
-    """Tiles worth trying for a number of rows: the neighbours of the default, one step in each direction."""
-    base = tiles.DECODE if rows <= tiles.DECODE_ROWS else tiles.FEW if rows <= tiles.FEW.M else tiles.MANY
-    for outputs, inputs, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
-        yield replace(base, N=outputs, K=inputs, num_warps=warps, num_stages=stages)
-
-
 def tune() -> None:
-    """Print the three fastest tiles of the forward for each row count and bit width on a 4096 x 4096 layer."""
-    for rows, bits in product((1, 16, 64, 2048), (2, 3, 4, 8)):
-        layer = DeviceLayer(4096, 4096, bits)
-        x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
-        name = "DECODE" if rows <= tiles.DECODE_ROWS else "FEW" if rows <= tiles.FEW.M else "MANY"
-        default, found = getattr(tiles, name), []
-        for tile in candidates(rows):
-            setattr(tiles, name, tile)
-            try:
-                found.append((gpu_seconds(lambda layer=layer, x=x: layer.run(x), 10), str(tile)))  # type: ignore[misc]
-            except Exception as error:  # noqa: BLE001 - a tile that does not fit the device is no candidate
-                print(f"  {tile}: {type(error).__name__}")
-        setattr(tiles, name, default)
-        print(f"{rows} rows, {bits} bits (now {default}):")
-        print("\n".join(f"  {seconds * 1e6:8.1f} us  {tile}" for seconds, tile in sorted(found)[:3]))
+    """Print, per layer of 7B and 70B and per bit width, the ways of a decode step, and from how many rows on it loses."""
+    for (outputs, inputs), bits in product((*LAYERS["7B"], *LAYERS["70B"]), (2, 3, 4, 8)):
+        layer = DeviceLayer(outputs, inputs, bits)
+        x = torch.randn(max(FEW), inputs, device="cuda", dtype=torch.bfloat16)
+        found = {}
+        for of_program, units in product((4, 8), (64, 128)):
+            with mock.patch.multiple(few_rows, OUTPUTS=of_program, UNITS=units):
+                found[of_program, units] = gpu_seconds(lambda layer=layer, x=x: layer.run(x[:1]), 10)  # type: ignore[misc]
+        print(f"{outputs}x{inputs}, {bits} bits, us: " + "  ".join(f"{at} {s * 1e6:.1f}" for at, s in found.items()))
+        for most in (0, max(FEW)):
+            with mock.patch.object(few_rows, "MOST", most):
+                times = [gpu_seconds(lambda layer=layer, x=x, rows=rows: layer.run(x[:rows]), 10) for rows in FEW]  # type: ignore[misc]
+            print(f"  {'unpacked while' if most else 'unpacked before':>15}", *(f"{s * 1e6:7.1f}" for s in times))
 
 
 def main() -> None:
     """Check, then time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
-    parser.add_argument("--tune", action="store_true", help="try tiles on the GPU")
+    parser.add_argument("--tune", action="store_true", help="try sizes of the decode kernel on the GPU")
     parser.add_argument("--only", nargs="+", help="CPU: some of step, step-7b, memory, decode, peers")
     arguments = parser.parse_args()
     if arguments.cpu or not torch.cuda.is_available():
