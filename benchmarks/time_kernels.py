@@ -150,7 +150,7 @@ def training_table(limits: tuple[float, float]) -> None:
 
 
 def tune() -> None:
-    """Print, per layer of 7B and 70B and per bit width, the ways of a decode step, and from how many rows on it loses."""
+    """Print, per layer and bit width, a decode step by sizes of its kernel, and from how many rows on it loses."""
     for (outputs, inputs), bits in product((*LAYERS["7B"], *LAYERS["70B"]), (2, 3, 4, 8)):
         layer = DeviceLayer(outputs, inputs, bits)
         x = torch.randn(max(FEW), inputs, device="cuda", dtype=torch.bfloat16)
