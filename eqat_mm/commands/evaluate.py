@@ -15,9 +15,10 @@ from eqat_mm.checkpoint.adapters import adapter_bits
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
-from eqat_mm.commands.models import best_device, load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_model
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision, autocast, resolve
 from eqat_mm.runtime.progress import duration, say

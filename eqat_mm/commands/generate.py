@@ -8,10 +8,11 @@ from typing import Any
 
 from eqat_eval.generation import GeneratedText, generate_about_images, generate_text
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer, takes_images
-from eqat_mm.commands.models import best_device, load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_model
 from eqat_mm.data.images import ImageFile, read_image
 from eqat_mm.data.problems import BadSample
 from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.progress import say
 
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from eqat_mm.blocks.source import WeightSource, weight_files
 from eqat_mm.checkpoint.folders import is_packed, load_for_inference
 from eqat_mm.data.smollm2 import smollm2_folder
-from eqat_mm.errors import CheckpointError, ConfigError, DataError
+from eqat_mm.errors import CheckpointError, DataError
 from eqat_mm.runtime.files import read_json
 from llava_adapters import resolve_alias
 from llava_adapters.original import refuse_original_folder
@@ -92,18 +92,3 @@ def require_weights(folder: Path) -> None:
     require_model(folder)
     for path in weight_files(folder):
         WeightSource.names_of(path)
-
-
-def best_device(device: str) -> torch.device:
-    """Return the device to compute on; `auto` is the first GPU, or the CPU where there is none.
-
-    Raises:
-        ConfigError: unknown, or not on this machine.
-    """
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if device == "auto":
-        return torch.device("cuda" if gpus else "cpu")
-    allowed = ["cpu", *(["cuda"] if gpus else []), *gpus]
-    if device not in allowed:
-        raise ConfigError("--device", repr(device), f"{', '.join(allowed)} or auto", "choose one of these")
-    return torch.device(device)

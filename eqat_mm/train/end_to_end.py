@@ -22,7 +22,7 @@ from eqat_mm.errors import TrainingError
 from eqat_mm.runtime.precision import Precision, autocast
 from eqat_mm.runtime.progress import interactive
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
-from eqat_mm.train.parallel import Decided, keep_precision, make_whole, placed
+from eqat_mm.train.parallel import Decided, keep_precision, make_whole, placed, use_one_device
 
 Sample = dict[str, Tensor]
 
@@ -182,7 +182,7 @@ def run_trainer(trainer: EndToEndTrainer, stage: str) -> list[dict[str, Any]]:
 
 def training_arguments(config: EndToEndConfig, folder: Path, device: torch.device) -> transformers.TrainingArguments:
     """Translate the configuration for the Trainer; under a launcher this joins the other processes."""
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
@@ -199,6 +199,7 @@ def training_arguments(config: EndToEndConfig, folder: Path, device: torch.devic
         use_cpu=device.type == "cpu",
         deepspeed=config.deepspeed,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # packed integers, gigabytes that never change
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         logging_steps=config.logging_steps,
@@ -210,6 +211,8 @@ def training_arguments(config: EndToEndConfig, folder: Path, device: torch.devic
         disable_tqdm=not interactive(),
         seed=config.seed,
     )
+    use_one_device(arguments, device)
+    return arguments
 
 
 def train_only(model: nn.Module, groups: list[dict[str, Any]]) -> None:

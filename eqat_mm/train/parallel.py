@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
+from transformers.training_args import ParallelMode
 
 from eqat_mm.runtime.progress import say
 
@@ -27,6 +28,20 @@ def keep_precision(arguments: transformers.TrainingArguments, precision: Decided
     """Let DeepSpeed, where it is used, compute in `precision`, whatever its file says."""
     if arguments.deepspeed_plugin is not None:
         arguments.deepspeed_plugin.deepspeed_config.update(autocast_settings(precision))
+
+
+def use_one_device(arguments: transformers.TrainingArguments, device: torch.device) -> None:
+    """Let a process that no launcher started train on `device` alone.
+
+    transformers would take `cuda:0` whatever was asked for, and put the model on every GPU that it sees, as
+    `nn.DataParallel`, which cuts a batch where it cannot be cut.
+    """
+    if device.type != "cuda" or arguments.parallel_mode is ParallelMode.DISTRIBUTED:
+        return
+    device = torch.device("cuda", device.index or 0)
+    arguments._n_gpu = 1
+    arguments.__dict__["_setup_devices"] = device  # what `arguments.device` keeps once it has decided
+    torch.cuda.set_device(device)  # accelerate moves the model to the current one
 
 
 def placed(teacher: nn.Module, arguments: transformers.TrainingArguments, precision: Decided) -> nn.Module:

@@ -6,7 +6,6 @@ Axes: B samples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from eqat_eval.inference import inference
 from eqat_eval.windows import check_positive
 from eqat_mm.checkpoint.folders import load_for_inference, load_processor
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.progress import progress
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +40,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
 
     Raises:
         CheckpointError: not a usable model folder, or one without processor and chat template.
-        ConfigError: unknown dtype, or a batch size below 1.
+        ConfigError: unknown dtype or device, or a batch size below 1.
     """
 
     is_simple = True
@@ -54,7 +54,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
         self.batch_size = int(batch_size)
         check_positive("batch_size", self.batch_size)
         self.dtype = _DTYPES[dtype]
-        self.device = torch.device(_own_device() if device == "auto" else device)
+        self.device = best_device(device)
         folder = Path(pretrained)
         self.processor = _processor(folder)
         self.model = load_for_inference(folder, self.device, self.dtype)
@@ -209,10 +209,6 @@ def _until(text: str, stops: str | Sequence[str]) -> str:
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.split(stop, 1)[0] if stop else text
     return text
-
-
-def _own_device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _processor(folder: Path) -> Any:

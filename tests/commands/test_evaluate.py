@@ -13,13 +13,11 @@ from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.assets import AssetsJob, assets
 from eqat_mm.commands.evaluate import EvalJob, bits_per_weight, evaluate
 from eqat_mm.commands.generate import GenerateJob, generate
-from eqat_mm.commands.models import best_device, load_model
+from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.data.assets import ASSETS
 from eqat_mm.data.windows import text_windows
-from eqat_mm.errors import ConfigError
 from llava_adapters.registry import ALIASES
-from tests.checkpoint.files import assert_four_lines
 from tests.commands.jobs import SPEC, rtn_job
 from tests.tiny_model import Tiny
 
@@ -74,17 +72,3 @@ def test_the_list_of_assets_names_all(capsys: pytest.CaptureFixture[str]) -> Non
     assets(AssetsJob())
     said = capsys.readouterr().out
     assert all(name in said for name in (*ASSETS, *ALIASES))
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
-def test_a_device_that_is_not_there_is_refused(device: str) -> None:
-    with pytest.raises(ConfigError, match="auto") as raised:
-        best_device(device)
-    assert_four_lines(raised.value)
-
-
-def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for count, kind in ((0, "cpu"), (2, "cuda")):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        assert best_device("auto").type == kind
-    assert best_device("cuda:1") == torch.device("cuda:1")
