@@ -95,7 +95,7 @@ def generate_data(job: GenerateDataJob) -> Path:
         say(f"already finished: {output}")
         return output
     quantized = _say_if_quantized(folder, job.model)
-    model = load_model(folder, device)
+    model = load_model(folder, device, "float32")  # in 16 bits the batch would decide close draws
     record = _begin(job, output, config, quantized=quantized)
     if record is None:
         return output

@@ -17,6 +17,7 @@ from eqat_mm.commands.runs import discard
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_jsonl
+from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.block_ap import check_groups
 from eqat_mm.train.end_to_end import WindowDataset
@@ -99,5 +100,6 @@ def _models(
     """Return the model that becomes the student, and the teacher where the loss asks for one."""
     with whole_models(arguments):
         taught = job.trains and job.loss == "logits"
-        teacher = load_model(opened.folder, arguments.device) if taught else None
-        return load_model(opened.folder, arguments.device), teacher
+        kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
+        teacher = load_model(opened.folder, arguments.device, kept) if taught else None
+        return load_model(opened.folder, arguments.device, "float32"), teacher

@@ -14,6 +14,7 @@ from eqat_mm.checkpoint.folders import is_packed, load_for_inference
 from eqat_mm.data.smollm2 import smollm2_folder
 from eqat_mm.errors import CheckpointError, DataError
 from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.precision import Precision
 from llava_adapters import resolve_alias
 from llava_adapters.original import refuse_original_folder
 
@@ -54,15 +55,22 @@ def model_folder(model: str) -> Path:
         ) from error
 
 
-def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedModel:
-    """Load a packed or a full-precision model, language or vision-language, for evaluation; float32 where unquantized.
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype | Precision = "auto"
+) -> transformers.PreTrainedModel:
+    """Load a packed or a full-precision model, language or vision-language, for evaluation.
+
+    Args:
+        folder: of the model.
+        device: to load to.
+        dtype: of what is not quantized; `auto` as in `unquantized_dtype`.
 
     Raises:
         CheckpointError: the folder is not a model, or is damaged.
     """
     if not is_packed(folder):
         require_weights(folder)
-    return load_for_inference(folder, device)
+    return load_for_inference(folder, device, dtype)
 
 
 def require_model(folder: Path) -> None:

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 
 from eqat_mm.data.batching import SampleOrder
 from eqat_mm.errors import TrainingError
-from eqat_mm.runtime.precision import Precision, autocast
+from eqat_mm.runtime.precision import Decided, Precision, autocast
 from eqat_mm.runtime.progress import interactive
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
-from eqat_mm.train.parallel import Decided, keep_precision, make_whole, placed, use_one_device
+from eqat_mm.train.parallel import keep_precision, make_whole, placed, use_one_device
 
 Sample = dict[str, Tensor]
 
@@ -216,9 +216,10 @@ def training_arguments(config: EndToEndConfig, folder: Path, device: torch.devic
 
 
 def train_only(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Make exactly the parameters of AdamW's `groups` trainable."""
+    """Make exactly the parameters of AdamW's `groups` trainable, in float32: in 16 bits small updates vanish."""
     model.requires_grad_(False)
     for parameter in (parameter for group in groups for parameter in group["params"]):
+        parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
 
 

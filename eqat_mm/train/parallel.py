@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers.training_args import ParallelMode
 
+from eqat_mm.runtime.precision import Decided
 from eqat_mm.runtime.progress import say
-
-Decided = Literal["float32", "bfloat16"]
 
 
 def autocast_settings(precision: Decided) -> dict[str, Any]:

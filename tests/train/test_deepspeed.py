@@ -87,8 +87,11 @@ class Case:
     folder: Path
 
     def seen(self, method: str, how: str | None, precision: Any) -> dict[str, set[torch.dtype]]:
-        """Train under DeepSpeed's settings `how`; return the dtypes of the teacher's and the student's products."""
-        teacher = load_model(self.tiny.folder, CPU)
+        """Train under DeepSpeed's settings `how`; return the dtypes of the teacher's and the student's products.
+
+        What is not trained is held in that precision, as on a GPU.
+        """
+        teacher = load_model(self.tiny.folder, CPU, precision)
         taught = watch_linears(teacher)
         settings = SETTINGS | {"precision": precision, "deepspeed": how}
         learned = (self._e2e_qp if method == "e2e-qp" else self._llm_qat)(settings, teacher)
@@ -99,7 +102,8 @@ class Case:
         arguments = training_arguments(config, self.folder, CPU)
         with pytest.MonkeyPatch.context() as patch:
             seen = watch_kernels(patch)
-            run_e2e_qp(load(self.packed), WindowDataset(self.windows), config, arguments, teacher=teacher)
+            model = load(self.packed, dtype=config.precision)
+            run_e2e_qp(model, WindowDataset(self.windows), config, arguments, teacher=teacher)
         return seen
 
     def _llm_qat(self, settings: dict[str, Any], teacher: nn.Module) -> set[torch.dtype]:
