@@ -10,7 +10,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -40,7 +40,8 @@ class EndToEndConfig:
         batch_size: sequences per process and forward.
         accumulation: forwards per optimizer step.
         clip_norm: largest gradient norm.
-        gradient_checkpointing: recompute activations of blocks in the backward.
+        gradient_checkpointing: recompute activations of blocks in the backward: more time, much less memory; `auto`
+            does so on a GPU, for models of a billion weights and more.
         precision: of matrix products; `auto` takes bfloat16 where it is faster (see `runtime.precision`).
         deepspeed: JSON file with the settings of DeepSpeed, where a launcher started several processes; without one
             they run as plain data parallelism, and a single process needs none.
@@ -57,7 +58,7 @@ class EndToEndConfig:
     batch_size: int = 2
     accumulation: int = 16
     clip_norm: float = 1.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
     precision: Precision = "auto"
     deepspeed: str | None = None
     logging_steps: int = 8
@@ -195,7 +196,7 @@ def training_arguments(config: EndToEndConfig, folder: Path, device: torch.devic
         optim="adamw_torch_fused",
         weight_decay=0.0,
         max_grad_norm=config.clip_norm,
-        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing is True,  # `auto` is decided once the model is there
         use_cpu=device.type == "cpu",
         deepspeed=config.deepspeed,
         ddp_find_unused_parameters=False,
