@@ -10,6 +10,7 @@ import transformers
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST
 from eqat_mm.errors import CheckpointError
+from eqat_mm.runtime.precision import Precision, unquantized_dtype
 
 
 def is_packed(folder: Path) -> bool:
@@ -24,14 +25,14 @@ def takes_images(folder: Path) -> bool:
 
 
 def load_for_inference(
-    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32
+    folder: Path, device: torch.device, dtype: torch.dtype | Precision = "auto"
 ) -> transformers.PreTrainedModel:
     """Load a packed or a full-precision model, language or vision-language, in eval mode.
 
     Args:
         folder: of the model.
         device: to load to.
-        dtype: of what is not quantized.
+        dtype: of what is not quantized; `auto` as in `unquantized_dtype`.
 
     Raises:
         CheckpointError: a packed model is damaged.
@@ -39,7 +40,8 @@ def load_for_inference(
     if is_packed(folder):
         return load(folder, dtype=dtype, device=device)
     auto = transformers.AutoModelForImageTextToText if takes_images(folder) else transformers.AutoModelForCausalLM
-    model: transformers.PreTrainedModel = auto.from_pretrained(folder, dtype=dtype)
+    kept = unquantized_dtype(dtype, device)
+    model: transformers.PreTrainedModel = auto.from_pretrained(folder, dtype=kept)
     torch.nn.Module.to(model, device)
     model.eval()
     model.requires_grad_(False)

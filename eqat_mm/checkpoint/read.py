@@ -22,12 +22,13 @@ from eqat_mm.quant.dynamic_linear import DynamicPackedLinear
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.precision import Precision, unquantized_dtype
 
 
 def load(
     folder: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Precision = "auto",
     device: str | torch.device = "cpu",
     verify: bool = True,
 ) -> PreTrainedModel:
@@ -39,15 +40,16 @@ def load(
 
     Args:
         folder: written by Block-AP, E2E-QP or LLM-QAT.
-        dtype: of the unquantized parts.
+        dtype: of the unquantized parts; `auto` is bfloat16 on a GPU that computes in it, float32 on a CPU.
         device: to load to.
         verify: check the SHA-256 of every file first.
 
     Raises:
         CheckpointError: not a checkpoint, unfinished, truncated or altered.
-        ConfigError: it has adapters, and `peft` is not installed.
+        ConfigError: it has adapters, and `peft` is not installed; or no such dtype.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
+    dtype = unquantized_dtype(dtype, device)
     manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
     raw = read_json(folder / "config.json")
     model = _skeleton(folder, raw)
@@ -59,7 +61,7 @@ def load(
         if any(f"{path}.{name}" in tied for name, _ in module.named_parameters(recurse=False)):
             continue
         kept = torch.float32 if isinstance(module, PackedLinear) else dtype
-        source.materialise(module, f"{path}." if path else "", kept, torch.device(device), recurse=False)
+        source.materialise(module, f"{path}." if path else "", kept, device, recurse=False)
     model.tie_weights()
     if any(name.startswith(f"{ADAPTER}/") for name in manifest.files):
         load_adapters(model, folder / ADAPTER)

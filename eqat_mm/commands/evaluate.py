@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from eqat_mm.checkpoint.adapters import adapter_bits
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
-from eqat_mm.commands.models import best_device, load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_model
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
-from eqat_mm.runtime.precision import Precision, autocast, resolve
+from eqat_mm.runtime.precision import Decided, Precision, arithmetic, autocast
 from eqat_mm.runtime.progress import duration, say
 
 _STORED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -39,7 +41,8 @@ class EvalJob:
         tasks: tasks of lmms-eval, separated by commas, instead of held-out text: easy_vqa, mme, scienceqa_img, ...
         limit: questions of each task to answer, the first ones; all by default.
         batch_size: windows, or questions of tasks, per forward.
-        precision: of matrix products; `auto` takes bfloat16 where it is faster.
+        dtype: of what is not quantized, and of matrix products; `auto` takes bfloat16 on a GPU, float32 on a CPU.
+        precision: of matrix products alone; float32 is float32 throughout, `auto` takes bfloat16 where it is faster.
         device: cpu, cuda, cuda:N, or auto.
         output: JSON file for the result.
     """
@@ -50,7 +53,8 @@ class EvalJob:
     tasks: str | None = None
     limit: int | None = None
     batch_size: int = 4
-    precision: Precision = "float32"
+    dtype: Precision = "auto"
+    precision: Precision | None = None
     device: str = "auto"
     output: Path | None = None
 
@@ -75,10 +79,15 @@ def _measure(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]
     _check_choice(job)
     if job.tasks is None:
         return _perplexity(job, folder, device)
-    with autocast(resolve(job.precision, device), device):
-        return evaluate_tasks(
-            folder, job.tasks, limit=job.limit, batch_size=job.batch_size, device=device, output=job.output
-        )
+    products, dtype = arithmetic(job.precision, job.dtype, device)
+    asked: dict[str, Any] = {"limit": job.limit, "batch_size": job.batch_size, "output": job.output}
+    with _products(products, dtype, device):
+        return evaluate_tasks(folder, job.tasks, device=device, dtype=dtype, **asked) | {"precision": products}
+
+
+def _products(precision: Decided, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which products of a model with parts in `dtype` have this precision."""
+    return autocast(precision if dtype is torch.float32 else "float32", device)
 
 
 def _check_choice(job: EvalJob) -> None:
@@ -92,7 +101,8 @@ def _check_choice(job: EvalJob) -> None:
 def _perplexity(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
     windows = text_windows(load_tokenizer(folder), job.data)
     reference = None if job.reference is None else model_folder(job.reference)
-    return Bench(reference, windows, job.batch_size, job.precision, device).measure(folder).as_dict()
+    bench = Bench(reference, windows, job.batch_size, job.precision, device, job.dtype)
+    return bench.measure(folder).as_dict() | {"precision": bench.precision}
 
 
 class Bench:
@@ -104,25 +114,33 @@ class Bench:
         batch_size: windows per forward.
         precision: of matrix products.
         device: to compute on.
+        dtype: of what is not quantized, in all models, the full-precision one among them.
     """
 
     def __init__(
-        self, full_precision: Path | None, windows: Tensor, batch_size: int, precision: Precision, device: torch.device
+        self,
+        full_precision: Path | None,
+        windows: Tensor,
+        batch_size: int,
+        precision: Precision | None,
+        device: torch.device,
+        dtype: Precision = "auto",
     ) -> None:
         self.full_precision, self.windows, self.batch_size = full_precision, windows, batch_size
-        self.precision, self.device = resolve(precision, device), device
+        self.precision, self.dtype = arithmetic(precision, dtype, device)
+        self.device = device
         self.reference: ReferenceOutputs | None = None
 
     def measure(self, folder: Path) -> PerplexityResult:
         """Evaluate the model in `folder`."""
         full = self.full_precision if self.reference is None else None
-        with autocast(self.precision, self.device):
-            model = load_model(full or folder, self.device)
+        with _products(self.precision, self.dtype, self.device):
+            model = load_model(full or folder, self.device, self.dtype)
             if full is not None:
                 self.reference = ReferenceOutputs.record(model, self.windows, self.batch_size)
                 if folder != full:
                     del model  # one at a time
-                    model = load_model(folder, self.device)
+                    model = load_model(folder, self.device, self.dtype)
             return evaluate_perplexity(model, self.windows, batch_size=self.batch_size, reference=self.reference)
 
     def row(self, folder: Path) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from typing import Any
 
 from eqat_eval.generation import GeneratedText, generate_about_images, generate_text
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer, takes_images
-from eqat_mm.commands.models import best_device, load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_model
 from eqat_mm.data.images import ImageFile, read_image
 from eqat_mm.data.problems import BadSample
 from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.runtime.device import best_device
+from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
 
 
@@ -29,6 +31,7 @@ class GenerateJob:
         temperature: 0 is greedy.
         top_p: nucleus of the sampling.
         seed: of the sampling.
+        dtype: of what is not quantized, and of matrix products; `auto` takes bfloat16 on a GPU, float32 on a CPU.
         device: cpu, cuda, cuda:N, or auto.
     """
 
@@ -40,6 +43,7 @@ class GenerateJob:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    dtype: Precision = "auto"
     device: str = "auto"
 
 
@@ -75,10 +79,10 @@ def _written(job: GenerateJob, folder: Path, images: list[Any], *, through_proce
     }
     if through_processor:
         processor = load_processor(folder)
-        model = load_model(folder, best_device(job.device))
+        model = load_model(folder, best_device(job.device), job.dtype)
         return generate_about_images(model, processor, job.prompt, images, job.max_new_tokens, **settings)
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, best_device(job.device))
+    model = load_model(folder, best_device(job.device), job.dtype)
     return generate_text(model, tokenizer, job.prompt, job.max_new_tokens, chat=job.chat, **settings)
 
 

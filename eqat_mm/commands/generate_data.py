@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from eqat_eval.repetition import repetition
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.commands.models import best_device, load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_model
 from eqat_mm.commands.runs import discard, settings
 from eqat_mm.data.generated import GeneratedTokens, Sampling, generate_tokens
 from eqat_mm.data.record_parts import (
@@ -30,6 +29,7 @@ from eqat_mm.data.record_parts import (
 )
 from eqat_mm.data.vocabulary import decoded, start_of, vocabulary_of
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json, sha256_of, write_json
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.runtime.provenance import provenance, require_same_config
@@ -89,13 +89,13 @@ def generate_data(job: GenerateDataJob) -> Path:
     require_model(folder)
     tokenizer = load_tokenizer(folder)
     _require_context(folder, job.length + len(start_of(tokenizer)))
-    device = best_device(_own_device(job.device))
+    device = best_device(job.device)
     config = {name: value for name, value in settings(job).items() if name not in _NOT_OF_THE_TEXT}
     if not job.overwrite and _is_finished(output, config):
         say(f"already finished: {output}")
         return output
     quantized = _say_if_quantized(folder, job.model)
-    model = load_model(folder, device)
+    model = load_model(folder, device, "float32")  # in 16 bits the batch would decide close draws
     record = _begin(job, output, config, quantized=quantized)
     if record is None:
         return output
@@ -295,13 +295,6 @@ def _shard(job: GenerateDataJob) -> tuple[int, int]:
             do="remove the old output by hand, or give another --output",
         )
     return shard, shards
-
-
-def _own_device(device: str) -> str:
-    """Return the device; of a launcher's processes on GPUs, each its own."""
-    if device != "auto" or not torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return device
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def _say_if_quantized(folder: Path, model: str) -> bool:

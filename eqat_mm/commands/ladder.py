@@ -14,11 +14,12 @@ from typing import Any
 
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
-from eqat_mm.commands.models import best_device, model_folder, require_model
+from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, rtn
 from eqat_mm.commands.runs import default_output, seconds_of, settings
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
 from eqat_mm.data.windows import TextWindows, text_windows
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say

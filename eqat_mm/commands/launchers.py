@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,14 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from eqat_mm.commands.recipes import deepspeed_path
 from eqat_mm.commands.runs import begin_run, discard, settings, with_precision
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.device import launched
+from eqat_mm.runtime.progress import say
 from eqat_mm.train.end_to_end import EndToEndConfig, training_arguments
 
 Job = TypeVar("Job", bound=EndToEndConfig)
+
+_SCRIPTS = {"e2e-qp": "scripts/e2e_qp.py", "llm-qat": "scripts/llm_qat.py"}
+"""What a launcher starts for a command that trains."""
 
 
 def free_port() -> int:
@@ -40,7 +44,7 @@ def deepspeed_settings(name: str | None) -> Path | None:
     if name is None:
         return None
     path = deepspeed_path(name)
-    if "LOCAL_RANK" not in os.environ:
+    if not launched():
         return None
     if find_spec("deepspeed") is None:
         raise ConfigError(
@@ -80,6 +84,7 @@ def begin_training(
         ConfigError: the folder holds a run with other settings.
     """
     shared = replace(job, deepspeed=None if deepspeed is None else str(deepspeed))
+    say_which_gpu(command, device)
     arguments = training_arguments(shared, folder / "trainer", device)
     first = arguments.process_index == 0
     with arguments.main_process_first(local=False):
@@ -87,6 +92,14 @@ def begin_training(
             discard(folder)
         job = with_precision(job, folder, device)
         return job, arguments, begin_run(folder, command, settings(job, data_digest), job.seed, write=first)
+
+
+def say_which_gpu(command: str, device: torch.device) -> None:
+    """Say on which of several GPUs a process trains that no launcher started, and how to use all of them."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" and command in _SCRIPTS and not launched() else 1
+    if gpus > 1:
+        words = f"deepspeed --num_gpus {gpus} {_SCRIPTS[command]} --deepspeed zero-2"
+        say(f"{command} on {device}, one of {gpus} GPUs; on all of them, with the same options: {words}")
 
 
 @contextmanager

@@ -10,12 +10,14 @@ import transformers
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.launchers import begin_training, deepspeed_settings, whole_models
-from eqat_mm.commands.models import best_device, load_model, require_weights
+from eqat_mm.commands.models import load_model, require_weights
 from eqat_mm.commands.quantize import open_full_precision
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import discard
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_jsonl
+from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.block_ap import check_groups
 from eqat_mm.train.end_to_end import WindowDataset
@@ -98,5 +100,6 @@ def _models(
     """Return the model that becomes the student, and the teacher where the loss asks for one."""
     with whole_models(arguments):
         taught = job.trains and job.loss == "logits"
-        teacher = load_model(opened.folder, arguments.device) if taught else None
-        return load_model(opened.folder, arguments.device), teacher
+        kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
+        teacher = load_model(opened.folder, arguments.device, kept) if taught else None
+        return load_model(opened.folder, arguments.device, "float32"), teacher

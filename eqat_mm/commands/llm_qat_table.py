@@ -15,10 +15,11 @@ from typing import Any
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
 from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
-from eqat_mm.commands.models import best_device, model_folder, require_weights
+from eqat_mm.commands.models import model_folder, require_weights
 from eqat_mm.commands.runs import discard, require_single_process, settings
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.quant.bit_widths import BitWidths
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json, write_json
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say

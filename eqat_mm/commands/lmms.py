@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.precision import Precision
 
 SCORE = "exact_match"
 """Metric that is reported as the accuracy; with a suffix it is that of one type of question."""
@@ -38,6 +39,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 1,
     device: torch.device,
+    dtype: torch.dtype | Precision = "auto",
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Answer the questions of tasks and score the answers.
@@ -48,6 +50,7 @@ def evaluate_tasks(
         limit: answer only so many questions of each, the first ones.
         batch_size: questions per forward.
         device: to compute on.
+        dtype: of what is not quantized; `auto` as in `unquantized_dtype`.
         output: tasks that write files of their own (submissions) put them into the folder of this file.
 
     Returns:
@@ -69,7 +72,7 @@ def evaluate_tasks(
     manager = _task_manager(names)
     started = time.perf_counter()
     found = simple_evaluate(
-        model=EqatVLM(str(folder), device=str(device), batch_size=batch_size),
+        model=EqatVLM(str(folder), device=str(device), dtype=dtype, batch_size=batch_size),
         tasks=list(names),
         task_manager=manager,
         limit=limit,

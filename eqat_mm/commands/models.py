@@ -12,8 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from eqat_mm.blocks.source import WeightSource, weight_files
 from eqat_mm.checkpoint.folders import is_packed, load_for_inference
 from eqat_mm.data.smollm2 import smollm2_folder
-from eqat_mm.errors import CheckpointError, ConfigError, DataError
+from eqat_mm.errors import CheckpointError, DataError
 from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.precision import Precision
 from llava_adapters import resolve_alias
 from llava_adapters.original import refuse_original_folder
 
@@ -54,15 +55,22 @@ def model_folder(model: str) -> Path:
         ) from error
 
 
-def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedModel:
-    """Load a packed or a full-precision model, language or vision-language, for evaluation; float32 where unquantized.
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype | Precision = "auto"
+) -> transformers.PreTrainedModel:
+    """Load a packed or a full-precision model, language or vision-language, for evaluation.
+
+    Args:
+        folder: of the model.
+        device: to load to.
+        dtype: of what is not quantized; `auto` as in `unquantized_dtype`.
 
     Raises:
         CheckpointError: the folder is not a model, or is damaged.
     """
     if not is_packed(folder):
         require_weights(folder)
-    return load_for_inference(folder, device)
+    return load_for_inference(folder, device, dtype)
 
 
 def require_model(folder: Path) -> None:
@@ -92,18 +100,3 @@ def require_weights(folder: Path) -> None:
     require_model(folder)
     for path in weight_files(folder):
         WeightSource.names_of(path)
-
-
-def best_device(device: str) -> torch.device:
-    """Return the device to compute on; `auto` is the first GPU, or the CPU where there is none.
-
-    Raises:
-        ConfigError: unknown, or not on this machine.
-    """
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if device == "auto":
-        return torch.device("cuda" if gpus else "cpu")
-    allowed = ["cpu", *(["cuda"] if gpus else []), *gpus]
-    if device not in allowed:
-        raise ConfigError("--device", repr(device), f"{', '.join(allowed)} or auto", "choose one of these")
-    return torch.device(device)

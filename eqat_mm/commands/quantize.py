@@ -9,12 +9,13 @@ import torch
 
 from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
-from eqat_mm.commands.models import best_device, model_folder, require_model
+from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import begin_run, default_output, discard, require_single_process, settings, with_precision
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap

@@ -12,7 +12,7 @@ from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.launchers import begin_training, deepspeed_settings, whole_models
-from eqat_mm.commands.models import best_device, load_model, model_folder, require_weights
+from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import default_output, discard
 from eqat_mm.commands.samples import Samples, image_text_samples, text_samples
@@ -20,7 +20,9 @@ from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.windows import TextWindows
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json, write_jsonl
+from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
 from llava_adapters import arch_for
@@ -89,8 +91,9 @@ def e2e_qp(job: E2EQPJob) -> Path:
     if record is None:
         return folder / "model"
     with whole_models(arguments):
-        teacher = load_model(model_folder(job.model), arguments.device) if job.loss == "kl" else None
-        model = load(base, device=arguments.device, verify=False)
+        kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
+        teacher = load_model(model_folder(job.model), arguments.device, kept) if job.loss == "kl" else None
+        model = load(base, dtype=kept, device=arguments.device, verify=False)
     if _adapts(job):
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
     log = run_e2e_qp(

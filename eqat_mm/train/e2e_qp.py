@@ -22,6 +22,7 @@ from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import resolve
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
 from eqat_mm.train.lora import LoRA
+from eqat_mm.train.recompute import recompute_where_it_pays
 
 STAGE = "e2e-qp"
 
@@ -121,6 +122,7 @@ def run_e2e_qp(
         TrainingError: a trained parameter or the loss is not finite at the end.
     """
     keep_freed_memory()
+    recompute_where_it_pays(config.gradient_checkpointing, model, arguments)
     groups = trainable_groups(model, projector, config)
     trainer = E2EQPTrainer(
         model=model,

@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 
 from eqat_mm.data.batching import SampleOrder
 from eqat_mm.errors import TrainingError
-from eqat_mm.runtime.precision import Precision, autocast
-from eqat_mm.runtime.progress import interactive, say
+from eqat_mm.runtime.precision import Decided, Precision, autocast
+from eqat_mm.runtime.progress import interactive
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
+from eqat_mm.train.parallel import keep_precision, make_whole, placed, use_one_device
 
 Sample = dict[str, Tensor]
 
@@ -39,7 +40,8 @@ class EndToEndConfig:
         batch_size: sequences per process and forward.
         accumulation: forwards per optimizer step.
         clip_norm: largest gradient norm.
-        gradient_checkpointing: recompute activations of blocks in the backward.
+        gradient_checkpointing: recompute activations of blocks in the backward: more time, much less memory; `auto`
+            does so on a GPU, for models of a billion weights and more.
         precision: of matrix products; `auto` takes bfloat16 where it is faster (see `runtime.precision`).
         deepspeed: JSON file with the settings of DeepSpeed, where a launcher started several processes; without one
             they run as plain data parallelism, and a single process needs none.
@@ -56,7 +58,7 @@ class EndToEndConfig:
     batch_size: int = 2
     accumulation: int = 16
     clip_norm: float = 1.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
     precision: Precision = "auto"
     deepspeed: str | None = None
     logging_steps: int = 8
@@ -73,7 +75,7 @@ class EndToEndTrainer(transformers.Trainer):
             divided among the processes as what is trained is; otherwise each has the whole.
         order: of the samples; None shuffles them.
         precision: of matrix products.
-        **kwargs: as for `transformers.Trainer`.
+        **kwargs: as for `transformers.Trainer`; `args` from `training_arguments`.
     """
 
     def __init__(
@@ -82,13 +84,14 @@ class EndToEndTrainer(transformers.Trainer):
         groups: list[dict[str, Any]],
         teacher: nn.Module | None = None,
         order: SampleOrder | None = None,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Decided = "float32",
         **kwargs: Any,
     ) -> None:
+        keep_precision(kwargs["args"], precision)
         super().__init__(**kwargs)
         self.groups = groups
         self.order = order
-        self.teacher = None if teacher is None else _placed(teacher.eval().requires_grad_(False), self.args)
+        self.teacher = None if teacher is None else placed(teacher.eval().requires_grad_(False), self.args, precision)
         self.precision = precision
         self.model_accepts_loss_kwargs = True  # compute_loss averages over all sequences of a step
         if order is not None:
@@ -129,22 +132,6 @@ class EndToEndTrainer(transformers.Trainer):
     def around_forward(self, inputs: Sample) -> AbstractContextManager[None]:
         """Return the context in which the trained model sees a batch; nothing special by default."""
         return nullcontext()
-
-
-def _placed(teacher: nn.Module, arguments: transformers.TrainingArguments) -> nn.Module:
-    """Return the teacher where a process needs it: on its device, or under ZeRO-3 its part of it."""
-    plugin = arguments.deepspeed_plugin
-    if plugin is None or plugin.zero_stage != 3:
-        return teacher.to(arguments.device)
-    import deepspeed
-
-    # as the student is divided; what the Trainer decides ("auto") is about training, which the teacher is not
-    division = {name: v for name, v in plugin.deepspeed_config["zero_optimization"].items() if v != "auto"}
-    config = {"zero_optimization": division, "train_micro_batch_size_per_gpu": 1}
-    engine, *_ = deepspeed.initialize(model=teacher, config=config)
-    if arguments.process_index == 0:
-        say(f"the teacher is divided among {arguments.world_size} processes")
-    return engine  # type: ignore[no-any-return]
 
 
 class _EpochOfOrder(transformers.TrainerCallback):
@@ -189,14 +176,14 @@ def run_trainer(trainer: EndToEndTrainer, stage: str) -> list[dict[str, Any]]:
     """
     assert isinstance(trainer.model, nn.Module)
     result = trainer.train(resume_from_checkpoint=_last_checkpoint(Path(str(trainer.args.output_dir))))
-    _make_whole(trainer.model)
+    make_whole(trainer.model)
     _require_finite(trainer.model, result.training_loss, stage, trainer.args.learning_rate)
     return list(trainer.state.log_history)
 
 
 def training_arguments(config: EndToEndConfig, folder: Path, device: torch.device) -> transformers.TrainingArguments:
     """Translate the configuration for the Trainer; under a launcher this joins the other processes."""
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
@@ -209,10 +196,11 @@ def training_arguments(config: EndToEndConfig, folder: Path, device: torch.devic
         optim="adamw_torch_fused",
         weight_decay=0.0,
         max_grad_norm=config.clip_norm,
-        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing is True,  # `auto` is decided once the model is there
         use_cpu=device.type == "cpu",
         deepspeed=config.deepspeed,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # packed integers, gigabytes that never change
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         logging_steps=config.logging_steps,
@@ -224,12 +212,15 @@ def training_arguments(config: EndToEndConfig, folder: Path, device: torch.devic
         disable_tqdm=not interactive(),
         seed=config.seed,
     )
+    use_one_device(arguments, device)
+    return arguments
 
 
 def train_only(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Make exactly the parameters of AdamW's `groups` trainable."""
+    """Make exactly the parameters of AdamW's `groups` trainable, in float32: in 16 bits small updates vanish."""
     model.requires_grad_(False)
     for parameter in (parameter for group in groups for parameter in group["params"]):
+        parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
 
 
@@ -237,18 +228,6 @@ def _last_checkpoint(folder: Path) -> str | None:
     """Return the last checkpoint of the Trainer that is complete, if any: its state is what it writes last."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-@torch.no_grad()
-def _make_whole(model: nn.Module) -> None:
-    """Give every process the whole parameters, which ZeRO-3 leaves in parts."""
-    for parameter in model.parameters():
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter]):
-                whole = parameter.detach().clone()
-            parameter.data = whole
 
 
 def _require_finite(model: nn.Module, loss: float, stage: str, learning_rate: float) -> None:

@@ -31,6 +31,7 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import resolve
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
+from eqat_mm.train.recompute import recompute_where_it_pays
 
 STAGE = "llm-qat"
 ROUNDED = "round-to-nearest"
@@ -150,6 +151,7 @@ def run_llm_qat(
     if not config.trains:
         return []
     keep_freed_memory()
+    recompute_where_it_pays(config.gradient_checkpointing, model, arguments)
     trainer = EndToEndTrainer(
         model=model,
         args=arguments,

@@ -15,8 +15,9 @@ from torch.nn import functional
 IGNORED = -100
 """Label of positions that do not count, as in transformers."""
 
-CHUNK = 1 << 22
-"""Logits taken to float32 at a time: 16 MiB, which a processor's cache holds."""
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 24}
+"""Logits taken to float32 at a time. 16 MiB, which a processor's cache holds; on a GPU 64 MiB, for which a kernel takes
+several times as long as its launch, and of which a few copies are small beside the logits."""
 
 
 BlockLoss = Literal["mse", "balanced"]
@@ -100,19 +101,24 @@ def _sum_of_divergences(logits: Tensor, teacher: Tensor | None, labels: Tensor) 
     return total
 
 
+def rows_of_a_chunk(vocabulary: int, device: torch.device) -> int:
+    """Return how many rows of logits are taken to float32 at a time."""
+    return max(1, CHUNK.get(device.type, CHUNK["cpu"]) // vocabulary)
+
+
 class _Divergence(torch.autograd.Function):
     """Sum over rows of KL(q || p), p = softmax(logits), q the teacher's softmax or all on the label.
 
-    The gradient is p - q. It is computed in the forward, a few rows at a time while they are in the cache, so that no
-    float32 copy of all logits ever exists: one such copy is 1 GiB for 4,096 tokens over 64k words, and an ordinary
-    chain of operators makes six.
+    The gradient is p - q. It is computed in the forward, a few rows at a time (on a CPU while they are in its cache),
+    so that no float32 copy of all logits ever exists: one such copy is 1 GiB for 4,096 tokens over 64k words, and an
+    ordinary chain of operators makes six.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
         ctx.grad_NV = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK // logits_NV.shape[-1])
+        rows = rows_of_a_chunk(logits_NV.shape[-1], logits_NV.device)
         for at in range(0, len(labels_N), rows):
             part = slice(at, at + rows)
             counts_R1 = (labels_N[part] != IGNORED).unsqueeze(-1)

@@ -6,7 +6,6 @@ Axes: B samples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,16 @@ from eqat_eval.inference import inference
 from eqat_eval.windows import check_positive
 from eqat_mm.checkpoint.folders import load_for_inference, load_processor
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
+from eqat_mm.runtime.device import best_device
+from eqat_mm.runtime.precision import Precision, unquantized_dtype
 from eqat_mm.runtime.progress import progress
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: dict[str, torch.dtype | Precision] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class EqatVLM(lmms):  # type: ignore[misc]
@@ -35,26 +41,26 @@ class EqatVLM(lmms):  # type: ignore[misc]
     Args:
         pretrained: folder of a packed checkpoint of ours, or of a full-precision model.
         device: `auto` is the GPU of this process, or the CPU where there is none.
-        dtype: float32, bfloat16 or float16, of what is not quantized.
+        dtype: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16, of what is not quantized.
         batch_size: samples per forward.
 
     Raises:
         CheckpointError: not a usable model folder, or one without processor and chat template.
-        ConfigError: unknown dtype, or a batch size below 1.
+        ConfigError: unknown dtype or device, or a batch size below 1.
     """
 
     is_simple = True
 
     def __init__(
-        self, pretrained: str, device: str = "auto", dtype: str = "float32", batch_size: int | str = 1
+        self, pretrained: str, device: str = "auto", dtype: torch.dtype | str = "auto", batch_size: int | str = 1
     ) -> None:
         super().__init__()
-        if dtype not in _DTYPES:
+        if isinstance(dtype, str) and dtype not in _DTYPES:
             raise ConfigError("dtype", repr(dtype), ", ".join(_DTYPES), "choose one of these")
         self.batch_size = int(batch_size)
         check_positive("batch_size", self.batch_size)
-        self.dtype = _DTYPES[dtype]
-        self.device = torch.device(_own_device() if device == "auto" else device)
+        self.device = best_device(device)
+        self.dtype = unquantized_dtype(_DTYPES[dtype] if isinstance(dtype, str) else dtype, self.device)
         folder = Path(pretrained)
         self.processor = _processor(folder)
         self.model = load_for_inference(folder, self.device, self.dtype)
@@ -209,10 +215,6 @@ def _until(text: str, stops: str | Sequence[str]) -> str:
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.split(stop, 1)[0] if stop else text
     return text
-
-
-def _own_device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _processor(folder: Path) -> Any:

@@ -134,7 +134,30 @@ def _triton_is_installed() -> bool:
 @cache
 def implementation(op: str, name: str) -> Any:
     """Return the module with the implementation `name` of `op`; imported only now, since Triton may be missing."""
-    return importlib.import_module(f"eqat_kernels.{_FOLDERS.get(op, op)}.{_MODULES[name]}")
+    module = importlib.import_module(f"eqat_kernels.{_FOLDERS.get(op, op)}.{_MODULES[name]}")
+    return _OnItsDevice(module) if name == "triton" and torch.cuda.device_count() > 1 else module
+
+
+class _OnItsDevice:
+    """A module whose functions run on the GPU of their first tensor: Triton launches on the current one."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+        if not callable(function):
+            return function
+
+        def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            device = first.device
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
+                return function(first, *args, **kwargs)
+            with torch.cuda.device(device):
+                return function(first, *args, **kwargs)
+
+        setattr(self, name, run)  # made once
+        return run
 
 
 @cache

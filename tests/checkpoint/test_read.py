@@ -211,3 +211,8 @@ def test_a_config_of_another_format(folder: Path, config: dict[str, Any]) -> Non
 def test_the_spec_travels_in_the_config(bits: int, group_size: int, symmetric: bool, scale_dtype: Any) -> None:
     spec = QuantSpec(bits, group_size, symmetric, scale_dtype)
     assert spec_of_config({"quantization_config": quantization_config(spec, [])}, spec.storage_dtype, "here") == spec
+
+
+def test_by_default_the_unquantized_parts_are_float32_on_a_cpu(folder: Path) -> None:
+    assert eqat_mm.load(folder).lm_head.weight.dtype is torch.float32
+    assert eqat_mm.load(folder, dtype="bfloat16").lm_head.weight.dtype is torch.bfloat16

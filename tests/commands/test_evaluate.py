@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from eqat_eval.perplexity import evaluate_perplexity
 from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.commands import evaluate as evaluate_module
 from eqat_mm.commands.assets import AssetsJob, assets
 from eqat_mm.commands.evaluate import EvalJob, bits_per_weight, evaluate
 from eqat_mm.commands.generate import GenerateJob, generate
-from eqat_mm.commands.models import best_device, load_model
+from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.data.assets import ASSETS
 from eqat_mm.data.windows import text_windows
-from eqat_mm.errors import ConfigError
 from llava_adapters.registry import ALIASES
-from tests.checkpoint.files import assert_four_lines
 from tests.commands.jobs import SPEC, rtn_job
 from tests.tiny_model import Tiny
 
@@ -31,9 +32,11 @@ def packed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rtn(rtn_job(tiny, tmp_path_factory.mktemp("packed")))
 
 
-def job_of(tiny: Tiny, model: Path, output: Path | None = None, reference: Path | None = None) -> EvalJob:
+def job_of(
+    tiny: Tiny, model: Path, output: Path | None = None, reference: Path | None = None, device: str = "cpu"
+) -> EvalJob:
     data = tiny.windows(4, held_out=True)
-    return EvalJob(str(model), None if reference is None else str(reference), data, device="cpu", output=output)
+    return EvalJob(str(model), None if reference is None else str(reference), data, device=device, output=output)
 
 
 def test_a_packed_model_is_compared_with_its_source(tiny: Tiny, packed: Path, tmp_path: Path) -> None:
@@ -51,6 +54,27 @@ def test_the_perplexity_is_that_of_the_model_in_float32(tiny: Tiny) -> None:
     assert (result["bits_per_weight"], result["kl"], result["top1_agreement"]) == (None, None, None)
 
 
+@pytest.mark.parametrize("asked", [{"dtype": "bfloat16"}, {"precision": "bfloat16"}], ids=["all", "products"])
+def test_bfloat16_holds_for_the_reference_too(
+    tiny: Tiny, packed: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    heads: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def spy(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+        model = load_model(folder, device, dtype)
+        model.lm_head.register_forward_hook(  # type: ignore[operator]
+            lambda head, _, logits: heads.append((head.weight.dtype, logits.dtype))
+        )
+        return model
+
+    monkeypatch.setattr(evaluate_module, "load_model", spy)
+    result = evaluate(replace(job_of(tiny, packed, reference=tiny.folder), **asked))
+    weights = torch.bfloat16 if "dtype" in asked else torch.float32
+    assert set(heads) == {(weights, torch.bfloat16)}
+    assert result["precision"] == "bfloat16"
+    assert result["kl"] == pytest.approx(evaluate(job_of(tiny, packed, reference=tiny.folder))["kl"], rel=0.05)
+
+
 def test_one_line_says_the_result(tiny: Tiny, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = evaluate(job_of(tiny, packed, reference=tiny.folder))
     (line,) = capsys.readouterr().out.splitlines()
@@ -61,10 +85,13 @@ def test_full_precision_has_no_bits_per_weight(tiny: Tiny) -> None:
     assert bits_per_weight(tiny.folder) is None
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["full precision", "packed"])
-def test_text_is_written(tiny: Tiny, packed: Path, capsys: pytest.CaptureFixture[str], quantized: bool) -> None:
+def test_text_is_written(
+    tiny: Tiny, packed: Path, capsys: pytest.CaptureFixture[str], quantized: bool, dtype: Any
+) -> None:
     model = packed if quantized else tiny.folder
-    text = generate(GenerateJob(str(model), prompt="w5 w17 w42", max_new_tokens=8, device="cpu"))
+    text = generate(GenerateJob(str(model), prompt="w5 w17 w42", max_new_tokens=8, device="cpu", dtype=dtype))
     said = capsys.readouterr().out
     assert text.strip() in said
     assert "tokens/s]" in said
@@ -74,17 +101,3 @@ def test_the_list_of_assets_names_all(capsys: pytest.CaptureFixture[str]) -> Non
     assets(AssetsJob())
     said = capsys.readouterr().out
     assert all(name in said for name in (*ASSETS, *ALIASES))
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
-def test_a_device_that_is_not_there_is_refused(device: str) -> None:
-    with pytest.raises(ConfigError, match="auto") as raised:
-        best_device(device)
-    assert_four_lines(raised.value)
-
-
-def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for count, kind in ((0, "cpu"), (2, "cuda")):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        assert best_device("auto").type == kind
-    assert best_device("cuda:1") == torch.device("cuda:1")

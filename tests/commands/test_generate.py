@@ -77,6 +77,12 @@ def test_the_image_matters(packed: Path, photos: list[Path]) -> None:
     assert not torch.equal(red, blue)
 
 
+def test_in_bfloat16(full: Path, packed: Path, photos: list[Path]) -> None:
+    """Pixels come as float32, and the model takes them."""
+    assert isinstance(generate(job_of(packed, *photos, dtype="bfloat16")), str)
+    assert isinstance(generate(job_of(full, photos[0], dtype="bfloat16")), str)
+
+
 def test_full_precision_and_words_alone(full: Path, photos: list[Path]) -> None:
     assert isinstance(generate(job_of(full, photos[0])), str)
     assert isinstance(generate(job_of(full, chat=True)), str)

@@ -236,10 +236,10 @@ def test_a_process_that_comes_too_late_writes_nothing(
     job = job_of(tiny, tmp_path / "texts.jsonl", count=2)
     load = module.load_model
 
-    def load_while_another_writes(folder: Path, device: torch.device) -> Any:
+    def load_while_another_writes(*where: Any) -> Any:
         monkeypatch.setattr(module, "load_model", load)
         generate_data(job)
-        return load(folder, device)
+        return load(*where)
 
     monkeypatch.setattr(module, "load_model", load_while_another_writes)
     generate_data(job)

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
 
 SAMPLES = 64
+WATCHED = Path(__file__).with_name("watched_e2e_qp.py")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,17 @@ def test_two_deepspeed_processes_train_as_one(place: Path, alone: str, settings:
 def test_data_parallel_without_deepspeed_trains_as_one(place: Path, alone: str) -> None:
     run_well(command(place, f"{alone}-ddp", DATA_PARALLEL, data=alone, batch_size=4))
     assert_same_result(place, f"{alone}-ddp", alone)
+
+
+@pytest.mark.parametrize("settings", ["zero-1", "zero-2", "zero-3", None])
+def test_kernels_see_the_precision_that_was_asked_for(place: Path, settings: str | None) -> None:
+    launcher = DATA_PARALLEL if settings is None else DEEPSPEED
+    options = {} if settings is None else {"deepspeed": settings}
+    words = command(
+        place, f"watched-{settings}", launcher, data="images", batch_size=4, precision="bfloat16", **options
+    )
+    said = run_well([str(WATCHED) if word.endswith("e2e_qp.py") else word for word in words])
+    assert said.count("kernels saw ['torch.bfloat16']") == 2
 
 
 def test_zero_3_is_refused_where_some_samples_have_no_image(place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.cli import parse_job
 from eqat_mm.commands import tune
+from eqat_mm.commands.launchers import say_which_gpu
 from eqat_mm.commands.quantize import BlockAPJob, block_ap, rtn
 from eqat_mm.commands.runs import default_output
 from eqat_mm.commands.tune import e2e_qp
@@ -145,3 +147,29 @@ def test_a_run_does_not_overwrite_what_it_starts_from(tiny: Tiny, base: Path) ->
         e2e_qp(e2e_qp_job(tiny, base, base.parent, overwrite=True))
     assert_four_lines(raised.value)
     assert contents(base) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "device", "launched", "said"),
+    [
+        ("e2e-qp", "cuda:1", False, "e2e-qp on cuda:1, one of 4 GPUs; .*deepspeed --num_gpus 4 scripts/e2e_qp.py"),
+        ("llm-qat", "cuda:0", False, "llm-qat on cuda:0, one of 4 GPUs; .*deepspeed --num_gpus 4 scripts/llm_qat.py"),
+        ("e2e-qp", "cuda:1", True, ""),
+        ("e2e-qp", "cpu", False, ""),
+        ("round-to-nearest", "cuda:0", False, ""),
+    ],
+)
+def test_who_trains_on_one_of_several_gpus_learns_how_to_use_all(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    device: str,
+    launched: bool,
+    said: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    say_which_gpu(command, torch.device(device))
+    printed = capsys.readouterr().out
+    assert re.match(said, printed) if said else printed == ""

@@ -83,6 +83,15 @@ def test_answers_do_not_depend_on_the_batch(folder: Path) -> None:
     assert answers(folder, 3) == answers(folder, 4) == one_by_one
 
 
+@pytest.mark.parametrize(
+    ("asked", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_the_dtype_is_that_of_model_and_pixels(folder: Path, asked: str, dtype: torch.dtype) -> None:
+    model = model_of(folder, dtype=asked)
+    assert model.model.lm_head.weight.dtype is dtype
+    assert model._encode([(model.prompt("w5", 1), images()[:1])], "left")["pixel_values"].dtype is dtype
+
+
 def test_the_image_is_seen(folder: Path) -> None:
     model = model_of(folder)
     prompt = model.prompt("w5", 1)

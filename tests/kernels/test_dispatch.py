@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +158,54 @@ def test_a_choice_is_logged_once_per_op(caplog: pytest.LogCaptureFixture) -> Non
             for op in OPS:
                 select(op, "reference", TENSOR)
     assert sorted(caplog.messages) == [f"{op} on cpu: reference" for op in OPS]
+
+
+class OnDevice:
+    """Stands in for a tensor on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Two GPUs, the first of them current; the list holds the current one, last."""
+    stack = [0]
+
+    @contextmanager
+    def device(other: torch.device) -> Iterator[None]:
+        stack.append(other.index)
+        yield
+        stack.pop()
+
+    for name, answer in {"device_count": lambda: 2, "current_device": lambda: stack[-1], "device": device}.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    dispatch.implementation.cache_clear()
+    return stack
+
+
+@pytest.fixture(autouse=True)
+def _no_implementation_of_another_test() -> Iterator[None]:
+    yield
+    dispatch.implementation.cache_clear()
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", 1), ("cuda:0", 0), ("cpu", 0)])
+def test_a_kernel_is_launched_on_the_gpu_of_its_tensor(
+    current: list[int], monkeypatch: pytest.MonkeyPatch, device: str, expected: int
+) -> None:
+    calls: list[tuple[int, Any]] = []
+    module = SimpleNamespace(forward=lambda *args, **kwargs: calls.append((current[-1], (args, kwargs))), TILE=64)
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: module)
+    chosen, tensor = dispatch.implementation("quant_linear", "triton"), OnDevice(device)
+    for _ in range(2):
+        chosen.forward(tensor, 7, wanted=True)
+    assert calls == [(expected, ((tensor, 7), {"wanted": True}))] * 2
+    assert current == [0]
+    assert chosen.TILE == 64
+
+
+def test_one_gpu_needs_no_guard(current: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert isinstance(dispatch.implementation("unpack", "triton"), ModuleType)
+    assert isinstance(dispatch.implementation("unpack", "cpu"), ModuleType)

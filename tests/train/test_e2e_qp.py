@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,23 @@ def test_recomputed_activations_give_the_same_curve(packed: Path, windows: Tenso
     kept = train(load(packed), windows, tmp_path / "kept")
     again = train(load(packed), windows, tmp_path / "again", replace(CONFIG, gradient_checkpointing=True))
     assert_close(torch.tensor(again), torch.tensor(kept), "model")
+
+
+def test_unquantized_parts_in_bfloat16_give_nearly_the_same_curve(
+    packed: Path, teacher: transformers.PreTrainedModel, windows: Tensor, tmp_path: Path
+) -> None:
+    """As on a GPU: hidden states are bfloat16, step sizes float32."""
+    full = train(load(packed), windows, tmp_path / "full", replace(CONFIG, loss="kl"), teacher)
+    model = load(packed, dtype="bfloat16")
+    between: set[torch.dtype] = set()
+    for block in model.model.layers:  # type: ignore[union-attr]
+        block.register_forward_hook(lambda _block, _inputs, output: between.add(output.dtype))
+    config = replace(CONFIG, loss="kl", precision="bfloat16")
+    halves = train(model, windows, tmp_path / "halves", config, copy.deepcopy(teacher).bfloat16())
+    assert between == {torch.bfloat16}
+    assert {parameter.dtype for parameter in scale_parameters(model)} == {torch.float32}
+    assert model.model.embed_tokens.weight.dtype is torch.bfloat16  # type: ignore[union-attr]
+    assert_close(torch.tensor(halves), torch.tensor(full), "model", torch.bfloat16)
 
 
 def test_two_runs_give_the_same_step_sizes(packed: Path, windows: Tensor, tmp_path: Path) -> None:

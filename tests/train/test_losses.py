@@ -23,7 +23,7 @@ BATCH, ROWS, WORDS = 3, 6, 11
 @pytest.fixture(params=[1, 4, 1000], ids=["row-by-row", "ragged-chunks", "one-chunk"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the rows into chunks of this many."""
-    monkeypatch.setattr(losses, "CHUNK", request.param * WORDS)
+    monkeypatch.setitem(losses.CHUNK, "cpu", request.param * WORDS)
 
 
 @pytest.fixture
@@ -148,3 +148,9 @@ def test_the_gradient_has_the_dtype_of_the_logits(logits: Tensor, teacher: Tenso
     kl_divergence(halves, teacher.bfloat16(), labels).backward()
     assert halves.grad is not None
     assert halves.grad.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 131), ("cuda", 524), ("meta", 131)])
+def test_how_many_rows_are_float32_at_a_time(device: str, rows: int) -> None:
+    """Of a vocabulary of 32,000 words."""
+    assert losses.rows_of_a_chunk(32000, torch.device(device)) == rows
