@@ -4,8 +4,8 @@
     python benchmarks/plan.py here        one of: paper, h200, here
 
 `paper` has the figures of EfficientQAT (arXiv 2407.11062; one A100-80GB, settings and costs of its own implementation),
-`h200` those measured on a card with this package, `here` runs small models in the shape of SmolLM2-135M on this CPU, each
-in a process of its own, and compares peak resident memory, bytes written and seconds.
+`h200` those measured on a card with this package. `here` runs small models in the shape of SmolLM2-135M on this CPU,
+each in a process of its own, and compares peak resident memory, bytes written and processor seconds per thread.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from llava_adapters import arch_of_folder
 
 SPEC = QuantSpec(bits=2, group_size=64)
 CPU = torch.device("cpu")
+PAPER = BlockAPConfig(stream_dtype="bfloat16")
+"""The published settings."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ E2E_QP = {"llama-2-7b": (5.6, 1.5), "llama-2-13b": (9.1, None), "llama-2-70b": (
 def paper() -> Iterator[Row]:
     """Yield what was published for one A100-80GB."""
     for model, (memory, hours) in BLOCK_AP.items():
-        phase = plan_block_ap(model_shape(model), BlockAPConfig(), 4096, 2048, card("a100"), ORIGINAL)
+        phase = plan_block_ap(model_shape(model), PAPER, 4096, 2048, card("a100"), ORIGINAL)
         yield from _published(f"{model} Block-AP", phase, memory, hours)
     for model, (memory, hours) in E2E_QP.items():
         settings = E2EQPConfig(batch_size=1, accumulation=32)
@@ -91,7 +93,7 @@ def _published(what: str, phase: Phase, memory: float, hours: float | None) -> I
 def h200() -> Iterator[Row]:
     """Yield what was measured on an H200; the time of a Block-AP step is where two of the constants come from."""
     shape, machine = model_shape("llama-2-7b"), card("h200")
-    phase = plan_block_ap(shape, BlockAPConfig(), 4096, 2048, machine)
+    phase = plan_block_ap(shape, PAPER, 4096, 2048, machine)
     yield Row("7B Block-AP, GPU, 2 x 2048", phase.gpu.total / 1e9, 5.26, "GB")
     step = phase.seconds.terms[0].value / (len(shape.blocks) * 4032)
     yield Row("7B Block-AP, a step (calibration)", 1e3 * step, 6.3 + 8.0 + 1.2 + 2.0 + 0.2, "ms")
@@ -120,13 +122,9 @@ def here() -> Iterator[Row]:
 
 
 def _rows(what: str, phase: Phase, found: dict[str, float]) -> Iterator[Row]:
+    process = phase.ram.terms[0].value
     yield Row(f"{what}, RAM", phase.ram.total / 1e6, found["ram"] / 1e6, "MB")
-    yield Row(
-        f"{what}, RAM without the process",
-        (phase.ram.total - phase.ram.terms[0].value) / 1e6,
-        (found["ram"] - found["process"]) / 1e6,
-        "MB",
-    )
+    yield Row(f"{what}, process apart", (phase.ram.total - process) / 1e6, (found["ram"] - process) / 1e6, "MB")
     yield Row(f"{what}, written", phase.written.total / 1e6, found["written"] / 1e6, "MB")
     yield Row(f"{what}, time", phase.seconds.total, found["seconds"], "s")
 
@@ -160,16 +158,15 @@ def _block_ap(model: str, folder: str, samples: int, length: int) -> tuple[Phase
 
 def _e2e_qp(model: str, folder: str, batch: int, length: int) -> tuple[Phase, dict[str, float]]:
     """Run E2E-QP on a model rounded to nearest; return its plan and what it took."""
-    settings = E2EQPConfig(batch_size=batch, accumulation=2, max_steps=3)
-    machine = this_machine(CPU, Path(folder))
-    phase = plan_e2e_qp(model_shape(model), SPEC, settings, text_work(6 * batch, length), machine)
-    path = Path(model)
-    record: dict[str, Any] = {"config": {}}
+    settings = E2EQPConfig(batch_size=batch, accumulation=2, max_steps=12)
+    path, record = Path(model), dict[str, Any](config={})
     run_rtn(open_model(path, arch_of_folder(path)), SPEC, Path(folder) / "rtn", source=model, provenance=record)
+    machine = this_machine(CPU, Path(folder))
+    phase = plan_e2e_qp(model_shape(model), SPEC, settings, text_work(24 * batch, length), machine)
     with _Measured() as found:
         packed = load(Path(folder) / "rtn" / "model")
         arguments = training_arguments(settings, Path(folder) / "trainer", CPU)
-        run_e2e_qp(packed, WindowDataset(_tokens(6 * batch, length)), settings, arguments, teacher=None)
+        run_e2e_qp(packed, WindowDataset(_tokens(24 * batch, length)), settings, arguments, teacher=None)
         save_like(packed, Path(folder) / "tuned", Path(folder) / "rtn" / "model", "e2e-qp", record)
     return phase, found.result
 
@@ -180,20 +177,15 @@ class _Measured:
     result: dict[str, float]
 
     def __enter__(self) -> _Measured:
-        self._process, self._written, self._start = _resident(), _written(), time.perf_counter()
+        self._written, self._start = _written(), time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.result = {
-            "process": self._process,
             "ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "written": _written() - self._written,
-            "seconds": time.perf_counter() - self._start,
+            "seconds": (time.process_time() - self._start) / torch.get_num_threads(),
         }
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _written() -> int:

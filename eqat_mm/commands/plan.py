@@ -89,7 +89,7 @@ def model_shape(model: str, adapter: str | None = None) -> ModelShape:
     Raises:
         EqatError: no configuration of it is shipped or to be had, or no adapter fits it.
     """
-    config, path = shipped_config(model), Path(f"{model}.json")
+    config, path = None if Path(model).exists() else shipped_config(model), Path(f"{model}.json")
     if config is None:
         path = _config_file(model)
         config = read_json(path)

@@ -5,25 +5,22 @@ from __future__ import annotations
 import math
 
 from eqat_mm.plan.amounts import Amount, Phase, amount, billions, largest, size
-from eqat_mm.plan.costs import OURS, Costs, attention_flop, channels, in_flight, kept
+from eqat_mm.plan.costs import Costs, attention_flop, channels, costs_on, in_flight, kept
 from eqat_mm.plan.machine import Machine
 from eqat_mm.plan.shape import BlockShape, ModelShape
 from eqat_mm.plan.storage import block_scales, checkpoint_bytes
 from eqat_mm.train.block_ap import BlockAPConfig
 from eqat_mm.train.fit import split_samples
 
-PROCESS = {True: 3.0e9, False: 0.75e9}
-"""Bytes of a process before there is a model: Python, torch and transformers, with CUDA or without."""
-
 
 def plan_block_ap(
-    shape: ModelShape, config: BlockAPConfig, samples: int, length: int, machine: Machine, costs: Costs = OURS
+    shape: ModelShape, config: BlockAPConfig, samples: int, length: int, machine: Machine, costs: Costs | None = None
 ) -> Phase:
     """Return what Block-AP needs on `samples` windows of `length` tokens."""
-    run = _Run(shape, config, samples, length, machine, costs)
-    training = largest(run.training(), run.validation())
+    run = _Run(shape, config, samples, length, machine, costs or costs_on(machine))
+    training = run.training()
     streams = Amount() if run.on_disk else run.streams(2)
-    process = amount(("process", PROCESS[machine.is_gpu], "Python, torch, transformers"))
+    process = amount(("process", machine.process, "Python, torch, transformers"))
     if machine.is_gpu:
         gpu, ram = training, process + largest(run.capture(), streams)
     else:
@@ -43,7 +40,8 @@ class _Run:
         self.batch = config.fit.batch_size * length
         self.steps = config.fit.epochs * math.ceil(len(split_samples(samples, config.fit)[0]) / config.fit.batch_size)
         self.on_disk = config.spool == "disk"
-        narrow = machine.is_gpu or config.stream_dtype == "bfloat16"
+        self.commits = bool(getattr(config, "commits_streams", self.on_disk))
+        narrow = config.stream_dtype == "bfloat16" or (machine.is_gpu and config.stream_dtype != "float32")
         self.stream = self.tokens * shape.hidden * (2 if narrow else 4)
         self.precision = "autocast" if machine.precision == "bfloat16" else "float32"
 
@@ -62,16 +60,6 @@ class _Run:
             ("activations", self.batch * per_token, f"{per_token / 1e3:.0f} kB x {self.batch} tokens"),
         )
 
-    def validation(self) -> Amount:
-        """Memory when a better block is kept."""
-        trained, hidden = self.trained(self.block), self.batch * self.shape.hidden
-        snapshot = self.costs.snapshots * trained
-        return amount(
-            self._states(trained),
-            ("new snapshot", snapshot, f"{self.costs.snapshots:g} B x {billions(trained)}"),
-            ("one batch", 12 * hidden, "input, output, target"),
-        )
-
     def _states(self, trained: int) -> tuple[str, float, str]:
         what = "W, s, z with gradients, AdamW and the best so far"
         return what, self.costs.fitted * trained, f"{self.costs.fitted:g} B x {billions(trained)}"
@@ -86,12 +74,15 @@ class _Run:
         return amount(("streams", count * self.stream, f"{count} x {size(self.stream)}"))
 
     def disk(self) -> Amount:
-        """Room for the checkpoint, and for both streams before and behind a block where they are files."""
-        return self._checkpoint() + (self.streams(4) if self.on_disk else Amount())
+        """Room for the checkpoint, and for the files of streams before and behind a block."""
+        files = 4 if self.commits else 3 if self.on_disk else 0
+        return self._checkpoint() + (self.streams(files) if files else Amount())
 
     def written(self) -> Amount:
         """The checkpoint, and each stream once per block where they are files."""
-        return self._checkpoint() + (self.streams(2 * (len(self.shape.blocks) + 1)) if self.on_disk else Amount())
+        passes = len(self.shape.blocks) + (1 if self.on_disk else 0)
+        files = self.on_disk or self.commits
+        return self._checkpoint() + (self.streams(2 * passes) if files else Amount())
 
     def _checkpoint(self) -> Amount:
         return amount(("checkpoint", checkpoint_bytes(self.shape, self.config.quant), self.config.quant.name))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from eqat_mm.plan.machine import Machine
 from eqat_mm.plan.shape import BlockShape, ModelShape
 
 
@@ -13,7 +14,6 @@ class Costs:
 
     Attributes:
         fitted: Block-AP, bytes in memory per number that is trained in a block, at the worst moment of training.
-        snapshots: Block-AP, more bytes of the same when a better validation loss is found; no activations then.
         fitted_traffic: Block-AP, bytes moved per trained number and step: fake quantization, clipping, AdamW.
         touched: Block-AP, bytes moved per token and channel of block and MLP, outside of products.
         host: Block-AP, seconds a step in which the device waits for Python.
@@ -23,10 +23,10 @@ class Costs:
         packed_rate: E2E-QP, share of a dense product's rate for the products with a packed weight.
         scale_rate: E2E-QP, share of it for the gradient of the step sizes.
         touched_end_to_end: E2E-QP, as `touched`.
+        touched_logit: bytes moved per logit for the loss and its gradient.
     """
 
     fitted: float
-    snapshots: float
     fitted_traffic: float
     touched: float
     host: float
@@ -36,11 +36,11 @@ class Costs:
     packed_rate: float
     scale_rate: float
     touched_end_to_end: float
+    touched_logit: float = 20
 
 
 OURS = Costs(
     fitted=20,  # W 4, gradient 4, AdamW 8, best so far 4
-    snapshots=4,  # the new best beside the old one
     fitted_traffic=92,  # measured, H200: clipping, AdamW, bounds 3.4 ms, 68 bytes; fake quantization 24
     touched=430,  # measured, H200: what is left of a step of 17.7 ms
     host=0.0,
@@ -53,9 +53,11 @@ OURS = Costs(
 )
 """This package on a GPU."""
 
+ON_CPU = replace(OURS, touched_end_to_end=430)
+"""This package on a CPU, where the residual stream of E2E-QP is float32 as that of Block-AP."""
+
 ORIGINAL = Costs(
     fitted=30,  # fp32 W, gradient, AdamW; its chain of operators keeps W / s, the code, W_hat and a 16-bit copy
-    snapshots=0,
     fitted_traffic=229,  # with `host` from the published hours of 7B and 70B
     touched=430,
     host=0.015,
@@ -67,6 +69,12 @@ ORIGINAL = Costs(
     touched_end_to_end=150,
 )
 """The published implementation, as far as its published memory and hours tell; for comparison."""
+
+
+def costs_on(machine: Machine) -> Costs:
+    """Return the constants of this package on a machine."""
+    return OURS if machine.is_gpu else ON_CPU
+
 
 _KEPT = {"float32": (24, 16), "autocast": (38, 8), "bfloat16": (32, 8)}
 """Bytes kept for the backward per token: (per channel of the residual stream, per channel of the MLP), by what norms,

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eqat_mm.plan.amounts import Amount, Phase, amount, billions, largest, size
-from eqat_mm.plan.block_ap import PROCESS
-from eqat_mm.plan.costs import OURS, Costs, attention_flop, channels, in_flight, kept
+from eqat_mm.plan.costs import Costs, attention_flop, channels, costs_on, in_flight, kept
 from eqat_mm.plan.machine import Machine
 from eqat_mm.plan.shape import ModelShape
 from eqat_mm.plan.storage import checkpoint_bytes, codes, scales
@@ -55,17 +54,19 @@ def image_text_work(shape: ModelShape, samples: int, longest: int) -> Work:
 
 
 def plan_e2e_qp(
-    shape: ModelShape, spec: QuantSpec, config: E2EQPConfig, work: Work, machine: Machine, costs: Costs = OURS
+    shape: ModelShape, spec: QuantSpec, config: E2EQPConfig, work: Work, machine: Machine, costs: Costs | None = None
 ) -> Phase:
     """Return what E2E-QP of a model packed by `spec` needs."""
-    run = _E2EQP(shape, spec, config, work, machine, costs)
+    run = _E2EQP(shape, spec, config, work, machine, costs or costs_on(machine))
     name = "E2E-QP, images and text" if work.images else "E2E-QP, text"
     return run.phase(name)
 
 
-def plan_llm_qat(shape: ModelShape, config: LLMQATConfig, work: Work, machine: Machine, costs: Costs = OURS) -> Phase:
+def plan_llm_qat(
+    shape: ModelShape, config: LLMQATConfig, work: Work, machine: Machine, costs: Costs | None = None
+) -> Phase:
     """Return what LLM-QAT needs."""
-    return _LLMQAT(shape, config.spec, config, work, machine, costs).phase("LLM-QAT")
+    return _LLMQAT(shape, config.spec, config, work, machine, costs or costs_on(machine)).phase("LLM-QAT")
 
 
 class _Run:
@@ -99,7 +100,7 @@ class _Run:
     def phase(self, name: str) -> Phase:
         """Return the phase."""
         device = self.states() + largest(self.at_the_loss(), self.in_a_block())
-        process = amount(("process", PROCESS[self.machine.is_gpu], "Python, torch, transformers"))
+        process = amount(("process", self.machine.process, "Python, torch, transformers"))
         gpu, ram = (device, process) if self.machine.is_gpu else (Amount(), process + device)
         return Phase(name, gpu, ram, self.disk(), self.written(), self.seconds(), self.machine.gpus)
 
@@ -127,8 +128,13 @@ class _Run:
     def at_the_loss(self) -> Amount:
         """Memory when the loss is computed; a teacher's logits count once more."""
         logits = self.config.batch_size * self.work.predicted * self.shape.vocabulary
-        each = self.costs.logit * self.width / 2 + self.taught * self.width
-        return self._kept() + amount(("logits", each * logits, f"{each:g} B x {billions(logits)}"))
+        width = 4 if self.precision == "float32" else 2
+        each, head = self.costs.logit * width / 2 + self.taught * width, self.shape.vocabulary * self.shape.hidden
+        copied = 2 * head if self.precision == "autocast" else 0
+        return self._kept() + amount(
+            ("logits", each * logits, f"{each:g} B x {billions(logits)}"),
+            ("head in bfloat16", copied, f"2 B x {billions(head)}"),
+        )
 
     def in_a_block(self) -> Amount:
         """Memory in the backward of one block."""
@@ -176,7 +182,8 @@ class _Run:
         attention = sum(attention_flop(self.shape, 1, round(self.work.mean)) for _ in self.shape.blocks) * passes
         teaching = self.taught * 2 * (self.shape.weights + self.shape.vocabulary * self.shape.hidden)
         channel = sum(channels(block, self.shape) for block in self.shape.blocks)
-        moved = self.costs.touched_end_to_end * channel * tokens
+        logits = self.shape.vocabulary * self.work.predicted / self.work.longest
+        moved = tokens * (self.costs.touched_end_to_end * channel + self.costs.touched_logit * logits)
         tower = 2 * (self.shape.rest - self.shape.projector) * self.shape.patches * self.work.images
         images = tower * self.config.batch_size * self.forwards
         flop = tokens * (products + head + attention + teaching)

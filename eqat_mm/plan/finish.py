@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from eqat_mm.plan.amounts import Amount, Phase, amount, billions, size
-from eqat_mm.plan.block_ap import PROCESS
 from eqat_mm.plan.costs import attention_flop
 from eqat_mm.plan.machine import Machine
 from eqat_mm.plan.shape import ModelShape
@@ -24,7 +23,7 @@ def plan_evaluation(shape: ModelShape, windows: int, length: int, batch: int, ma
         ("logits", 3 * width * logits, f"{3 * width} B x {billions(logits)}"),
     )
     host = amount(
-        ("process", PROCESS[machine.is_gpu], "Python, torch, transformers"),
+        ("process", machine.process, "Python, torch, transformers"),
         ("reference outputs", outputs, f"{tokens} tokens x {shape.hidden} x {width} B"),
     )
     attention = attention_flop(shape, tokens, length) * len(shape.blocks)
@@ -48,7 +47,7 @@ def plan_checkpoint(shape: ModelShape, spec: QuantSpec, machine: Machine) -> Pha
     )
     largest = max(shape.embedding, shape.largest.weights)
     ram = amount(
-        ("process", PROCESS[machine.is_gpu], "Python, torch, transformers"),
+        ("process", machine.process, "Python, torch, transformers"),
         ("largest shard", 2 * shape.stored * largest, "as read and as written"),
     )
     return Phase("checkpoint", Amount(), ram, stored, stored, seconds)

@@ -21,6 +21,9 @@ from eqat_mm.runtime.precision import resolve
 CONTEXT = 0.6e9
 """Bytes on a GPU that no tensor gets: the CUDA context, library workspaces."""
 
+PROCESS, FIRST_STEP = 3.0e9, 0.1e9
+"""Bytes of a process on a CUDA machine before there is a model, assumed; and of what torch loads at its first step."""
+
 _PRODUCT_SHARE, _COPY_SHARE = 0.794, 0.867
 """Of the published peaks, what an H200 reaches: 785 of 989 TFLOP/s, 4.16 of 4.8 TB/s. Assumed of cards not measured."""
 
@@ -36,6 +39,7 @@ class Machine:
         copy: bytes/s read and written by a copy within the device's memory.
         link: bytes/s between pinned RAM and the GPU.
         precision: of matrix products.
+        process: bytes of RAM of a process before there is a model: Python, torch, transformers.
         memory: bytes on each GPU; None on a CPU.
         gpus: number of GPUs, one process each; of processes on a CPU.
         ram: bytes of RAM that are free; None where it is not this machine.
@@ -49,6 +53,7 @@ class Machine:
     copy: float
     link: float
     precision: str
+    process: float = PROCESS
     memory: float | None = None
     gpus: int = 1
     ram: float | None = None
@@ -106,8 +111,10 @@ def this_machine(device: torch.device, folder: Path, gpus: int = 1) -> Machine:
     """
     machine = _this_card(device) if device.type == "cuda" else _this_cpu()
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
-    return replace(machine, gpus=gpus, ram=free, disk=float(shutil.disk_usage(existing).free))
+    resident = float(psutil.Process().memory_info().rss)
+    process = PROCESS if machine.is_gpu else resident + FIRST_STEP
+    free, disk = float(psutil.virtual_memory().available), float(shutil.disk_usage(existing).free)
+    return replace(machine, gpus=gpus, process=process, ram=free + resident, disk=disk)
 
 
 def _this_card(device: torch.device) -> Machine:
@@ -121,7 +128,7 @@ def _this_card(device: torch.device) -> Machine:
 def _this_cpu() -> Machine:
     precision = resolve("auto", torch.device("cpu"))
     left, right = (torch.randn(1024, 1024).to(getattr(torch, precision)) for _ in range(2))
-    source, target = torch.randn(1 << 24), torch.empty(1 << 24)
+    source, target = torch.randn(1 << 23), torch.empty(1 << 23)
     return Machine(
         name="cpu",
         origin=f"measured here, {torch.get_num_threads()} threads, {precision}",
@@ -133,9 +140,9 @@ def _this_cpu() -> Machine:
 
 
 def _best(function: Callable[[], object]) -> float:
-    """Return the best of five times."""
+    """Return the best of ten times."""
     times = []
-    for _ in range(5):
+    for _ in range(10):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)

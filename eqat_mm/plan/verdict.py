@@ -64,9 +64,7 @@ class Verdict:
         ways = [f"with {flags}" for flags in self.cures]
         if any(shortage.what == "GPU memory" for shortage in self.shortages) and self.cards:
             ways.append(f"on {' or '.join(self.cards)}")
-        return (
-            "it fits " + ", or ".join(ways) if ways else "no single flag is enough: another machine, or a smaller model"
-        )
+        return f"it fits {', or '.join(ways)}" if ways else "no single flag is enough: take another machine"
 
 
 def judge(phase: Phase, machine: Machine, options: Iterator[Option] | tuple[Option, ...] = ()) -> Verdict:
