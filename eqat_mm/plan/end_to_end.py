@@ -101,7 +101,9 @@ class _Run:
         """Return the phase."""
         device = self.states() + largest(self.at_the_loss(), self.in_a_block())
         process = amount(("process", self.machine.process, "Python, torch, transformers"))
-        gpu, ram = (device, process) if self.machine.is_gpu else (Amount(), process + device)
+        saving = ("saving", self.shape.stored * self.shape.unquantized, "what is not quantized, read again")
+        host = process + amount(saving)
+        gpu, ram = (device, host) if self.machine.is_gpu else (Amount(), host + device)
         return Phase(name, gpu, ram, self.disk(), self.written(), self.seconds(), self.machine.gpus)
 
     def states(self) -> Amount:
