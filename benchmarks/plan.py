@@ -31,7 +31,8 @@ from eqat_mm.commands.plan import model_shape
 from eqat_mm.plan.amounts import Phase
 from eqat_mm.plan.block_ap import plan_block_ap
 from eqat_mm.plan.costs import ORIGINAL
-from eqat_mm.plan.end_to_end import plan_e2e_qp, text_work
+from eqat_mm.plan.e2e_qp import plan_e2e_qp
+from eqat_mm.plan.end_to_end import text_work
 from eqat_mm.plan.machine import card, this_machine
 from eqat_mm.plan.models import shipped_config
 from eqat_mm.quant.spec import QuantSpec

@@ -16,8 +16,10 @@ from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.windows import TextWindows
 from eqat_mm.plan.amounts import Phase, billions
 from eqat_mm.plan.block_ap import plan_block_ap
-from eqat_mm.plan.end_to_end import CONVERSATIONS, Work, image_text_work, plan_e2e_qp, plan_llm_qat, text_work
+from eqat_mm.plan.e2e_qp import plan_e2e_qp
+from eqat_mm.plan.end_to_end import CONVERSATIONS, Work, image_text_work, text_work
 from eqat_mm.plan.finish import plan_checkpoint, plan_evaluation
+from eqat_mm.plan.llm_qat import plan_llm_qat
 from eqat_mm.plan.machine import Machine, card, this_machine
 from eqat_mm.plan.models import shipped_config
 from eqat_mm.plan.options import block_ap_options, e2e_qp_options, llm_qat_options

@@ -13,7 +13,8 @@ from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.windows import TextWindows
 from eqat_mm.errors import ResourceError
 from eqat_mm.plan.block_ap import plan_block_ap
-from eqat_mm.plan.end_to_end import CONVERSATIONS, Work, image_text_work, plan_e2e_qp, text_work
+from eqat_mm.plan.e2e_qp import plan_e2e_qp
+from eqat_mm.plan.end_to_end import CONVERSATIONS, Work, image_text_work, text_work
 from eqat_mm.plan.machine import this_machine
 from eqat_mm.plan.models import shipped_config
 from eqat_mm.plan.options import block_ap_options, e2e_qp_options

@@ -1,4 +1,4 @@
-"""E2E-QP and LLM-QAT: the whole model in memory, step sizes or all weights trained."""
+"""What E2E-QP and LLM-QAT have in common: the whole model in memory, trained by transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eqat_mm.plan.amounts import Amount, Phase, amount, billions, largest, size
-from eqat_mm.plan.costs import Costs, attention_flop, channels, costs_on, in_flight, kept
+from eqat_mm.plan.costs import Costs, attention_flop, channels, in_flight, kept
 from eqat_mm.plan.machine import Machine
 from eqat_mm.plan.shape import ModelShape
-from eqat_mm.plan.storage import checkpoint_bytes, codes, scales
+from eqat_mm.plan.storage import checkpoint_bytes
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.train.e2e_qp import E2EQPConfig
 from eqat_mm.train.end_to_end import EndToEndConfig
-from eqat_mm.train.llm_qat import LLMQATConfig
 
 CHECKPOINTING_FROM = 1e9
 """Parameters from which activations of blocks are recomputed in the backward, whatever the setting says."""
@@ -53,24 +51,8 @@ def image_text_work(shape: ModelShape, samples: int, longest: int) -> Work:
     return Work(samples, longest, shape.image_tokens + WORDS, longest - shape.image_tokens, images=1)
 
 
-def plan_e2e_qp(
-    shape: ModelShape, spec: QuantSpec, config: E2EQPConfig, work: Work, machine: Machine, costs: Costs | None = None
-) -> Phase:
-    """Return what E2E-QP of a model packed by `spec` needs."""
-    run = _E2EQP(shape, spec, config, work, machine, costs or costs_on(machine))
-    name = "E2E-QP, images and text" if work.images else "E2E-QP, text"
-    return run.phase(name)
-
-
-def plan_llm_qat(
-    shape: ModelShape, config: LLMQATConfig, work: Work, machine: Machine, costs: Costs | None = None
-) -> Phase:
-    """Return what LLM-QAT needs."""
-    return _LLMQAT(shape, config.spec, config, work, machine, costs or costs_on(machine)).phase("LLM-QAT")
-
-
-class _Run:
-    """What both have in common; each method is one formula."""
+class EndToEnd:
+    """One training; each method is one formula."""
 
     taught: bool
     """Whether a full-precision model predicts beside the trained one."""
@@ -93,7 +75,8 @@ class _Run:
         self.recomputes = config.gradient_checkpointing or shape.parameters >= CHECKPOINTING_FROM
         self.batch = config.batch_size * work.longest
         per_step = config.batch_size * config.accumulation * machine.gpus
-        self.steps = config.max_steps or math.ceil(work.samples * config.epochs / per_step)
+        passes = math.ceil(work.samples * config.epochs / per_step)
+        self.steps = passes if config.max_steps is None else config.max_steps
         self.forwards = self.steps * config.accumulation
         self.stage = _zero_stage(config.deepspeed)
 
@@ -196,72 +179,6 @@ class _Run:
             ("vision tower", images / self.machine.product, f"{images / 1e15:.0f} PFLOP"),
             ("writing", written / self.machine.drive, f"{size(written)} at {size(self.machine.drive)}/s"),
         )
-
-
-class _E2EQP(_Run):
-    """Step sizes, and the projector where the settings say so."""
-
-    config: E2EQPConfig
-
-    @property
-    def taught(self) -> bool:  # type: ignore[override]
-        """Whether the loss compares with the full-precision model."""
-        return self.config.loss == "kl"
-
-    def states(self) -> Amount:
-        """Packed codes, step sizes with their optimizer, what is not quantized."""
-        packed, sizes = codes(self.shape, self.spec), scales(self.shape, self.spec)
-        projector = self.shape.projector * ("projector" in self.config.trains)
-        other = self.shape.unquantized
-        return self.teacher() + amount(
-            ("codes", packed, f"{self.spec.bits} bits x {billions(self.shape.weights)}, zero points"),
-            ("step sizes", self.costs.step_size * sizes, f"{self.costs.step_size:g} B x {billions(sizes)}"),
-            ("not quantized", self.width * other, f"{self.width} B x {billions(other)}"),
-            ("projector", 16 * projector, f"16 B x {billions(projector)}"),
-        )
-
-    def resumable(self) -> float:
-        """Model, step sizes in float32, and AdamW's two moments of what is trained."""
-        sizes = scales(self.shape, self.spec)
-        projector = self.shape.projector * ("projector" in self.config.trains)
-        return codes(self.shape, self.spec) + 12 * sizes + self.width * self.shape.unquantized + 8 * projector
-
-    def flop(self) -> tuple[float, float]:
-        """Forward, its repetition, dx at the packed rate; ds at its own. The head is dense and frozen."""
-        passes = 3 if self.recomputes else 2
-        products = 2 * self.shape.weights * (passes / self.costs.packed_rate + 1 / self.costs.scale_rate)
-        return products, 4 * self.shape.vocabulary * self.shape.hidden * self.work.predicted / self.work.longest
-
-
-class _LLMQAT(_Run):
-    """All weights of the language model."""
-
-    config: LLMQATConfig
-
-    @property
-    def taught(self) -> bool:  # type: ignore[override]
-        """Whether the loss compares with the full-precision model."""
-        return self.config.loss == "logits"
-
-    def states(self) -> Amount:
-        """Weights, gradients and AdamW in float32, divided as DeepSpeed's stage says."""
-        number, gpus = self.shape.parameters, self.machine.gpus
-        parts = (("weights", 4, 3), ("gradients", 4, 2), ("AdamW", 8, 1))
-        rows = []
-        for what, each, stage in parts:
-            share = gpus if self.stage >= stage else 1
-            divided = f" / {share}" if share > 1 else ""
-            rows.append((what, each * number / share, f"{each} B x {billions(number)}{divided}"))
-        return self.teacher() + amount(*rows)
-
-    def resumable(self) -> float:
-        """Weights and AdamW in float32."""
-        return 12 * self.shape.parameters
-
-    def flop(self) -> tuple[float, float]:
-        """Forward, dx, dW, and the forward once more where it is repeated."""
-        passes = 4 if self.recomputes else 3
-        return 2 * passes * self.shape.weights, 6 * self.shape.vocabulary * self.shape.hidden
 
 
 def _zero_stage(deepspeed: str | None) -> int:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Literal, TypeVar
 
 from eqat_mm.plan.block_ap import plan_block_ap
-from eqat_mm.plan.end_to_end import Work, plan_e2e_qp, plan_llm_qat
+from eqat_mm.plan.e2e_qp import plan_e2e_qp
+from eqat_mm.plan.end_to_end import Work
+from eqat_mm.plan.llm_qat import plan_llm_qat
 from eqat_mm.plan.machine import Machine
 from eqat_mm.plan.shape import ModelShape
 from eqat_mm.plan.verdict import Option

@@ -8,8 +8,10 @@ import pytest
 
 from eqat_mm.plan.amounts import Amount
 from eqat_mm.plan.block_ap import plan_block_ap
-from eqat_mm.plan.end_to_end import image_text_work, plan_e2e_qp, plan_llm_qat, text_work
+from eqat_mm.plan.e2e_qp import plan_e2e_qp
+from eqat_mm.plan.end_to_end import image_text_work, text_work
 from eqat_mm.plan.finish import plan_checkpoint, plan_evaluation
+from eqat_mm.plan.llm_qat import plan_llm_qat
 from eqat_mm.plan.machine import card
 from eqat_mm.plan.storage import checkpoint_bytes
 from eqat_mm.quant.spec import QuantSpec

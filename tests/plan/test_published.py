@@ -8,7 +8,8 @@ import pytest
 
 from eqat_mm.plan.block_ap import plan_block_ap
 from eqat_mm.plan.costs import ORIGINAL
-from eqat_mm.plan.end_to_end import plan_e2e_qp, text_work
+from eqat_mm.plan.e2e_qp import plan_e2e_qp
+from eqat_mm.plan.end_to_end import text_work
 from eqat_mm.plan.machine import card
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.block_ap import BlockAPConfig

@@ -11,7 +11,9 @@ import torch
 from eqat_mm.errors import ConfigError
 from eqat_mm.plan.amounts import Amount, Phase, amount, size
 from eqat_mm.plan.block_ap import plan_block_ap
-from eqat_mm.plan.end_to_end import plan_e2e_qp, plan_llm_qat, text_work
+from eqat_mm.plan.e2e_qp import plan_e2e_qp
+from eqat_mm.plan.end_to_end import text_work
+from eqat_mm.plan.llm_qat import plan_llm_qat
 from eqat_mm.plan.machine import CONTEXT, card, card_names, this_machine
 from eqat_mm.plan.options import block_ap_options, e2e_qp_options, llm_qat_options
 from eqat_mm.plan.verdict import judge, with_ram_and_disk
