@@ -22,6 +22,8 @@ class _Command:
     help: str
     load: Callable[[], tuple[type[Any], Callable[[Any], Any]]]
     recipe: str | None = None
+    settings_of: str | None = None
+    """Command whose recipes count; its own by default."""
 
 
 def _block_ap() -> tuple[type[Any], Callable[[Any], Any]]:
@@ -90,11 +92,18 @@ def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
     return AssetsJob, assets
 
 
+def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.plan import PlanJob, plan
+
+    return PlanJob, plan
+
+
 COMMANDS: dict[str, _Command] = {
     "demo": _Command(
         "quantize SmolLM2-135M to 2 bits and print the ladder of stages", _demo, "smollm2-135m-w2g64-demo"
     ),
     "demo-vlm": _Command("the same for a small LLaVA, with questions about images, scored by lmms-eval", _demo_vlm),
+    "plan": _Command("what a run will need: memory, disk, hours by phase", _plan, settings_of="block-ap"),
     "block-ap": _Command("train W, s, z of one block at a time and write a packed checkpoint", _block_ap),
     "e2e-qp": _Command("train the step sizes of a packed checkpoint end to end", _e2e_qp),
     "rtn": _Command("round to nearest: the baseline", _rtn),
@@ -153,7 +162,7 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
     from eqat_mm.runtime.progress import say
 
     argv = _spelled_out(argv, job_class)
-    recipe = COMMANDS[name].recipe or _tuned_recipe(name, argv, job_class)
+    recipe = COMMANDS[name].recipe or _tuned_recipe(COMMANDS[name].settings_of or name, argv, job_class)
     parser = ArgumentParser(
         prog=f"eqat {name}",
         description=COMMANDS[name].help,
@@ -167,7 +176,7 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
         values: Namespace = parser.instantiate(parsed)
     except ArgumentError as error:
         raise _config_error(name, error) from error
-    if recipe is not None and COMMANDS[name].recipe is None:
+    if recipe is not None and COMMANDS[name].recipe is COMMANDS[name].settings_of is None:
         say(f"settings: recipe {recipe}")
     return job_class(**{key: value for key, value in vars(values).items() if key != "config"})
 

@@ -10,6 +10,7 @@ import difflib
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import AdapterError, CheckpointError
@@ -102,8 +103,21 @@ def arch_of_folder(folder: Path, adapter: str | None = None) -> Arch:
             allowed="a Hugging Face model folder",
             do="check the path",
         )
-    config = read_json(folder / "config.json")
-    refuse_original_folder(folder, config)
+    return arch_of_config(read_json(folder / "config.json"), folder / "config.json", adapter)
+
+
+def arch_of_config(config: dict[str, Any], path: Path, adapter: str | None = None) -> Arch:
+    """Return the architecture of the model that a config.json describes, or the one named `adapter`.
+
+    Args:
+        config: its content.
+        path: of the file, for messages.
+        adapter: name that decides in its place.
+
+    Raises:
+        AdapterError: no adapter serves its model type, or it is a LLaVA in its original layout.
+    """
+    refuse_original_folder(path.parent, config)
     if adapter is not None:
         return arch_for(adapter)
     model_type = config.get("model_type")
@@ -112,7 +126,7 @@ def arch_of_folder(folder: Path, adapter: str | None = None) -> Arch:
             return arch
     served = sorted({kind for arch in known_archs().values() for kind in arch.model_types})
     raise AdapterError(
-        where=f"{folder / 'config.json'}: model_type",
+        where=f"{path}: model_type",
         given=repr(model_type),
         allowed=", ".join(served),
         do="write an adapter for it (docs/adding_a_model.md), or name one that fits with --adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,10 +30,14 @@ _ASSET_MODELS = {"smollm2-135m": smollm2_folder, "demo-llava": _demo_llava_folde
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def model_folder(model: str) -> Path:
+def model_folder(model: str, files: Sequence[str] = _FILES) -> Path:
     """Return the local folder of a model: a folder, an alias or a hub repository (downloaded on first use).
 
     The folder of a run stands for the checkpoint in it.
+
+    Args:
+        model: what follows --model.
+        files: patterns of what is downloaded of a repository.
 
     Raises:
         AdapterError: unknown name.
@@ -45,7 +50,7 @@ def model_folder(model: str) -> Path:
     if folder.is_dir():
         return folder / "model" if is_packed(folder / "model") and not is_packed(folder) else folder
     try:
-        return Path(snapshot_download(resolved, allow_patterns=_FILES))
+        return Path(snapshot_download(resolved, allow_patterns=list(files)))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
         raise DataError(
             where=f"--model {model}",

@@ -10,6 +10,7 @@ import torch
 from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.commands.models import model_folder, require_model
+from eqat_mm.commands.preflight import announce_block_ap
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import begin_run, default_output, discard, require_single_process, settings, with_precision
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
@@ -83,6 +84,7 @@ def block_ap(job: BlockAPJob) -> Path:
         discard(folder)
     job = with_stream_dtype(with_precision(job, folder, device), folder, device)
     check_room(opened, batches, job, folder, device)
+    announce_block_ap(opened, job, len(windows), windows.shape[1], device, folder)
     record = begin_run(folder, "block-ap", settings(job, digest_of(windows)), job.seed)
     if record is not None:
         run_block_ap(opened, batches, job, folder, device=device, source=job.model, provenance=record)

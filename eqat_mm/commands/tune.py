@@ -13,6 +13,7 @@ from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.launchers import begin_training, deepspeed_settings, whole_models
 from eqat_mm.commands.models import load_model, model_folder, require_weights
+from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import default_output, discard
 from eqat_mm.commands.samples import Samples, image_text_samples, text_samples
@@ -71,11 +72,11 @@ def e2e_qp(job: E2EQPJob) -> Path:
     warn_without_recipe(job.model, job.recipe_for, STAGE)
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
-    _require_block_ap(base, job)
     stage = STAGE if "scales" in job.trains else job.trains.partition("+")[0]
-    folder = job.output or runs / stage
+    folder, device = job.output or runs / stage, best_device(job.device)
+    announce_e2e_qp(base, job.model, job.quant, job, job.conversations or job.data, device, folder)
+    _require_block_ap(base, job)
     _require_apart(base, folder)
-    device = best_device(job.device)
     deepspeed = deepspeed_settings(job.deepspeed)
     if _adapts(job):
         require_peft(f"--trains {job.trains}")

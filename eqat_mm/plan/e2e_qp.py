@@ -1,0 +1,56 @@
+"""E2E-QP: the packed model, and the step sizes that are trained."""
+
+from __future__ import annotations
+
+from eqat_mm.plan.amounts import Amount, Phase, amount, billions
+from eqat_mm.plan.costs import Costs, costs_on
+from eqat_mm.plan.end_to_end import EndToEnd, Work
+from eqat_mm.plan.machine import Machine
+from eqat_mm.plan.shape import ModelShape
+from eqat_mm.plan.storage import codes, scales
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.train.e2e_qp import E2EQPConfig
+
+
+def plan_e2e_qp(
+    shape: ModelShape, spec: QuantSpec, config: E2EQPConfig, work: Work, machine: Machine, costs: Costs | None = None
+) -> Phase:
+    """Return what E2E-QP of a model packed by `spec` needs."""
+    run = _E2EQP(shape, spec, config, work, machine, costs or costs_on(machine))
+    name = "E2E-QP, images and text" if work.images else "E2E-QP, text"
+    return run.phase(name)
+
+
+class _E2EQP(EndToEnd):
+    """Step sizes, and the projector where the settings say so."""
+
+    config: E2EQPConfig
+
+    @property
+    def taught(self) -> bool:  # type: ignore[override]
+        """Whether the loss compares with the full-precision model."""
+        return self.config.loss == "kl"
+
+    def states(self) -> Amount:
+        """Packed codes, step sizes with their optimizer, what is not quantized."""
+        packed, sizes = codes(self.shape, self.spec), scales(self.shape, self.spec)
+        projector = self.shape.projector * ("projector" in self.config.trains)
+        other = self.shape.unquantized
+        return self.teacher() + amount(
+            ("codes", packed, f"{self.spec.bits} bits x {billions(self.shape.weights)}, zero points"),
+            ("step sizes", self.costs.step_size * sizes, f"{self.costs.step_size:g} B x {billions(sizes)}"),
+            ("not quantized", self.width * other, f"{self.width} B x {billions(other)}"),
+            ("projector", 16 * projector, f"16 B x {billions(projector)}"),
+        )
+
+    def resumable(self) -> float:
+        """Model, step sizes in float32, and AdamW's two moments of what is trained."""
+        sizes = scales(self.shape, self.spec)
+        projector = self.shape.projector * ("projector" in self.config.trains)
+        return codes(self.shape, self.spec) + 12 * sizes + self.width * self.shape.unquantized + 8 * projector
+
+    def flop(self) -> tuple[float, float]:
+        """Forward, its repetition, dx at the packed rate; ds at its own. The head is dense and frozen."""
+        passes = 3 if self.recomputes else 2
+        products = 2 * self.shape.weights * (passes / self.costs.packed_rate + 1 / self.costs.scale_rate)
+        return products, 4 * self.shape.vocabulary * self.shape.hidden * self.work.predicted / self.work.longest

@@ -1,0 +1,35 @@
+"""Configurations that are shipped, so that a model can be planned before anything of it is downloaded."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from llava_adapters.registry import ALIASES
+
+_SAME_SHAPE = {
+    "vicuna-7b": "llama-2-7b",
+    "vicuna-13b": "llama-2-13b",
+    "llama-3-8b": "llama-3.1-8b",
+    "llama-3.1-8b-instruct": "llama-3.1-8b",
+    "llama-3-70b": "llama-3.1-70b",
+    "llava-v1.6-34b": "llava-1.6-34b",
+}
+"""Alias -> shipped configuration whose sizes are the same; only those in this table and the file names are known."""
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the shipped configurations."""
+    folder = files("eqat_mm.plan") / "configs"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def shipped_config(model: str) -> dict[str, Any] | None:
+    """Return the config.json that is shipped for a name, an alias or a hub repository; None where there is none."""
+    alias = {repository: name for name, repository in ALIASES.items()}.get(model, model)
+    name = _SAME_SHAPE.get(alias, alias)
+    if name not in shipped_models():
+        return None
+    config: dict[str, Any] = json.loads((files("eqat_mm.plan") / "configs" / f"{name}.json").read_text("utf-8"))
+    return config

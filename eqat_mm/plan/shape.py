@@ -1,0 +1,172 @@
+"""The sizes of a model, counted on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from eqat_mm.blocks.arch import Arch
+from eqat_mm.blocks.source import empty_model
+
+_DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One decoder block.
+
+    Attributes:
+        linears: (outputs, inputs) of every quantized linear.
+        other: numbers in everything else: norms, biases.
+    """
+
+    linears: tuple[tuple[int, int], ...]
+    other: int
+
+    @property
+    def weights(self) -> int:
+        """Numbers in the quantized linears."""
+        return sum(rows * columns for rows, columns in self.linears)
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLP: the most outputs of a linear."""
+        return max(rows for rows, _ in self.linears)
+
+    @property
+    def largest_linear(self) -> int:
+        """Numbers in the largest linear."""
+        return max(rows * columns for rows, columns in self.linears)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model by its numbers.
+
+    Attributes:
+        blocks: the decoder blocks.
+        hidden: channels of the residual stream.
+        queries: channels of all query heads.
+        vocabulary: rows of the head.
+        embedding: numbers in the embedding.
+        head: numbers in the output head; 0 where it is tied to the embedding.
+        rest: numbers in everything else that is not quantized: final norm, vision tower, projector.
+        projector: numbers in the projector; 0 in a language model.
+        patches: positions the vision tower computes for one image, all tiles counted; 0 in a language model.
+        image_tokens: tokens of the language model for one image, all tiles counted.
+        stored: bytes of a number in the files of the full-precision model.
+    """
+
+    blocks: tuple[BlockShape, ...]
+    hidden: int
+    queries: int
+    vocabulary: int
+    embedding: int
+    head: int
+    rest: int
+    projector: int
+    patches: int
+    image_tokens: int
+    stored: int
+
+    @property
+    def weights(self) -> int:
+        """Numbers in all quantized linears."""
+        return sum(block.weights for block in self.blocks)
+
+    @property
+    def unquantized(self) -> int:
+        """Numbers that are never quantized."""
+        return self.embedding + self.head + self.rest + sum(block.other for block in self.blocks)
+
+    @property
+    def parameters(self) -> int:
+        """All numbers."""
+        return self.weights + self.unquantized
+
+    @property
+    def largest(self) -> BlockShape:
+        """The block with most weights."""
+        return max(self.blocks, key=lambda block: block.weights)
+
+
+def shape_of_config(config: dict[str, Any], arch: Arch) -> ModelShape:
+    """Return the shape of the model that a config.json describes.
+
+    Raises:
+        AdapterError: the adapter's paths do not match the model.
+    """
+    fields = {name: value for name, value in config.items() if name not in ("model_type", "quantization_config")}
+    built = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    return shape_of(empty_model(built, arch), arch)
+
+
+def shape_of(model: nn.Module, arch: Arch) -> ModelShape:
+    """Return the shape of a model, whose parameters may be on the meta device.
+
+    Raises:
+        AdapterError: the adapter's paths do not match the model.
+    """
+    assert isinstance(model, transformers.PreTrainedModel)
+    config: Any = model.config
+    blocks = tuple(_block(block, arch) for block in arch.find_blocks(model))
+    embedding, head = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
+    text = config.get_text_config(decoder=True)
+    tied = config.tie_word_embeddings or text.tie_word_embeddings
+    ends = embedding.numel() + (0 if head is embedding else head.numel())
+    inside = sum(block.weights + block.other for block in blocks)
+    projector = arch.find_projector(model)
+    patches, image_tokens = _image(config)
+    return ModelShape(
+        blocks=blocks,
+        hidden=text.hidden_size,
+        queries=_queries(text),
+        vocabulary=head.shape[0],
+        embedding=embedding.numel(),
+        head=0 if tied else head.numel(),
+        rest=_total(model) - inside - ends,
+        projector=0 if projector is None else _total(projector),
+        patches=patches,
+        image_tokens=image_tokens,
+        stored=_stored_bytes(config),
+    )
+
+
+def _block(block: nn.Module, arch: Arch) -> BlockShape:
+    linears = [tuple(linear.weight.shape) for _, linear in arch.named_linears(block)]
+    weights = sum(rows * columns for rows, columns in linears)
+    return BlockShape(tuple(linears), _total(block) - weights)  # type: ignore[arg-type]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _total(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _queries(text: Any) -> int:
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(head_dim * text.num_attention_heads)
+
+
+def _image(config: Any) -> tuple[int, int]:
+    """Return (patches, tokens) of one image; LLaVA-1.6 sees it whole and in up to four tiles."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return 0, 0
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    views = 5 if hasattr(config, "image_grid_pinpoints") else 1
+    return views * (tokens + 1), views * tokens
+
+
+def _stored_bytes(config: Any) -> int:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    return _DTYPES.get(str(dtype).removeprefix("torch."), torch.float32.itemsize)
