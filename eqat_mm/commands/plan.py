@@ -26,6 +26,7 @@ from eqat_mm.plan.options import block_ap_options, e2e_qp_options, llm_qat_optio
 from eqat_mm.plan.shape import ModelShape, shape_of_config
 from eqat_mm.plan.table import details, summary
 from eqat_mm.plan.verdict import Verdict, judge, with_ram_and_disk
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.block_ap import BlockAPConfig
