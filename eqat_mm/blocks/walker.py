@@ -149,17 +149,19 @@ class BlockWalker:
     @torch.no_grad()
     def _pass(self, step: BlockStep, stream: Stream, name: str) -> float:
         """Overwrite every sample with its output; return the mean over samples of the output's mean square."""
-        squares, passed = [], stream.path
+        passed = stream.path
+        squares = torch.empty(len(stream), device=self.device)  # one: small tensors between large ones hold memory
         with stream.rewritten(self._path(name, step.index + 1)), self.feed.results(stream) as write:
             order = step.batches(range(len(stream)), self.batch_tokens)
             for indices, (hidden,) in self.feed.batches([stream], order):
                 output = self.run(step.block, step.call(indices), hidden).to(stream.dtype)
                 sizes = [step.calls[i].batch for i in indices]
                 write(indices, output, sizes)
-                squares += [_mean_square(part) for part in output.split(sizes)]
+                for index, part in zip(indices, output.split(sizes), strict=True):
+                    squares[index] = _mean_square(part)
         if passed is not None and not self._keep_passed:
             passed.unlink()
-        return torch.stack(squares).mean().item()
+        return squares.mean().item()
 
     def _path(self, name: str, passed: int) -> Path | None:
         return None if self._spool is None else stream_path(self._spool, name, passed)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from eqat_kernels import cpu_library, use
-from eqat_kernels.quant_linear import tiles
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.cli import main
 from eqat_mm.train import block_ap
@@ -58,11 +57,12 @@ def enlarge_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from eqat_kernels.dequant import triton_impl as dequant
     from eqat_kernels.fake_quant import triton_impl as fake_quant
     from eqat_kernels.packing import triton_impl as packing
+    from eqat_kernels.quant_linear import triton_impl as quant_linear
 
     monkeypatch.setattr(fake_quant, "TILE", 1 << 18)
     monkeypatch.setattr(dequant, "ROWS", 2048)
     monkeypatch.setattr(packing, "ROWS", 2048)
-    monkeypatch.setattr(tiles, "FLOAT32", tiles.Tile(M=128, N=2048, K=64, num_warps=4, num_stages=1))
+    monkeypatch.setattr(quant_linear, "ROWS", 2048)
 
 
 def run(name: str, folder: Path, **options: object) -> list[dict[str, Any]]:
