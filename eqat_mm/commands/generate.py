@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eqat_eval.generation import GeneratedText, generate_about_images, generate_text
+from eqat_eval.graphed_decode import CudaGraph
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer, takes_images
 from eqat_mm.commands.models import load_model, model_folder, require_model
 from eqat_mm.data.images import ImageFile, read_image
@@ -33,6 +34,7 @@ class GenerateJob:
         seed: of the sampling.
         dtype: of what is not quantized, and of matrix products; `auto` takes bfloat16 on a GPU, float32 on a CPU.
         device: cpu, cuda, cuda:N, or auto.
+        cuda_graph: replay decode steps from a CUDA graph; `auto` does so on a GPU and says where it cannot.
     """
 
     model: str = "smollm2-135m"
@@ -45,6 +47,7 @@ class GenerateJob:
     seed: int = 0
     dtype: Precision = "auto"
     device: str = "auto"
+    cuda_graph: CudaGraph = "auto"
 
 
 def generate(job: GenerateJob) -> str:
@@ -76,6 +79,7 @@ def _written(job: GenerateJob, folder: Path, images: list[Any], *, through_proce
         "top_p": job.top_p,
         "seed": job.seed,
         "stream": True,
+        "cuda_graph": job.cuda_graph,
     }
     if through_processor:
         processor = load_processor(folder)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from eqat_eval.graphed_decode import CudaGraph, decode, uses_graph
 from eqat_eval.inference import inference
 from eqat_eval.prompts import encode_image_prompt, encode_prompt
 from eqat_eval.repetition import Repetition, repetition
@@ -99,6 +100,7 @@ def generate_text(
     seed: int = 0,
     chat: bool = False,
     stream: bool = False,
+    cuda_graph: CudaGraph = "auto",
 ) -> GeneratedText:
     """Continue one prompt.
 
@@ -114,6 +116,7 @@ def generate_text(
         seed: of the sampling; greedy decoding ignores it.
         chat: wrap the prompt in the tokenizer's chat template.
         stream: print the text on stdout as it is generated.
+        cuda_graph: replay a decode step from a CUDA graph; `auto` on a GPU, where the model can.
 
     Raises:
         ConfigError: an option out of range, or `chat` with a tokenizer that has no chat template.
@@ -122,7 +125,8 @@ def generate_text(
     prompt_1T = encode_prompt(tokenizer, prompt, chat=chat)
     inputs = {"input_ids": prompt_1T, "attention_mask": torch.ones_like(prompt_1T)}
     sampling = sampling_arguments(temperature, top_p)
-    return _continued(model, tokenizer, inputs, max_new_tokens, sampling, seed=seed, stream=stream)
+    graph = uses_graph(model, cuda_graph)
+    return _continued(model, tokenizer, inputs, max_new_tokens, sampling, seed=seed, stream=stream, graph=graph)
 
 
 def generate_about_images(
@@ -136,6 +140,7 @@ def generate_about_images(
     top_p: float = 1.0,
     seed: int = 0,
     stream: bool = False,
+    cuda_graph: CudaGraph = "auto",
 ) -> GeneratedText:
     """Answer a user's message about images; otherwise as `generate_text`.
 
@@ -149,13 +154,15 @@ def generate_about_images(
         top_p: sample from the smallest set of tokens with this total probability; 1 for all.
         seed: of the sampling; greedy decoding ignores it.
         stream: print the text on stdout as it is generated.
+        cuda_graph: replay a decode step from a CUDA graph; `auto` on a GPU, where the model can.
 
     Raises:
         ConfigError: an option out of range, or a processor without a chat template.
     """
     inputs = encode_image_prompt(processor, prompt, images)
     sampling = sampling_arguments(temperature, top_p)
-    return _continued(model, processor.tokenizer, inputs, max_new_tokens, sampling, seed=seed, stream=stream)
+    graph, tokenizer = uses_graph(model, cuda_graph), processor.tokenizer
+    return _continued(model, tokenizer, inputs, max_new_tokens, sampling, seed=seed, stream=stream, graph=graph)
 
 
 def _continued(
@@ -167,24 +174,35 @@ def _continued(
     *,
     seed: int,
     stream: bool,
+    graph: bool,
 ) -> GeneratedText:
     """Continue one encoded prompt; `inputs` is what the model's forward takes, batch of one."""
     check_positive("max_new_tokens", max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    generator: Any = model  # transformers adds `generate` by a mixin its types do not show
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    write = _decoded if graph else _generated
     started = time.perf_counter()
     with inference(model), _seeded(derive_seed(seed, "generation")):
-        tokens_1T = generator.generate(
-            **{name: value.to(model.device) for name, value in inputs.items()},
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            past_key_values=new_cache(model),
-            **sampling,
-            **ending_arguments(model, tokenizer),
-        )
+        tokens_1T = write(model, inputs, max_new_tokens, sampling, ending_arguments(model, tokenizer), streamer)
     new = tuple(tokens_1T[0, inputs["input_ids"].shape[1] :].tolist())
     seconds = time.perf_counter() - started
     return GeneratedText(str(tokenizer.decode(list(new), skip_special_tokens=True)), new, seconds)
+
+
+def _generated(
+    model: Any, inputs: dict[str, Tensor], count: int, sampling: dict[str, Any], ending: dict[str, Any], streamer: Any
+) -> Tensor:
+    """Return prompt and answer by transformers' `generate`, a mixin that its types do not show."""
+    settings = {"max_new_tokens": count, "streamer": streamer, "past_key_values": new_cache(model)}
+    tokens_1T: Tensor = model.generate(**inputs, **settings, **sampling, **ending)
+    return tokens_1T
+
+
+def _decoded(
+    model: Any, inputs: dict[str, Tensor], count: int, sampling: dict[str, Any], ending: dict[str, Any], streamer: Any
+) -> Tensor:
+    options = {name: sampling[name] for name in ("temperature", "top_p")}
+    return decode(model, inputs, count, streamer=streamer, **options, **ending)
 
 
 def judge_generation(

@@ -29,6 +29,11 @@ class PackedLayout:
         """G, groups per output row."""
         return self.in_features // self.group_size
 
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """The attributes, for an op of torch, whose arguments are numbers and tensors."""
+        return self.bits, self.group_size, self.out_features, self.in_features
+
 
 def words_for(codes: int, bits: int) -> int:
     """Return how many 32-bit words a row of `codes` codes takes."""

@@ -116,3 +116,10 @@ def test_an_image_that_cannot_be_read_is_refused(packed: Path, tmp_path: Path, k
 def test_images_on_the_command_line(words: list[str], expected: tuple[Path, ...] | Path) -> None:
     job: GenerateJob = parse_job("generate", GenerateJob, ["--model", "llava-1.5-7b", *words])
     assert job.image == expected
+
+
+@pytest.mark.parametrize(("word", "expected"), [("true", True), ("false", False), ("auto", "auto")])
+def test_a_graph_on_the_command_line(word: str, expected: object) -> None:
+    job: GenerateJob = parse_job("generate", GenerateJob, ["--cuda_graph", word])
+    assert job.cuda_graph == expected
+    assert GenerateJob().cuda_graph == "auto"

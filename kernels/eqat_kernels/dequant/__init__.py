@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eqat_kernels.dequant import traced
 from eqat_kernels.dispatch import implementation, select
 from eqat_kernels.layout import PackedLayout
 
@@ -32,8 +33,12 @@ def dequantize(
     Returns:
         W_hat, [O, I].
     """
+    weight: Tensor
+    if torch.compiler.is_compiling():
+        weight = traced.dequantize(words, scale, zero_words, dtype, *layout.numbers, impl)
+        return weight
     chosen = select("dequantize", impl, words, dtype=dtype, layout=layout)
-    weight: Tensor = implementation("dequantize", chosen).dequantize(words, scale, zero_words, layout, dtype)
+    weight = implementation("dequantize", chosen).dequantize(words, scale, zero_words, layout, dtype)
     return weight
 
 

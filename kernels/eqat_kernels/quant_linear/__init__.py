@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eqat_kernels.dispatch import implementation, select
 from eqat_kernels.layout import PackedLayout
+from eqat_kernels.quant_linear import traced
 from eqat_kernels.tensors import bias_gradient, cast, product_dtype
 
 
@@ -39,9 +40,12 @@ def quant_linear(
         [..., O] in the dtype of `x`.
     """
     x = cast(x, product_dtype(x))
-    chosen = select("quant_linear", impl, x, layout=layout)
     x_TI = x.reshape(-1, x.shape[-1])
     y_TO: Tensor
+    if torch.compiler.is_compiling():
+        y_TO = traced.quant_linear(x_TI, words, scale, zero_words, bias, *layout.numbers, impl)
+        return y_TO.view(*x.shape[:-1], layout.out_features)
+    chosen = select("quant_linear", impl, x, layout=layout)
     if torch.is_grad_enabled():
         y_TO = _QuantLinear.apply(x_TI, words, scale, zero_words, layout, bias, chosen)
     else:
