@@ -55,10 +55,17 @@ def unpack_rows(rows: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Return keys or values [..., D] in `dtype` from their rows of bytes."""
     unsigned = rows[..., :-_SCALE_BYTES]
     if bits == 4:
-        unsigned = torch.stack([unsigned & 15, unsigned >> 4], dim=-1).flatten(-2)
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
+        unsigned = _halves(unsigned)
+    # bfloat16 holds code and alpha as they are, and rounds their product once, as float32 does on its way to bfloat16
+    wide = dtype if dtype in (torch.float64, torch.bfloat16) else torch.float32
     scale = _copy(rows[..., -_SCALE_BYTES:]).view(SCALE_DTYPE).to(wide)
-    return (unsigned.to(wide) - (1 << (bits - 1))).mul_(scale).to(dtype)
+    return unsigned.to(wide).sub_(1 << (bits - 1)).mul_(scale).to(dtype)
+
+
+def _halves(packed: Tensor) -> Tensor:
+    """Return the low and the high half of every byte in turn: moved apart to the two bytes of a 16-bit number."""
+    pairs = packed.to(torch.int16, memory_format=torch.contiguous_format)
+    return pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -76,8 +83,40 @@ def _require_pairs(channels: int) -> None:
         )
 
 
+class _Room:
+    """Rows of bytes with room behind them, so that a token is appended without moving those before it.
+
+    An eighth of them and some: a row is then moved a few times in a generation, however long it gets.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.held: Tensor | None = None
+
+    def append(self, held: Tensor, new: Tensor) -> Tensor:
+        """Return `held` and `new` [batch, heads, tokens, bytes] as one tensor; both are left as they are."""
+        before = held.shape[-2] if held.numel() else 0
+        end = before + new.shape[-2]
+        if self.rows is None or not self._is_behind(held, end):
+            batch, heads, _, width = new.shape
+            self.rows = new.new_empty(batch, heads, end + end // 8 + 64, width)
+            self.rows[..., :before, :] = held if before else 0
+        self.rows[..., before:end, :] = new
+        self.held = self.rows[..., :end, :]
+        return self.held
+
+    def _is_behind(self, held: Tensor, end: int) -> bool:
+        """Say whether the room for rows up to `end` is here, behind `held`, and may be written to."""
+        assert self.rows is not None
+        writable = torch.is_inference_mode_enabled() or not self.rows.is_inference()
+        return held is self.held and end <= self.rows.shape[-2] and writable
+
+
 class QuantizedKVLayer(DynamicLayer):
     """Cache of one attention layer: rows of bytes, [batch, heads, tokens, bytes], in place of floats.
+
+    What attention reads is expanded anew for each token and forgotten: kept, it would take the memory that the integers
+    save. Who has that memory gives the model transformers' own cache, which then holds the same numbers as floats.
 
     Sequences are reordered, repeated and cropped by the methods of `DynamicLayer`, which need not know what is in a
     row. A model with sliding windows keeps all its tokens here; its masks hide the old ones.
@@ -92,6 +131,7 @@ class QuantizedKVLayer(DynamicLayer):
     def __init__(self, bits: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bits = bits
+        self._room = _Room(), _Room()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype and device of the first states; the cache holds none yet."""
@@ -108,8 +148,8 @@ class QuantizedKVLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, pack_rows(key_states, self.bits)], dim=-2)
-        self.values = torch.cat([self.values, pack_rows(value_states, self.bits)], dim=-2)
+        self.keys = self._room[0].append(self.keys, pack_rows(key_states, self.bits))
+        self.values = self._room[1].append(self.values, pack_rows(value_states, self.bits))
         keys, values = (unpack_rows(rows, self.bits, key_states.dtype) for rows in (self.keys, self.values))
         return keys, values
 

@@ -112,6 +112,73 @@ def test_sequences_are_reordered_repeated_selected_and_cropped() -> None:
     assert layer.get_seq_length() == 0
 
 
+def as_before(rows: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Unpack by the formula of the rows, in float32."""
+    codes = rows[..., :-2]
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+    alpha = rows[..., -2:].clone(memory_format=torch.contiguous_format).view(SCALE_DTYPE).float()
+    return ((codes.float() - (1 << (bits - 1))) * alpha).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_byte_unpacks_by_the_formula(bits: int, dtype: torch.dtype) -> None:
+    rows = torch.randint(0, 256, (512, 258), dtype=torch.uint8)
+    rows[:, :256] = torch.arange(256, dtype=torch.uint8)
+    finite = rows[rows[:, -2:].clone().view(SCALE_DTYPE).float().squeeze(-1).abs() < 1e30]
+    assert len(finite) > 256
+    assert torch.equal(unpack_rows(finite, bits, dtype), as_before(finite, bits, dtype))
+    assert torch.equal(unpack_rows(finite[:, 1::2], bits, dtype), as_before(finite[:, 1::2], bits, dtype))
+
+
+def test_rows_stay_where_they_are_while_tokens_are_appended() -> None:
+    cache, states = QuantizedKVCache(4), torch.randn(2, 3, 700, 16)
+    cache.update(states[..., :1, :], states[..., :1, :], 0)
+    addresses = set()
+    for token in range(1, 700):
+        before = cache.layers[0].keys
+        assert before is not None
+        kept = before.clone()
+        cache.update(states[..., token : token + 1, :], states[..., token : token + 1, :], 0)
+        assert torch.equal(before, kept)
+        addresses.add(cache.layers[0].keys.data_ptr())  # type: ignore[union-attr]
+    assert len(addresses) < 10
+    assert torch.equal(cache.layers[0].keys, pack_rows(states, 4))  # type: ignore[union-attr, arg-type]
+    assert cache_bytes(cache) == 2 * pack_rows(states, 4).nbytes
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder", "reset"])
+def test_what_was_read_before_a_change_stays_as_it_was(change: str) -> None:
+    layer, states = QuantizedKVLayer(4), torch.randn(2, 3, 5, 16)
+    layer.update(states, states)
+    old = layer.keys
+    kept = old.clone()
+    {
+        "crop": lambda: layer.crop(-2),
+        "reorder": lambda: layer.reorder_cache(torch.tensor([1, 0])),
+        "reset": layer.reset,
+    }[change]()
+    found, _ = layer.update(states[..., :2, :], states[..., :2, :])
+    assert torch.equal(old, kept)
+    first = {"crop": states[..., :3, :], "reorder": states[[1, 0]], "reset": states[..., :0, :]}[change]
+    wanted = torch.cat([first, states[..., :2, :]], dim=-2)
+    assert torch.equal(found, fake_quantize_symmetric(wanted, 4, SCALE_DTYPE))
+
+
+def test_a_cache_filled_in_inference_mode_goes_on_outside_and_a_copy_on_its_own() -> None:
+    cache, states = QuantizedKVCache(4), torch.randn(1, 2, 6, 16)
+    with torch.inference_mode():
+        cache.update(states[..., :3, :], states[..., :3, :], 0)
+    cache.update(states[..., 3:4, :], states[..., 3:4, :], 0)
+    twin = copy.deepcopy(cache)
+    for one in (twin, cache):
+        found, _ = one.update(states[..., 4:, :], states[..., 4:, :], 0)
+        assert torch.equal(found, fake_quantize_symmetric(states, 4, SCALE_DTYPE))
+    twin.update(-states, -states, 0)
+    assert torch.equal(cache.layers[0].keys, pack_rows(states, 4))  # type: ignore[union-attr, arg-type]
+
+
 # ---- models --------------------------------------------------------------------------------------
 
 
