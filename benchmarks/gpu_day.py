@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from gpu_sizes import Sizes  # noqa: E402
 
 Part = Callable[[Sizes], dict[str, Any]]
-PARTS: dict[str, tuple[float, Part]] = gpu_day_kernels.PARTS | gpu_day_models.PARTS
+PARTS: dict[str, tuple[float, Part]] = gpu_day_kernels.PARTS | gpu_day_models.PARTS | gpu_day_kernels.LAST
 """Seconds a part may take, and the part."""
 
 
