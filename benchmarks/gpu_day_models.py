@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import transformers
@@ -193,13 +194,6 @@ def deepspeed_dtype(sizes: Sizes) -> dict[str, Any]:
 
     from eqat_kernels.tensors import product_dtype
 
-    os.environ |= {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29533",
-    }
     seen: list[str] = []
 
     class Probe(nn.Linear):
@@ -209,10 +203,13 @@ def deepspeed_dtype(sizes: Sizes) -> dict[str, Any]:
 
     adamw = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}, "optimizer": adamw}
-    for own in ({}, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}):
-        engine, *_ = deepspeed.initialize(model=Probe(64, 64).to(sizes.device), config=config | own)
-        with torch.autocast(sizes.device.type, dtype=torch.bfloat16):
-            engine(torch.randn(2, 64, device=sizes.device))
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+    with mock.patch.dict(os.environ, alone):  # not for the parts behind this one
+        for own in ({}, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}):
+            engine, *_ = deepspeed.initialize(model=Probe(64, 64).to(sizes.device), config=config | own)
+            with torch.autocast(sizes.device.type, dtype=torch.bfloat16):
+                engine(torch.randn(2, 64, device=sizes.device))
+    torch.distributed.destroy_process_group()
     return {"without": seen[0], "with torch_autocast": seen[1]}
 
 

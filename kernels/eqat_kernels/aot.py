@@ -40,7 +40,7 @@ ALIGNED = ("inputs", "outputs", "row_count", "columns_count", "length", "words",
 """Sizes of a layer, multiples of 16 in every large model: Triton compiles a version of its own for that."""
 
 
-LIMITS = {"quant_linear few rows": 4.0, "quant_linear ds": 11.0, "dequantize": 12.0, "fake_quantize": 42.0}
+LIMITS = {"quant_linear few rows": 4.5, "quant_linear ds": 11.0, "dequantize": 12.0, "fake_quantize": 42.0}
 """Instructions per weight, by the beginning of a kernel's name, above which something is wrong."""
 
 
