@@ -4,14 +4,16 @@
     python benchmarks/kv_cache.py runs/smollm2-135m-4-8-4/rtn/model
 
 Held-out text is read piece by piece, once through the cache that stores integers and once with the fake quantization
-of training, and then all at once, which rounds otherwise in the last bits. The same model then continues a prompt
-greedily, twice with integers and once as floats.
+of training, and then all at once, which rounds otherwise in the last bits; some tokens more are timed one by one. The
+same model then continues a prompt greedily, twice with integers and once as floats.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import transformers
@@ -23,7 +25,7 @@ from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.quant.kv_cache import cache_bytes
 
-TOKENS, PIECE = 2048, 128
+TOKENS, PIECE, TIMED = 2048, 128, 24
 PROMPT, WRITTEN = 64, 64
 
 
@@ -51,6 +53,9 @@ def main() -> None:
     print(f"{perplexity(stored, tokens):.6f}, {perplexity(fake, tokens):.6f},", end=" ")
     print(f"all at once {perplexity(read(model, tokens, None), tokens):.6f}")
 
+    print(f"a token more: {milliseconds(model, tokens, integers):.1f} ms,", end=" ")
+    print(f"as floats {milliseconds(model, tokens, floats):.1f} ms")
+
     prompt = tokens[:, :PROMPT]
     first, second, fake = (write(model, prompt, cache) for cache in (new_cache(model), new_cache(model), None))
     print(f"{WRITTEN} tokens written greedily: the second time equal: {torch.equal(first, second)},", end=" ")
@@ -66,6 +71,16 @@ def read(model: transformers.PreTrainedModel, tokens: Tensor, cache: transformer
 def perplexity(logits: Tensor, tokens: Tensor) -> float:
     """Perplexity of one sequence."""
     return torch.nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:]).exp().item()
+
+
+def milliseconds(model: transformers.PreTrainedModel, tokens: Tensor, cache: transformers.Cache | None) -> float:
+    """Return the time in which this thread reads one token behind those in the cache."""
+    times = []
+    for token in tokens[:, :TIMED].split(1, 1):
+        started = time.thread_time()
+        read(model, token, cache)
+        times.append(time.thread_time() - started)
+    return 1e3 * median(times)
 
 
 def write(model: transformers.PreTrainedModel, prompt: Tensor, cache: transformers.Cache | None) -> Tensor:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from eqat_kernels import dequantize, quant_linear, use
+from eqat_kernels import dequantize, fake_quant_linear, fake_quantize, quant_linear, use
 from eqat_kernels.dequant import traced as traced_dequant
+from eqat_kernels.fake_quant import traced as traced_fake
 from eqat_kernels.quant_linear import traced as traced_linear
 from tests.kernels.naive import PackedWeight, random_packed_weight
+from tests.tolerances import assert_close
 
 BITS = (2, 3, 4, 8)
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -131,3 +133,40 @@ def test_dequantize_is_registered_as_torch_wants_it() -> None:
     packed = random_packed_weight(2, 9, 3, 32)
     given = (packed.words, packed.scale, packed.zero_words, torch.bfloat16, *packed.layout.numbers, "cpu")
     torch.library.opcheck(traced_dequant.dequantize, given, test_utils=CHECKS)
+
+
+def trained_weight() -> list[Tensor]:
+    given = [torch.randn(9, 96), torch.rand(9, 3) + 0.2, torch.rand(9, 3) * 3]
+    return [tensor.requires_grad_() for tensor in given]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fake_quantize_is_one_op(dtype: torch.dtype) -> None:
+    def run(weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return fake_quantize(weight, scale, zero_point, 2, dtype=dtype)
+
+    assert_same(run, trained_weight())
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_trained_linear_is_in_the_graph(autocast: bool) -> None:
+    def run(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor) -> Tensor:
+        context: AbstractContextManager[Any] = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+        with context:
+            return fake_quant_linear(x, weight, scale, zero_point, 2, bias)
+
+    leaves = [torch.randn(2, 5, 96).requires_grad_(), *trained_weight(), torch.randn(9).requires_grad_()]
+    found, wanted = outcome(in_one_graph(run), leaves), outcome(run, leaves)
+    for value, expected in zip(found, wanted, strict=True):
+        assert value.dtype is expected.dtype
+        assert_close(value, expected, "gradient", torch.bfloat16 if autocast else torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.14's own, in opcheck
+def test_fake_quantize_is_registered_as_torch_wants_it() -> None:
+    for impl in ("cpu", "reference"):
+        arguments = (*trained_weight(), 2, torch.float32, impl)
+        torch.library.opcheck(traced_fake.fake_quantize, arguments, test_utils=CHECKS)
+        detached = [tensor.detach() for tensor in trained_weight()]
+        arguments = (torch.randn(9, 96), *detached, 2, impl)
+        torch.library.opcheck(traced_fake.fake_quantize_backward, arguments, test_utils=CHECKS)

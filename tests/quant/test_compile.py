@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
 
 from eqat_mm.quant import PackedLinear, QuantSpec
-from eqat_mm.quant.convert import to_dynamic_packed
+from eqat_mm.quant.convert import to_dynamic_packed, to_fake
 from eqat_mm.quant.dynamic_linear import DynamicFakeLinear
+from eqat_mm.quant.init import initial_grid
 from eqat_mm.train.llm_qat import LLMQATConfig, prepare
 from llava_adapters import arch_for
 from tests.tiny_model import tiny_llama
@@ -43,6 +45,19 @@ def llm_qat_model(bits: str) -> nn.Module:
     return model
 
 
+def fake_quant_llama() -> nn.Module:
+    """A tiny Llama in training, 2 bits."""
+    model, spec = tiny_llama().eval(), QuantSpec(2, 32)
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            model.model.set_submodule(name, fake_twin(linear, name, spec))
+    return model
+
+
+def fake_twin(linear: nn.Linear, name: str, spec: QuantSpec) -> nn.Module:
+    return to_fake(linear, initial_grid(linear.weight.detach(), spec, layer=name, init="minmax"), spec)
+
+
 def logits_and_gradients(model: nn.Module, run: Any, tokens: Tensor) -> list[Tensor]:
     model.zero_grad()
     logits: Tensor = run(input_ids=tokens, use_cache=False).logits
@@ -52,8 +67,14 @@ def logits_and_gradients(model: nn.Module, run: Any, tokens: Tensor) -> list[Ten
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: packed_llama(2), lambda: packed_llama(3), lambda: llm_qat_model("4-8-16"), lambda: llm_qat_model("4-8-4")],
-    ids=["2", "3", "4-8-16", "4-8-4"],
+    [
+        lambda: packed_llama(2),
+        lambda: packed_llama(3),
+        lambda: llm_qat_model("4-8-16"),
+        lambda: llm_qat_model("4-8-4"),
+        fake_quant_llama,
+    ],
+    ids=["2", "3", "4-8-16", "4-8-4", "in training"],
 )
 def test_a_model_compiles_in_one_graph(make: Any) -> None:
     torch.compiler.reset()
@@ -63,3 +84,15 @@ def test_a_model_compiles_in_one_graph(make: Any) -> None:
     assert len(found) == len(wanted) > 1
     for value, expected in zip(found, wanted, strict=True):
         assert_close(value, expected, "model")
+
+
+def test_a_step_with_a_static_cache_compiles_in_one_graph() -> None:
+    torch.compiler.reset()
+    model, tokens = packed_llama(2), torch.randint(0, 97, (2, 7))
+    compiled, found = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+    for run in (compiled, model):
+        cache = StaticCache(model.config, max_cache_len=8)  # type: ignore[arg-type]
+        with torch.no_grad():
+            model(tokens[:, :6], past_key_values=cache, use_cache=True)
+            found.append(run(input_ids=tokens[:, 6:], past_key_values=cache, use_cache=True).logits)
+    assert_close(found[0], found[1], "model")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eqat_kernels.dispatch import implementation, select
+from eqat_kernels.fake_quant import traced
 from eqat_kernels.tensors import bias_gradient, cast, product_dtype
 
 
@@ -34,8 +35,10 @@ def fake_quantize(
     Returns:
         W_hat, float [O, I], eqs. 1 and 2 of EfficientQAT (arXiv 2407.11062).
     """
-    chosen = select("fake_quantize", impl, weight)
     dtype = dtype or product_dtype(weight)
+    if torch.compiler.is_compiling():
+        return traced.fake_quantize(weight, scale, zero_point, bits, dtype, impl)  # type: ignore[no-any-return]
+    chosen = select("fake_quantize", impl, weight)
     return _FakeQuantize.apply(weight, scale, zero_point, bits, dtype, chosen)  # type: ignore[no-any-return]
 
 
@@ -73,7 +76,8 @@ def fake_quant_linear(
     """Return x @ W_hat.T + bias, differentiable in all five tensors: `fake_quantize` and the product in one op.
 
     W_hat lives in a product only: the backward makes it again on its way through W, in the same pass, and dW is
-    written over dW_hat. So between forward and backward there is no copy of W, and after it no second gradient.
+    written over dW_hat. So between forward and backward there is no copy of W, and after it no second gradient. Under
+    torch.compile it is `fake_quantize` and a product, and W_hat is kept.
 
     Args:
         x: activations, float [..., I]; under autocast they are cast first.
@@ -87,8 +91,11 @@ def fake_quant_linear(
     Returns:
         [..., O] in the dtype of `x`.
     """
-    chosen = select("fake_quantize", impl, weight)
     x = cast(x, product_dtype(x)).contiguous()  # torch's bfloat16 product may read beyond the rows of a view
+    if torch.compiler.is_compiling():
+        w_hat = traced.fake_quantize(weight, scale, zero_point, bits, x.dtype, impl)
+        return torch.nn.functional.linear(x, w_hat, None if bias is None else bias.to(x.dtype))
+    chosen = select("fake_quantize", impl, weight)
     y: Tensor = _FakeQuantLinear.apply(x, weight, scale, zero_point, bias, bits, chosen)
     return y
 
