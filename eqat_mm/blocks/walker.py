@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +41,7 @@ class BlockStep:
         calls: how the model calls the block, one per sample.
         copies: what calls hold, on the device.
         ranks: those that share the samples; streams and calls are of the samples that this one holds.
+        sorts: what decides with which others a sample is batched, for each sample of all ranks.
     """
 
     index: int
@@ -52,11 +52,11 @@ class BlockStep:
     calls: tuple[BlockCall, ...]
     copies: Copies = field(default_factory=lambda: Copies(torch.device("cpu")))
     ranks: Ranks = ALONE
+    sorts: list[Sort] = field(init=False)
 
-    @cached_property
-    def sorts(self) -> list[Sort]:
-        """What decides about batches, for each sample of all ranks; every rank must ask for it first at one place."""
-        return sorts_of(self.calls, self.quantized, self.ranks)
+    def __post_init__(self) -> None:
+        """Learn from all ranks, each of which makes this step, what decides about batches."""
+        object.__setattr__(self, "sorts", sorts_of(self.calls, self.quantized, self.ranks))
 
     def call(self, mine: Sequence[int]) -> BlockCall:
         """Return the call for some of this rank's samples together, on the device."""

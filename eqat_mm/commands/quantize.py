@@ -20,7 +20,8 @@ from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import require_same_everywhere
 from eqat_mm.runtime.ranks import Ranks, launched_ranks, own_device
-from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_ranks, check_room, run_block_ap
+from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap
+from eqat_mm.train.lanes import require_lanes
 from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_of_folder
 
@@ -81,7 +82,8 @@ def block_ap(job: BlockAPJob) -> Path:
 
 def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     require_same(ranks, settings(job) | {"output": str(job.output), "overwrite": job.overwrite})
-    ranks.from_first(lambda: check_ranks(job.fit, job.calibration.count or ranks.world, ranks))
+    fit, count = job.fit, job.calibration.count
+    ranks.from_first(lambda: require_lanes(fit.batch_size, fit.lanes, count, ranks.world))
     if ranks.rank == 0:
         warn_without_recipe(job.model, job.recipe_for, "block-ap")
     opened = open_full_precision(job.model, job.adapter)

@@ -20,7 +20,6 @@ from eqat_mm.blocks.spool import require_disk, require_memory
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.checkpoint.verify import Manifest, read_manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
-from eqat_mm.errors import ConfigError
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.fake_linear import FakeQuantLinear
 from eqat_mm.quant.spec import QuantSpec
@@ -30,6 +29,7 @@ from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.runtime.ranks import ALONE, Ranks
 from eqat_mm.train.commit import RunState
 from eqat_mm.train.fit import FitConfig, fit_block, split_samples
+from eqat_mm.train.lanes import require_lanes, say_if_unequal
 from eqat_mm.train.report import FitReport
 from eqat_mm.train.warm_start import WarmStartConfig, initial_grids
 
@@ -110,7 +110,8 @@ def run_block_ap(
         TrainingError: a block whose loss stays non-finite.
     """
     check_groups(opened, config.quant)
-    check_ranks(config.fit, len(batches), ranks)
+    require_lanes(config.fit.batch_size, config.fit.lanes, len(batches), ranks.world)
+    say_if_unequal(config.fit.lanes, ranks.world)
     check_room(opened, batches, config, folder, device, ranks)
     state = RunState.open(folder, provenance["config"], keeps_streams=config.commits_streams, ranks=ranks)
     writer = CheckpointWriter(folder / "model", opened, config.quant)
@@ -187,22 +188,6 @@ def check_groups(opened: OpenModel, spec: QuantSpec) -> None:
     for index, block in enumerate(opened.blocks):
         for path, linear in opened.arch.named_linears(block):
             spec.group_of(linear.in_features, f"{opened.block_name(index)}.{path}")
-
-
-def check_ranks(config: FitConfig, samples: int, ranks: Ranks) -> None:
-    """Check that every rank has something to do.
-
-    Raises:
-        ConfigError: it has not.
-    """
-    for where, count in (("--fit.batch_size", config.batch_size), ("--calibration.count", samples)):
-        if count < ranks.world:
-            raise ConfigError(
-                where=f"{where}, in {ranks.world} processes",
-                given=f"{count} samples for all of them together",
-                allowed=f"{ranks.world} or more, one for each process",
-                do=f"raise {where}, with learning rates to match a larger batch, or start {count} processes",
-            )
 
 
 def check_room(
