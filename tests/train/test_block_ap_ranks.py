@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 from eqat_mm.blocks.arch import Inputs
-from eqat_mm.blocks.source import open_model
-from eqat_mm.blocks.walker import BlockStep, BlockWalker
+from eqat_mm.blocks.source import OpenModel, open_model
+from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.errors import CheckpointError, ConfigError
-from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.ranks import ALONE, Ranks
 from eqat_mm.train import block_ap, commit, fit, lanes
 from eqat_mm.train.block_ap import BlockAPConfig, run_block_ap
 from eqat_mm.train.fit import FitConfig, fit_block
 from eqat_mm.train.losses import BlockLoss, block_loss
 from eqat_mm.train.report import FitReport
-from eqat_mm.train.warm_start import WarmStartConfig
+from eqat_mm.train.warm_start import WarmStartConfig, _Statistics
 from llava_adapters.llama import ARCH
-from tests.checkpoint.files import assert_four_lines, same_weights, tensors_of
+from tests.checkpoint.files import assert_four_lines, same_weights
 from tests.thread_ranks import in_threads
 from tests.tiny_model import Tiny
 from tests.tolerances import assert_close
 from tests.train.problems import CPU, LENGTH, SPEC, batches_of
+from tests.train.results import assert_same_result, records_of
 from tests.train.stopping import Stopped
 
 SAMPLES = 13
@@ -40,8 +40,7 @@ SAMPLES = 13
 BLOCKS = 3
 CONFIG = BlockAPConfig(
     SPEC,
-    WarmStartConfig(init="gptq", samples=7),
-    FitConfig(epochs=2, batch_size=4, lr_weight=2e-4, lr_scale=5e-4, lr_norm=1e-4, validation_samples=3),
+    fit=FitConfig(epochs=2, batch_size=4, lr_weight=2e-4, lr_scale=5e-4, lr_norm=1e-4, validation_samples=3),
     precision="float32",
     batch_tokens=3 * LENGTH,
 )
@@ -97,27 +96,6 @@ def run(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Runs:
     return Runs(tiny, batches_of(tiny, SAMPLES), monkeypatch)
 
 
-def records_of(folder: Path) -> list[dict[str, Any]]:
-    return list(read_json(folder / "state.json")["records"])
-
-
-def assert_same_result(folder: Path, other: Path) -> None:
-    """Losses and weights within the tolerance of a block; the same integers."""
-    left, right = records_of(folder), records_of(other)
-    for name in ("block", "steps", "tokens", "skipped", "retries"):
-        assert [record[name] for record in left] == [record[name] for record in right]
-    for name in ("loss_before", "loss_after", "relative_error", "validation", "training"):
-        found, expected = (torch.tensor([record[name] for record in records]) for records in (left, right))
-        assert_close(found, expected, "block", torch.float32)
-    weights, expected_weights = tensors_of(folder / "model"), tensors_of(other / "model")
-    assert weights.keys() == expected_weights.keys()
-    for name, expected in expected_weights.items():
-        if expected.is_floating_point():
-            assert_close(weights[name].float(), expected.float(), "block", expected.dtype)
-        else:
-            assert torch.equal(weights[name], expected), name
-
-
 # ---- the result of one process --------------------------------------------------------------------
 
 
@@ -129,7 +107,7 @@ def test_ranks_train_as_one_process(run: Runs, tmp_path: Path, world: int, loss:
     run(tmp_path / "ranks", world, config)
     assert_same_result(tmp_path / "ranks", tmp_path / "alone")
     assert_close(run.stream(tmp_path / "ranks", world), run.stream(tmp_path / "alone", 1), "block")
-    assert any(record["loss_after"] < record["loss_before"] for record in records_of(tmp_path / "ranks"))
+    assert all(record["loss_after"] < record["loss_before"] for record in records_of(tmp_path / "ranks"))
 
 
 @pytest.mark.parametrize("loss", ["mse", "balanced"])
@@ -157,11 +135,27 @@ def test_padded_samples(run: Runs, tmp_path: Path) -> None:
     assert_same_result(tmp_path / "ranks", tmp_path / "alone")
 
 
-def test_a_rank_without_a_sample_for_the_statistics(run: Runs, tmp_path: Path) -> None:
-    config = replace(CONFIG, start=WarmStartConfig(init="refined", samples=2))
-    run(tmp_path / "alone", 1, config)
-    run(tmp_path / "ranks", 3, config)
-    assert_same_result(tmp_path / "ranks", tmp_path / "alone")
+@torch.no_grad()
+def sums_of(opened: OpenModel, batches: list[Inputs], ranks: Ranks, samples: range) -> list[Tensor]:
+    """Statistics of every stage of a block, of two streams that differ."""
+    held = [batches[index] for index in ranks.share(SAMPLES)]
+    captured = capture_front(opened, held, torch.float32)
+    walker = BlockWalker(opened, captured, device=CPU, batch_tokens=3 * LENGTH, ranks=ranks)
+    step = next(walker.walk())
+    for place, index in enumerate(ranks.share(SAMPLES)):
+        noise = torch.randn(1, LENGTH, 64, generator=torch.Generator().manual_seed(index))
+        step.quantized.write(place, step.quantized.read(place) + noise)
+    found = (_Statistics.collect(walker, step, step.block, ARCH, stage, samples) for stage in ARCH.stages)
+    return [total for each in found for total in (each.hessian_II, each.lack)]
+
+
+@pytest.mark.parametrize("samples", [range(3, SAMPLES), range(3, 5)], ids=["of all", "none of the third rank"])
+def test_statistics_of_a_start_are_those_of_all_samples(tiny: Tiny, samples: range) -> None:
+    batches, models = batches_of(tiny, SAMPLES), [open_model(tiny.folder, ARCH) for _ in range(4)]
+    alone = sums_of(models[3], batches, ALONE, samples)
+    for found in in_threads(3, lambda ranks: sums_of(models[ranks.rank], batches, ranks, samples)):
+        for total, expected in zip(found, alone, strict=True):
+            assert_close(total, expected, "gradient")
 
 
 def test_all_ranks_skip_a_step_that_is_not_finite_on_one(
@@ -246,7 +240,7 @@ def stopped(run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 @pytest.mark.parametrize("kept", KEPT)
 def test_a_stopped_run_is_continued(run: Runs, stopped: Any, tmp_path: Path, kept: tuple[Any, Any]) -> None:
-    config = replace(CONFIG, spool=kept[0], commit=kept[1])
+    config = replace(CONFIG, start=WarmStartConfig("refined"), spool=kept[0], commit=kept[1])
     run(tmp_path / "undisturbed", 2, config)
     folder = stopped(2, config)
     run(folder, 2, config)
