@@ -1,4 +1,4 @@
-"""Block-AP, as launchers start it: `python scripts/block_ap.py --config RECIPE --model MODEL`."""
+"""Block-AP, for launchers: `torchrun --nproc_per_node 8 scripts/block_ap.py --config RECIPE --model MODEL`."""
 
 import sys
 

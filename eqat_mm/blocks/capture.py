@@ -65,8 +65,12 @@ class TensorPool:
         if not isinstance(value, Tensor):
             return value
         value = value.detach().cpu().contiguous()
-        digest = hashlib.blake2b(value.view(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
-        return self._tensors.setdefault((value.dtype, value.shape, digest), value)
+        return self._tensors.setdefault((value.dtype, value.shape, digest_of(value)), value)
+
+
+def digest_of(value: Tensor) -> bytes:
+    """Return a hash of the contents of a contiguous tensor on the CPU."""
+    return hashlib.blake2b(value.view(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
 
 
 @torch.no_grad()
@@ -174,10 +178,10 @@ def _carries_batch(leaf: Any, batch: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim >= 2 and leaf.shape[0] == batch
 
 
-def signature(call: BlockCall, hidden_shape: torch.Size) -> tuple[Any, ...]:
+def signature(call: BlockCall, hidden_shape: torch.Size, identity: Callable[[Tensor], Any] = id) -> tuple[Any, ...]:
     """Return a hashable value; calls with equal signatures can be collated.
 
-    Leaves that carry the batch count by shape and dtype, others by identity or value.
+    Leaves that carry the batch count by shape and dtype, other tensors by `identity`, the rest by value.
     """
     leaves, structure = pytree.tree_flatten((call.args, call.kwargs))
     described: list[Any] = []
@@ -185,5 +189,5 @@ def signature(call: BlockCall, hidden_shape: torch.Size) -> tuple[Any, ...]:
         if _carries_batch(leaf, call.batch):
             described.append((leaf.shape[1:], leaf.dtype))
         else:
-            described.append(id(leaf) if isinstance(leaf, Tensor) else leaf)
+            described.append(identity(leaf) if isinstance(leaf, Tensor) else leaf)
     return (hidden_shape[1:], str(structure), *described)

@@ -17,12 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from eqat_mm.blocks.arch import Inputs, Part
-from eqat_mm.blocks.capture import BlockCall, Sample, capture, collate, map_tensors, signature
+from eqat_mm.blocks.arch import Inputs
+from eqat_mm.blocks.arch import Part as ModelPart
+from eqat_mm.blocks.capture import BlockCall, Sample, capture, collate, map_tensors
 from eqat_mm.blocks.feed import Copies, feed_for
+from eqat_mm.blocks.parts import Part, Sort, sorts_of
 from eqat_mm.blocks.source import OpenModel, release
 from eqat_mm.blocks.spool import FP, QUANTIZED, Stream, stream_path
 from eqat_mm.runtime.precision import autocast
+from eqat_mm.runtime.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class BlockStep:
         quantized: the quantized stream, at the block's input until `BlockWalker.advance_quantized`.
         calls: how the model calls the block, one per sample.
         copies: what calls hold, on the device.
+        ranks: those that share the samples; streams and calls are of the samples that this one holds.
+        sorts: what decides with which others a sample is batched, for each sample of all ranks.
     """
 
     index: int
@@ -46,19 +51,28 @@ class BlockStep:
     quantized: Stream
     calls: tuple[BlockCall, ...]
     copies: Copies = field(default_factory=lambda: Copies(torch.device("cpu")))
+    ranks: Ranks = ALONE
+    sorts: list[Sort] = field(init=False)
 
-    def call(self, indices: Sequence[int]) -> BlockCall:
-        """Return the call for some samples together, on the device."""
-        return collate([self.copies.of(self.calls[i]) for i in indices])
+    def __post_init__(self) -> None:
+        """Learn from all ranks, each of which makes this step, what decides about batches."""
+        object.__setattr__(self, "sorts", sorts_of(self.calls, self.quantized, self.ranks))
 
-    def buckets(self, indices: Sequence[int]) -> list[list[int]]:
-        """Group samples that can be batched together, keeping their order."""
-        return _buckets(self.calls, self.quantized, indices)
+    def call(self, mine: Sequence[int]) -> BlockCall:
+        """Return the call for some of this rank's samples together, on the device."""
+        return collate([self.copies.of(self.calls[i]) for i in mine])
 
-    def batches(self, indices: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-        """Yield samples in batches of about `batch_tokens` tokens that can be called together."""
-        for bucket in self.buckets(indices):
-            size = max(1, batch_tokens // self.quantized.read(bucket[0]).shape[:2].numel())
+    def buckets(self, samples: Sequence[int]) -> list[list[int]]:
+        """Group samples of all ranks that can be batched together, keeping their order."""
+        groups: dict[object, list[int]] = defaultdict(list)
+        for sample in samples:
+            groups[self.sorts[sample].signature].append(sample)
+        return list(groups.values())
+
+    def batches(self, samples: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+        """Yield samples of all ranks in batches of about `batch_tokens` tokens that can be called together."""
+        for bucket in self.buckets(samples):
+            size = max(1, batch_tokens // self.sorts[bucket[0]].tokens)
             for at in range(0, len(bucket), size):
                 yield bucket[at : at + size]
 
@@ -75,6 +89,7 @@ class BlockWalker:
         spool: folder for memory-mapped streams, each in a file of its own behind each block; None keeps them in RAM.
         keep_passed: leave the file at a block's input when the stream has passed it; a commit removes it.
         batch_tokens: tokens per forward when a stream is advanced.
+        ranks: processes that walk together; `samples` are those that this one holds (`Ranks.share`).
     """
 
     def __init__(
@@ -88,11 +103,13 @@ class BlockWalker:
         spool: Path | None = None,
         keep_passed: bool = False,
         batch_tokens: int = 2048,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.opened = opened
         self.device = device
         self.precision = precision
         self.batch_tokens = batch_tokens
+        self.ranks = ranks
         self.feed = feed_for(device)
         self._blocks = opened.blocks
         self._copies = Copies(device)
@@ -121,7 +138,7 @@ class BlockWalker:
         for index in range(start, len(self) if stop is None else stop):
             block = self.load_block(index)
             name = self.opened.block_name(index)
-            yield BlockStep(index, name, block, self.fp, self.quantized, self._calls[index], self._copies)
+            yield BlockStep(index, name, block, self.fp, self.quantized, self._calls[index], self._copies, self.ranks)
             block.to("meta")
 
     def load_block(self, index: int) -> nn.Module:
@@ -131,7 +148,7 @@ class BlockWalker:
         return block.requires_grad_(False)
 
     def advance_fp(self, step: BlockStep) -> float:
-        """Pass the FP stream through the block of `step`; return the mean square of its output."""
+        """Pass the FP stream through the block of `step`; return the mean square of its output, over all ranks."""
         return self._pass(step, self.fp, FP)
 
     def advance_quantized(self, step: BlockStep) -> None:
@@ -146,22 +163,33 @@ class BlockWalker:
         hidden_states: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden_states
 
+    def parts(
+        self, step: BlockStep, streams: Sequence[Stream], order: Iterable[list[int]]
+    ) -> Iterator[tuple[Part, tuple[Tensor, ...]]]:
+        """Yield this rank's part of each batch, and per stream its samples together, float32 on the device.
+
+        Where it has none of a batch, tensors of no element stand for them.
+        """
+        parts = [Part.of(batch, step.sorts, self.ranks) for batch in order]
+        fed = self.feed.batches(streams, [part.mine for part in parts if part.mine])
+        nothing = (torch.empty(0, 1, 1, device=self.device),) * len(streams)
+        for part in parts:
+            yield part, next(fed)[1] if part.mine else nothing
+
     @torch.no_grad()
     def _pass(self, step: BlockStep, stream: Stream, name: str) -> float:
         """Overwrite every sample with its output; return the mean over samples of the output's mean square."""
-        passed = stream.path
-        squares = torch.empty(len(stream), device=self.device)  # one: small tensors between large ones hold memory
+        squares, passed = [], stream.path
         with stream.rewritten(self._path(name, step.index + 1)), self.feed.results(stream) as write:
-            order = step.batches(range(len(stream)), self.batch_tokens)
-            for indices, (hidden,) in self.feed.batches([stream], order):
-                output = self.run(step.block, step.call(indices), hidden).to(stream.dtype)
-                sizes = [step.calls[i].batch for i in indices]
-                write(indices, output, sizes)
-                for index, part in zip(indices, output.split(sizes), strict=True):
-                    squares[index] = _mean_square(part)
+            order = step.batches(self.ranks.share(len(step.sorts)), self.batch_tokens)
+            for part, (hidden,) in self.parts(step, [stream], order):
+                output = self.run(step.block, step.call(part.mine), hidden).to(stream.dtype)
+                sizes = [step.calls[i].batch for i in part.mine]
+                write(part.mine, output, sizes)
+                squares += [_mean_square(sample) for sample in output.split(sizes)]
         if passed is not None and not self._keep_passed:
             passed.unlink()
-        return squares.mean().item()
+        return self.ranks.mean(torch.stack(squares))
 
     def _path(self, name: str, passed: int) -> Path | None:
         return None if self._spool is None else stream_path(self._spool, name, passed)
@@ -179,7 +207,7 @@ def capture_front(opened: OpenModel, batches: Iterable[Inputs], dtype: torch.dty
 
 @contextmanager
 def _read_when_called(opened: OpenModel, dtype: torch.dtype) -> Iterator[None]:
-    def reader(part: Part) -> Any:
+    def reader(part: ModelPart) -> Any:
         prefix = f"{part.path}." if part.path else ""
 
         def read(module: nn.Module, _: Any) -> None:
@@ -202,10 +230,3 @@ def _mean_square(value: Tensor) -> Tensor:
     """Without a squared copy."""
     square: Tensor = torch.linalg.vector_norm(value, dtype=torch.float32).square() / value.numel()
     return square
-
-
-def _buckets(calls: Sequence[BlockCall], stream: Stream, indices: Sequence[int]) -> list[list[int]]:
-    groups: dict[object, list[int]] = defaultdict(list)
-    for index in indices:
-        groups[signature(calls[index], stream.read(index).shape)].append(index)
-    return list(groups.values())

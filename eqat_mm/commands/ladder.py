@@ -16,7 +16,7 @@ from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
 from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, rtn
-from eqat_mm.commands.runs import default_output, seconds_of, settings
+from eqat_mm.commands.runs import default_output, require_single_process, seconds_of, settings
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.runtime.device import best_device
@@ -57,6 +57,7 @@ def ladder(job: LadderJob) -> list[dict[str, Any]]:
     Raises:
         EqatError: any bad input.
     """
+    require_single_process("demo")
     model, spec = job.block_ap.model, job.block_ap.quant
     rungs = _Rungs(job)
     root, overwrite = rungs.root, job.fresh

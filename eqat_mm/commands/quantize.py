@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,28 +13,32 @@ from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.preflight import announce_block_ap
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import begin_run, default_output, discard, require_single_process, settings, with_precision
+from eqat_mm.commands.runs import begin_run, default_output, discard, settings, with_precision
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.provenance import require_same_everywhere
+from eqat_mm.runtime.ranks import Ranks, launched_ranks, own_device
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap
+from eqat_mm.train.lanes import require_lanes
 from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_of_folder
 
 
 @dataclass(frozen=True)
 class BlockAPJob(BlockAPConfig):
-    """Block-AP of a model.
+    """Block-AP of a model, in one process or in those of a launcher (torchrun scripts/block_ap.py).
 
     Attributes:
         model: model folder, alias (`eqat assets`) or hub repository.
-        output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/block-ap.
+        output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/block-ap. On several machines, a
+            folder that all of them see.
         calibration: text that the blocks are fitted on.
         adapter: architecture, where config.json does not decide it.
-        device: cpu, cuda, cuda:N, or auto.
+        device: cpu, cuda, cuda:N, or auto. Of several processes on GPUs each takes its own.
         overwrite: discard a run that is already in the output folder.
         recipe_for: models that these settings were tuned for (set by recipes).
     """
@@ -67,29 +72,53 @@ class RTNJob:
 
 
 def block_ap(job: BlockAPJob) -> Path:
-    """Run or continue Block-AP; return the folder of the checkpoint.
+    """Run or continue Block-AP, alone or with the other processes of a launcher; return the folder of the checkpoint.
 
     Raises:
         EqatError: any bad input, before anything is written.
     """
-    require_single_process("block-ap")
-    warn_without_recipe(job.model, job.recipe_for, "block-ap")
+    device = best_device(own_device(job.device))
+    with launched_ranks(device) as ranks:
+        return _block_ap(job, device, ranks)
+
+
+def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
+    require_same(ranks, settings(job) | {"output": str(job.output), "overwrite": job.overwrite})
+    fit, count = job.fit, job.calibration.count
+    ranks.from_first(lambda: require_lanes(fit.batch_size, fit.lanes, count, ranks.world))
+    if ranks.rank == 0:
+        warn_without_recipe(job.model, job.recipe_for, "block-ap")
     opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.quant)
     windows = text_windows(load_tokenizer(opened.folder), job.calibration)
     batches = [{"input_ids": window.unsqueeze(0)} for window in windows]
     folder = job.output or default_output(job.model, job.quant) / "block-ap"
-    device = best_device(job.device)
-    if job.overwrite:
-        discard(folder)
-    job = with_stream_dtype(with_precision(job, folder, device), folder, device)
-    check_room(opened, batches, job, folder, device)
-    announce_block_ap(opened, job, len(windows), windows.shape[1], device, folder)
-    record = begin_run(folder, "block-ap", settings(job, digest_of(windows)), job.seed)
+    require_same(ranks, {"data_digest": digest_of(windows)})
+    job = ranks.from_first(lambda: _decided(job, folder, device))
+    check_room(opened, batches, job, folder, device, ranks)
+    ranks.from_first(lambda: announce_block_ap(opened, job, len(windows), windows.shape[1], device, folder))
+    record = ranks.from_first(lambda: begin_run(folder, "block-ap", settings(job, digest_of(windows)), job.seed))
     if record is not None:
-        run_block_ap(opened, batches, job, folder, device=device, source=job.model, provenance=record)
+        run_block_ap(opened, batches, job, folder, device=device, source=job.model, provenance=record, ranks=ranks)
         say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
+
+
+def require_same(ranks: Ranks, config: dict[str, Any]) -> None:
+    """Check that all processes were started alike; the first says where not.
+
+    Raises:
+        ConfigError: they were not.
+    """
+    configs = ranks.gathered(config)
+    ranks.from_first(lambda: require_same_everywhere(configs))
+
+
+def _decided(job: BlockAPJob, folder: Path, device: torch.device) -> BlockAPJob:
+    """Discard what is to be discarded; return the job with every `auto` decided that decides the result."""
+    if job.overwrite:
+        discard(folder)
+    return with_stream_dtype(with_precision(job, folder, device), folder, device)
 
 
 def with_stream_dtype(job: BlockAPJob, folder: Path, device: torch.device) -> BlockAPJob:

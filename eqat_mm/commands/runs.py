@@ -110,6 +110,6 @@ def require_single_process(command: str) -> None:
         raise ConfigError(
             where=f"{command}: WORLD_SIZE",
             given=os.environ["WORLD_SIZE"],
-            allowed="1: it trains one block at a time, in one process",
+            allowed="1: its steps follow one another in one process",
             do="start it without a launcher, or with one process",
         )

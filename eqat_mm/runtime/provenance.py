@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -42,16 +43,40 @@ def require_same_config(saved: dict[str, Any], given: dict[str, Any], where: str
     Raises:
         ConfigError: names the settings that differ.
     """
-    saved, given = _dotted(saved), _dotted(given)
-    different = sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key))
-    if different:
-        key = different[0]
+    for key, (started, now), different in _differences(saved, given):
         raise ConfigError(
-            where=f"{where}: {', '.join(different)}",
-            given=f"{key}={given.get(key)!r}",
-            allowed=f"{key}={saved.get(key)!r}, as the run in this folder was started",
+            where=f"{where}: {different}",
+            given=f"{key}={now!r}",
+            allowed=f"{key}={started!r}, as the run in this folder was started",
             do="use the same settings, --overwrite to discard that run, or another --output",
         )
+
+
+def require_same_everywhere(configs: Sequence[dict[str, Any]]) -> None:
+    """Check that all processes of a job were started with the settings of the first.
+
+    Args:
+        configs: one per process.
+
+    Raises:
+        ConfigError: names a process, and the settings that differ.
+    """
+    for rank, config in enumerate(configs):
+        for key, (first, other), different in _differences(configs[0], config):
+            raise ConfigError(
+                where=f"process {rank} of {len(configs)}: {different}",
+                given=f"{key}={other!r}",
+                allowed=f"{key}={first!r}, as in process 0",
+                do="start all processes with the same command, on the same model and data",
+            )
+
+
+def _differences(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any], str]]:
+    """Yield each setting that differs, its two values, and the names of all that do."""
+    saved, given = _dotted(saved), _dotted(given)
+    different = sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key))
+    for key in different:
+        yield key, (saved.get(key), given.get(key)), ", ".join(different)
 
 
 def _dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from eqat_mm.blocks.arch import Inputs, set_submodule
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.blocks.spool import require_disk, require_memory
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
-from eqat_mm.checkpoint.verify import Manifest
+from eqat_mm.checkpoint.verify import Manifest, read_manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.fake_linear import FakeQuantLinear
@@ -26,8 +26,10 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.memory import peak_bytes, release_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
+from eqat_mm.runtime.ranks import ALONE, Ranks
 from eqat_mm.train.commit import RunState
 from eqat_mm.train.fit import FitConfig, fit_block, split_samples
+from eqat_mm.train.lanes import require_lanes, say_if_unequal
 from eqat_mm.train.report import FitReport
 from eqat_mm.train.warm_start import WarmStartConfig, initial_grids
 
@@ -84,30 +86,37 @@ def run_block_ap(
     device: torch.device,
     source: str,
     provenance: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> Manifest:
     """Quantize every block of `opened` and write the checkpoint to `folder/model`.
 
-    Bad input is found before anything is written.
+    Bad input is found before anything is written. Of several ranks each captures, holds and advances its share of the
+    samples; all train the same block, and the first writes.
 
     Args:
         opened: the full-precision model.
         batches: model inputs, one calibration sample each.
         config: settings.
-        folder: run folder; a run of the same settings in it is continued.
+        folder: run folder; a run of the same settings in it is continued. All ranks see the same one.
         device: where blocks are trained.
         source: name of the model, for the manifest.
         provenance: record of the run, for the manifest.
+        ranks: processes that share the work; the result does not depend on their number, but for rounding.
 
     Raises:
-        ConfigError: the group size does not divide a layer, or the folder holds a run with other settings.
+        ConfigError: the group size does not divide a layer, the folder holds a run with other settings, or there are
+            more ranks than samples of a batch or of the calibration.
         ResourceError: not enough disk or memory for the activation streams.
         TrainingError: a block whose loss stays non-finite.
     """
     check_groups(opened, config.quant)
-    check_room(opened, batches, config, folder, device)
-    state = RunState.open(folder, provenance["config"], keeps_streams=config.commits_streams)
+    require_lanes(config.fit.batch_size, config.fit.lanes, len(batches), ranks.world)
+    say_if_unequal(config.fit.lanes, ranks.world)
+    check_room(opened, batches, config, folder, device, ranks)
+    state = RunState.open(folder, provenance["config"], keeps_streams=config.commits_streams, ranks=ranks)
     writer = CheckpointWriter(folder / "model", opened, config.quant)
-    captured = capture_front(opened, progress(batches, what="capture", unit="sample"), torch.float32)
+    mine = [batches[index] for index in ranks.share(len(batches))]
+    captured = capture_front(opened, progress(mine, what="capture", unit="sample"), torch.float32)
     walker = BlockWalker(
         opened,
         captured,
@@ -117,18 +126,22 @@ def run_block_ap(
         spool=state.streams if config.spool == "disk" else None,
         keep_passed=state.keeps_streams,
         batch_tokens=config.batch_tokens,
+        ranks=ranks,
     )
     state.restore(walker, writer)
     release_freed_memory()
     console = _Console(len(walker), state.done, device)
     for step in walker.walk(state.done):
         report, target_square = quantize_block(walker, step, config)
-        writer.write_block(step.index, step.block)
+        if ranks.rank == 0:
+            writer.write_block(step.index, step.block)
         state.commit(walker, console.record(step, report, target_square))
     release_freed_memory()
-    manifest = writer.finish(STAGE, source, provenance)
+    if ranks.rank == 0:
+        writer.finish(STAGE, source, provenance)
+    ranks.barrier()
     state.clean()
-    return manifest
+    return read_manifest(folder / "model")
 
 
 def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) -> tuple[FitReport, float]:
@@ -138,13 +151,15 @@ def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) 
         What happened, and the mean square of the targets.
     """
     arch = walker.opened.arch
-    training, _ = split_samples(len(step.quantized), config.fit)
+    training, _ = split_samples(len(step.sorts), config.fit)
     grids = initial_grids(walker, step, config.quant, config.start, training)
     target_square = walker.advance_fp(step)
     for path, linear in arch.named_linears(step.block):
         set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant))
     release_freed_memory()
+    walker.ranks.agree_(list(step.block.parameters()))
     report = fit_block(walker, step, config.fit, seed=config.seed)
+    walker.ranks.agree_(list(step.block.parameters()))
     for path in arch.linears:
         fake = step.block.get_submodule(path)
         assert isinstance(fake, FakeQuantLinear)
@@ -176,9 +191,16 @@ def check_groups(opened: OpenModel, spec: QuantSpec) -> None:
 
 
 def check_room(
-    opened: OpenModel, batches: Sequence[Inputs], config: BlockAPConfig, folder: Path, device: torch.device
+    opened: OpenModel,
+    batches: Sequence[Inputs],
+    config: BlockAPConfig,
+    folder: Path,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Check that there is room for the streams, where they are kept and committed, and for the checkpoint.
+
+    The disk holds those of all ranks, memory those of the ranks of this machine.
 
     Raises:
         ResourceError: not enough memory, or not enough disk.
@@ -188,7 +210,7 @@ def check_room(
     stream: int = tokens * hidden * config.stream_dtype_on(device).itemsize
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
     if config.spool == "ram":
-        require_memory(2 * stream, "activation streams")
+        require_memory(2 * stream * ranks.local // ranks.world, "activation streams")
     require_disk(folder, streams_on_disk(config) * stream + weights * 2, "activation streams and checkpoint")
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eqat_mm.blocks.parts import Part
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.data.order import EpochOrder
 from eqat_mm.errors import TrainingError
 from eqat_mm.quant.fake_linear import fake_quant_linears, project
 from eqat_mm.runtime.progress import progress, say
 from eqat_mm.runtime.seeding import derive_seed, generator
+from eqat_mm.train.lanes import dealt
 from eqat_mm.train.losses import BlockLoss, block_loss
 from eqat_mm.train.report import Diverged, FitReport, Outcomes
 from eqat_mm.train.schedule import cosine_factor
@@ -29,7 +31,11 @@ class FitConfig:
         loss: `mse` (paper), or `balanced` (see `train.losses`), which keeps a few tokens with very large activations
             from deciding alone.
         epochs: passes over the calibration samples; 0 leaves the block at its initialisation.
-        batch_size: samples per step.
+        batch_size: samples per step, of all processes together: their number changes nothing but the time. At least
+            one for each process.
+        lanes: samples are dealt to so many lanes, and every step takes as many from each. Set it to the number of
+            processes, or a multiple, and each has an equal part of every step; at 1 the one with most samples of a
+            step keeps the others waiting. It decides the order of samples; the number of processes does not.
         lr_weight: peak learning rate of W (paper: 2e-5 at 2 bits, 1e-5 at 3 and 4).
         lr_scale: peak learning rate of the step sizes s.
         lr_zero_point: peak learning rate of the zero points z; null takes `lr_scale`.
@@ -48,6 +54,7 @@ class FitConfig:
     loss: BlockLoss = "mse"
     epochs: int = 2
     batch_size: int = 2
+    lanes: int = 1
     lr_weight: float = 2e-5
     lr_scale: float = 1e-4
     lr_zero_point: float | None = None
@@ -71,6 +78,9 @@ def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: 
     A step whose loss or gradient is not finite is skipped; after `max_skipped` of them the block goes back to
     its best weights and continues with half the learning rates. Losses are looked at every
     `report.READ_EVERY` steps and at the end of an epoch, so that may come as many steps late.
+
+    Several ranks take the steps of one: each its part of every batch, gradients summed. All come here at once, with the
+    same block.
 
     Raises:
         TrainingError: still not finite after `max_retries` rollbacks.
@@ -103,7 +113,8 @@ class _BlockFit:
         self.step = step
         self.config = config
         self.seed = derive_seed(seed, "block", step.index)
-        self.training, self.validation = split_samples(len(step.quantized), config)
+        self.ranks = walker.ranks
+        self.training, self.validation = split_samples(len(step.sorts), config)
         self.parameters = trainable_parameters(step.block, config)
         self.linears = fake_quant_linears(step.block)
         self.report = FitReport(loss_before=self.evaluate())
@@ -123,13 +134,13 @@ class _BlockFit:
         outcomes = Outcomes(self.report, config.max_skipped)
         bar = progress(range(total), what=self.step.name, unit="step")
         for batches in epochs:
-            for indices, (hidden, target) in self._batches(batches):
+            for part, (hidden, target) in self._parts(batches):
                 next(bar)
                 factor = cosine_factor(taken, total, warmup=round(config.warmup * total), floor=config.lr_floor)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
                 taken += 1
-                outcomes.add(self._step(optimizer, indices, hidden, target), self._tokens(indices))
+                outcomes.add(self._step(optimizer, part, hidden, target), sum(part.tokens))
             self.report.training.append(outcomes.mean())
             stale = 0 if self._validate() else stale + 1
             if config.patience is not None and stale >= config.patience:
@@ -146,38 +157,59 @@ class _BlockFit:
         """Mean loss on the validation samples; on all samples where none are held out."""
         losses = []
         order = self.step.batches(self.validation or self.training, self.walker.batch_tokens)
-        for indices, (hidden, target) in self._batches(order):
-            losses += [self._loss(indices, hidden, target)] * len(indices)
-        values: list[float] = torch.stack(losses).tolist()
+        for part, (hidden, target) in self._parts(order):
+            losses += [self._loss(part, hidden, target)] * len(part.batch)
+        values: list[float] = self.ranks.sum_(torch.stack(losses)).tolist()
         return sum(values) / len(values)
 
-    def _step(self, optimizer: torch.optim.Optimizer, indices: list[int], hidden: Tensor, target: Tensor) -> Tensor:
+    def _step(self, optimizer: torch.optim.Optimizer, part: Part, hidden: Tensor, target: Tensor) -> Tensor:
         """One optimizer step; return its loss, NaN if that or a gradient was not finite and nothing was changed.
 
         Nothing here waits for the device.
         """
-        loss = self._loss(indices, hidden, target)
-        loss.backward()
+        loss = self._loss(part, hidden, target)
+        if part.mine:
+            loss.backward()
+        loss = self._sum_gradients(loss.detach())
         limit = self.config.clip_norm if self.config.clip_norm is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._all(), limit)
-        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
         # as torch.amp.GradScaler tells it: fused AdamW then leaves weights, moments and its step count alone
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # here, so that no gradients lie beside what validation needs
         project(self.linears)
-        return loss.detach().where(finite, math.nan)
+        return loss.where(finite, math.nan)
 
-    def _batches(self, order: Iterable[list[int]]) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
-        """Yield samples with their inputs and targets."""
-        return self.walker.feed.batches([self.step.quantized, self.step.fp], order)
+    def _sum_gradients(self, loss: Tensor) -> Tensor:
+        """Sum gradients and loss over the ranks, in one message; return the loss of the whole batch.
 
-    def _tokens(self, indices: list[int]) -> int:
-        return self.step.quantized.shape_of(indices)[:2].numel()
+        What is not finite on one rank is not finite in the sum: all skip the same steps.
+        """
+        if self.ranks.world > 1:
+            gradients = []
+            for parameter in self._all():
+                if parameter.grad is None:  # no sample of this batch is here
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+            self.ranks.sum_all_([*gradients, loss])
+        return loss
 
-    def _loss(self, indices: list[int], hidden: Tensor, target: Tensor) -> Tensor:
-        output = self.walker.run(self.step.block, self.step.call(indices), hidden)
-        return block_loss(output, target, self.config.loss)
+    def _parts(self, order: Iterable[list[int]]) -> Iterator[tuple[Part, tuple[Tensor, ...]]]:
+        """Yield this rank's part of each batch with its inputs and targets."""
+        return self.walker.parts(self.step, [self.step.quantized, self.step.fp], order)
+
+    def _loss(self, part: Part, hidden: Tensor, target: Tensor) -> Tensor:
+        """Return what this rank adds to the mean loss of a batch."""
+        kind = self.config.loss
+        if self.ranks.world == 1:
+            return block_loss(self.walker.run(self.step.block, self.step.call(part.mine), hidden), target, kind)
+        if not part.mine:
+            if kind == "balanced":
+                part.joined(target)  # the others ask for the energies of all
+            return torch.zeros((), device=self.walker.device)
+        output = self.walker.run(self.step.block, self.step.call(part.mine), hidden)
+        return block_loss(output, target, kind, part.joined) * part.share
 
     def _validate(self) -> bool:
         loss = self.evaluate()
@@ -193,7 +225,8 @@ class _BlockFit:
         batches = []
         for number, bucket in enumerate(self.step.buckets(self.training)):
             order = EpochOrder(len(bucket), self.config.batch_size, derive_seed(self.seed, "bucket", number))
-            batches += [[bucket[i] for i in indices.tolist()] for indices in order.batches(epoch)]
+            visited = [bucket[i] for indices in order.batches(epoch) for i in indices.tolist()]
+            batches += dealt(visited, self.config.batch_size, self.config.lanes)
         shuffled = torch.randperm(len(batches), generator=generator(self.seed, "batches", epoch))
         return [batches[i] for i in shuffled.tolist()]
 

@@ -6,6 +6,7 @@ H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -22,29 +23,38 @@ several times as long as its launch, and of which a few copies are small beside 
 
 BlockLoss = Literal["mse", "balanced"]
 
+Joined = Callable[[Tensor], Tensor]
+"""From one value for each token here to those of all tokens of a batch that is divided among processes."""
 
-def block_loss(output_BTH: Tensor, target_BTH: Tensor, kind: BlockLoss = "mse") -> Tensor:
+
+def block_loss(output_BTH: Tensor, target_BTH: Tensor, kind: BlockLoss = "mse", joined: Joined | None = None) -> Tensor:
     """Return the mean squared error between two blocks' hidden states (EfficientQAT, Block-AP).
 
     Args:
         output_BTH: of the quantized block, float.
         target_BTH: of the full-precision block, float.
         kind: `mse`, or `balanced`, which weighs the error of each token by `token_weights` of the target.
+        joined: as there.
     """
     output_BTH, target_BTH = output_BTH.float(), target_BTH.float()
     if kind == "mse":
         return functional.mse_loss(output_BTH, target_BTH)
-    return (token_weights(target_BTH) * (output_BTH - target_BTH).square()).mean()
+    return (token_weights(target_BTH, joined) * (output_BTH - target_BTH).square()).mean()
 
 
-def token_weights(hidden_TH: Tensor) -> Tensor:
+def token_weights(hidden_TH: Tensor, joined: Joined | None = None) -> Tensor:
     """Return how much each token counts, min(1, median(e) / e) with e the mean square of its row, [..., T, 1].
 
     In deep blocks the hidden states of a few tokens (attention sinks) are hundreds of times larger than the rest;
     unweighted, a sum of squares is theirs alone.
+
+    Args:
+        hidden_TH: float; the tokens of a batch, or a part of them.
+        joined: gives the energies of the whole batch, where this is a part: the median is taken of those.
     """
     energy_T1 = hidden_TH.square().mean(-1, keepdim=True).clamp(min=1e-12)
-    return (energy_T1.median() / energy_T1).clamp(max=1.0)
+    whole = energy_T1 if joined is None else joined(energy_T1)
+    return (whole.median() / energy_T1).clamp(max=1.0)
 
 
 def predictions_that_count(labels_BT: Tensor) -> tuple[Tensor, Tensor]:

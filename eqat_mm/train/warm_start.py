@@ -56,7 +56,7 @@ def initial_grids(
     """Return the initial grid of every linear of the full-precision block of `step`, by path inside the block.
 
     Both streams must stand at the block's input. The block is not changed. Statistics are taken on the first
-    `config.samples` of `samples`, which are those to be trained on.
+    `config.samples` of `samples`, which are those to be trained on, numbered over all ranks; all get the same sums.
 
     Raises:
         ConfigError: the group size does not divide a layer.
@@ -109,24 +109,39 @@ class _Statistics:
         stage: tuple[str, ...],
         samples: Sequence[int],
     ) -> _Statistics:
-        """Run the full-precision block on the FP stream and `working` on the quantized stream up to the stage."""
+        """Run the full-precision block on the FP stream and `working` on the quantized stream up to the stage.
+
+        Each rank does so with its samples, and all get the sums over those of all.
+        """
         sums = dict(arch.sums)
         of_output = len(stage) == 1 and stage[0] in sums
         total: _Statistics | None = None
         order = step.batches(samples, walker.batch_tokens)
-        for indices, (fp, quantized) in walker.feed.batches([step.fp, step.quantized], order):
-            call = step.call(indices)
+        for share, (fp, quantized) in walker.parts(step, [step.fp, step.quantized], order):
+            if not share.mine:
+                if of_output:
+                    share.joined(quantized)  # the others ask for the energies of all
+                continue
+            call = step.call(share.mine)
             paths = (stage[0], sums[stage[0]]) if of_output else (stage[0],)
             x_fp, *sum_fp = _inputs_of(step.block, paths, walker, call, fp)
             x_q, *sum_q = _inputs_of(working, paths, walker, call, quantized)
             d = x_fp - x_q
             if of_output:
-                weight_T1 = token_weights(sum_q[0])
+                weight_T1 = token_weights(sum_q[0], share.joined)
                 x_q, d = x_q * weight_T1.sqrt(), (sum_fp[0] - sum_q[0]) * weight_T1.sqrt()
             part = cls(x_q.T @ x_q, d.T @ x_q, of_output)
             total = part if total is None else total._plus(part)
-        assert total is not None
+        total = total or cls._zeros(working.get_submodule(stage[0]), of_output)
+        walker.ranks.sum_all_([total.hessian_II, total.lack])
         return total
+
+    @classmethod
+    def _zeros(cls, linear: nn.Module, of_output: bool) -> _Statistics:
+        """Return the sums over no token."""
+        assert isinstance(linear, nn.Linear)
+        inputs, lacking = linear.in_features, linear.out_features if of_output else linear.in_features
+        return cls(linear.weight.new_zeros(inputs, inputs), linear.weight.new_zeros(lacking, inputs), of_output)
 
     def correction(self, weight_OI: Tensor, damping: float) -> Tensor:
         """Return D (H + damping)^-1, [O, I]."""

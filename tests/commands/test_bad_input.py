@@ -135,8 +135,15 @@ def test_no_room_on_disk(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_several_processes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one, and no launcher to say how they meet."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in place.block_ap()
+    said = place.block_ap()
+    assert "one process" in said
+    assert "torchrun" in said
+
+
+def test_lanes_that_do_not_divide_a_batch(place: Place) -> None:
+    assert "--fit.batch_size 4" in place.block_ap("--fit.batch_size", "4", "--fit.lanes", "3")
 
 
 # ---- models ---------------------------------------------------------------------------------------

@@ -1,0 +1,95 @@
+"""Batches of all ranks, and this rank's part of each.
+
+Which samples make a batch is decided over the samples of all ranks, so that it does not depend on their number. A rank
+computes those that it holds; it may hold none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eqat_mm.blocks.capture import BlockCall, digest_of, signature
+from eqat_mm.blocks.spool import Stream
+from eqat_mm.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Sort:
+    """What decides with which samples a sample can be batched.
+
+    Attributes:
+        tokens: of the sample.
+        signature: equal for samples that can be called together.
+    """
+
+    tokens: int
+    signature: Hashable
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of a batch.
+
+    Attributes:
+        ranks: all of them.
+        batch: samples of the whole batch, numbered over all ranks.
+        mine: those that this rank holds, by their place in its streams.
+        tokens: of the parts of all ranks.
+    """
+
+    ranks: Ranks
+    batch: list[int]
+    mine: list[int]
+    tokens: list[int]
+
+    @classmethod
+    def of(cls, batch: list[int], sorts: Sequence[Sort], ranks: Ranks) -> Part:
+        """Return this rank's part of `batch`."""
+        if ranks.world == 1:
+            return cls(ranks, batch, batch, [sum(sorts[sample].tokens for sample in batch)])
+        tokens = [0] * ranks.world
+        for sample in batch:
+            tokens[sample % ranks.world] += sorts[sample].tokens
+        return cls(ranks, batch, ranks.held(batch), tokens)
+
+    @property
+    def share(self) -> float:
+        """Share of the batch's tokens."""
+        return self.tokens[self.ranks.rank] / sum(self.tokens)
+
+    def joined(self, values: Tensor) -> Tensor:
+        """Return the values of all tokens of the batch, of which each rank gives those of its part, one a token."""
+        if self.ranks.world == 1:
+            return values
+        before = sum(self.tokens[: self.ranks.rank])
+        whole = torch.zeros(sum(self.tokens), dtype=values.dtype, device=values.device)
+        whole[before : before + values.numel()] = values.reshape(-1)
+        return self.ranks.sum_(whole)
+
+
+def sorts_of(calls: Sequence[BlockCall], stream: Stream, ranks: Ranks) -> list[Sort]:
+    """Return the sorts of the samples of all ranks, of which this one gives those that it holds."""
+    shapes = [stream.shape_of([index]) for index in range(len(calls))]
+    if ranks.world == 1:
+        signatures: list[Hashable] = [signature(*pair) for pair in zip(calls, shapes, strict=True)]
+    else:
+        signatures = _told(calls, shapes)
+    return ranks.all_of([Sort(shape[:2].numel(), kind) for shape, kind in zip(shapes, signatures, strict=True)])
+
+
+def _told(calls: Sequence[BlockCall], shapes: Sequence[torch.Size]) -> list[Hashable]:
+    """Return signatures that mean the same in every process: tensors count by their contents."""
+    digests: dict[int, bytes] = {}
+
+    def content(leaf: Tensor) -> bytes:
+        if id(leaf) not in digests:
+            digests[id(leaf)] = digest_of(leaf)
+        return digests[id(leaf)]
+
+    told = (repr(signature(call, shape, content)) for call, shape in zip(calls, shapes, strict=True))
+    return [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in told]
