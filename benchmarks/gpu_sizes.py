@@ -8,6 +8,7 @@ from statistics import median
 from typing import TypeVar
 
 import torch
+from timing import device_seconds
 from torch import Tensor
 
 from eqat_kernels import PackedLayout, pack
@@ -73,20 +74,10 @@ class Sizes:
 
     def device_us(self, function: Callable[[], object], repetitions: int = 10) -> float:
         """Return the median device time of a call with a cold second-level cache."""
-        function()
         if self.dry:
-            return self.wall_s(function) * 1e6
-        junk = torch.empty(256 << 20, dtype=torch.uint8, device=self.device)
-        times = []
-        for _ in range(repetitions):
-            junk.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
             function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
-        return median(times)
+            return self.wall_s(function) * 1e6
+        return device_seconds(function, repetitions) * 1e6
 
     def graph_us(self, function: Callable[[], object], repetitions: int = 10) -> float:
         """Return the median device time of a call replayed as a CUDA graph."""

@@ -16,15 +16,14 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from statistics import median
 from unittest import mock
 
 import torch
 from kernel_peers import Layer
 from time_kernels_cpu import cpu_ratios
+from timing import device_seconds
 from torch import Tensor
 
 from eqat_kernels import dequantize, fake_quantize, quant_linear
@@ -53,28 +52,12 @@ def require_green(marker: str) -> None:
         sys.exit("the correctness sweep is red: no numbers")
 
 
-def gpu_seconds(function: Callable[[], object], repetitions: int = 30) -> float:
-    """Median seconds of a call on the device, with its second-level cache cleared before each."""
-    cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    function()
-    times = []
-    for _ in range(repetitions):
-        cache.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return median(times)
-
-
 def measured_limits() -> tuple[float, float]:
     """Bytes per second of a copy of 1 GiB, and operations per second of an 8192^3 bfloat16 product."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return 2 * source.numel() / gpu_seconds(lambda: target.copy_(source)), 2 * 8192**3 / gpu_seconds(
+    return 2 * source.numel() / device_seconds(lambda: target.copy_(source)), 2 * 8192**3 / device_seconds(
         lambda: square @ square
     )
 
@@ -106,13 +89,13 @@ def forward_table(limits: tuple[float, float]) -> None:
             layer = DeviceLayer(outputs, inputs, bits)
             for rows in ROWS:
                 x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
-                packed_s = gpu_seconds(lambda layer=layer, x=x: layer.run(x))  # type: ignore[misc]
-                dense_s = gpu_seconds(lambda layer=layer, x=x: torch.nn.functional.linear(x, layer.dense))  # type: ignore[misc]
+                packed_s = device_seconds(lambda layer=layer, x=x: layer.run(x))  # type: ignore[misc]
+                dense_s = device_seconds(lambda layer=layer, x=x: torch.nn.functional.linear(x, layer.dense))  # type: ignore[misc]
                 moved = (layer.bytes() + 2 * rows * (inputs + outputs)) / packed_s / limits[0]
                 done = 2 * rows * outputs * inputs / packed_s / limits[1]
                 label, peer = f"{name} {outputs}x{inputs}", ""
                 if layer.torch_int4 is not None:
-                    peer = f"{gpu_seconds(lambda layer=layer, x=x: layer.torch_int4.run(x)) / packed_s:17.2f}"  # type: ignore[misc]
+                    peer = f"{device_seconds(lambda layer=layer, x=x: layer.torch_int4.run(x)) / packed_s:17.2f}"  # type: ignore[misc]
                 print(
                     f"{label:>18} {bits:4} {rows:4} {packed_s * 1e6:9.1f} {moved:9.1%} {done:9.1%}"
                     f" {dense_s / packed_s:12.2f} {peer}"
@@ -136,15 +119,15 @@ def training_table(limits: tuple[float, float]) -> None:
         def fake(layer: DeviceLayer = layer, weight: Tensor = weight, zero: Tensor = zero, bits: int = bits) -> None:
             fake_quantize(weight, layer.scale, zero, bits, impl="triton").backward(weight.detach())
 
-        dense_s = gpu_seconds(
+        dense_s = device_seconds(
             lambda layer=layer: dequantize(  # type: ignore[misc]
                 layer.words, layer.scale.detach(), layer.zero_words, layer.layout, torch.bfloat16, impl="triton"
             )
         )
         dense_rate = (layer.bytes() + 2 * outputs * inputs) / dense_s / limits[0]
-        fake_rate = 20 * outputs * inputs / (fake_s := gpu_seconds(fake)) / limits[0]
+        fake_rate = 20 * outputs * inputs / (fake_s := device_seconds(fake)) / limits[0]
         print(
-            f"{f'{outputs}x{inputs}':>14} {bits:4} {gpu_seconds(step) * 1e6:20.1f} {dense_rate:10.1%}"
+            f"{f'{outputs}x{inputs}':>14} {bits:4} {device_seconds(step) * 1e6:20.1f} {dense_rate:10.1%}"
             f" {fake_s * 1e6:10.1f} {fake_rate:7.1%}"
         )
 
@@ -157,11 +140,11 @@ def tune() -> None:
         found = {}
         for of_program, units in product((4, 8), (64, 128)):
             with mock.patch.multiple(few_rows, OUTPUTS=of_program, UNITS=units):
-                found[of_program, units] = gpu_seconds(lambda layer=layer, x=x: layer.run(x[:1]), 10)  # type: ignore[misc]
+                found[of_program, units] = device_seconds(lambda layer=layer, x=x: layer.run(x[:1]), 10)  # type: ignore[misc]
         print(f"{outputs}x{inputs}, {bits} bits, us: " + "  ".join(f"{at} {s * 1e6:.1f}" for at, s in found.items()))
         for most in (0, max(FEW)):
             with mock.patch.object(few_rows, "MOST", most):
-                times = [gpu_seconds(lambda layer=layer, x=x, rows=rows: layer.run(x[:rows]), 10) for rows in FEW]  # type: ignore[misc]
+                times = [device_seconds(lambda layer=layer, x=x, rows=rows: layer.run(x[:rows]), 10) for rows in FEW]  # type: ignore[misc]
             print(f"  {'unpacked while' if most else 'unpacked before':>15}", *(f"{s * 1e6:7.1f}" for s in times))
 
 

@@ -1,7 +1,7 @@
 """W_hat = (W_int - z) * s (eq. 2 of EfficientQAT) in Triton: a pass over the words, one over the result.
 
-Also the tile from which every packed kernel starts. A tile of K columns lies inside one group, so it needs one s and
-one z per row: K divides the group size, or there is one group per row.
+Also the tile that the gradient of the step sizes starts from. A tile of K columns lies inside one group, so it needs
+one s and one z per row: K divides the group size, or there is one group per row.
 
 Shape letters: R rows of the tile, K columns.
 """

@@ -5,8 +5,8 @@ a row is read in chunks, the most codes that come out of one 32-bit window,
 
     2 bits: 16 codes    3 bits: 8 codes (24 of the 32 bits)    4 bits: 8 codes    8 bits: 4 codes
 
-so a word is loaded once, not once per code, and the codes of a chunk are shifted out in registers. Only for 3 bits
-does a window need a second word.
+so the source loads a word once, not once per code; the compiler lays the codes of a chunk into neighbouring lanes,
+which share it through shared memory. Only for 3 bits does a window need a second word.
 
 Shape letters: R rows of the tile, C chunks, K codes.
 """
