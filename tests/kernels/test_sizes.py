@@ -95,9 +95,9 @@ def test_a_product_that_does_not_fit(change: dict[str, Any], impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("change", OF_A_GRID.values(), ids=OF_A_GRID)
 def test_a_grid_that_does_not_fit(change: dict[str, Any], impl: str) -> None:
-    with pytest.raises(ValueError, match="not|choose one"):
+    with pytest.raises(ValueError, match=r"not|choose one"):
         fake_quantize(**(grid_arguments() | change), impl=impl)
-    with pytest.raises(ValueError, match="not|choose one"):
+    with pytest.raises(ValueError, match=r"not|choose one"):
         fake_quant_linear(torch.randn(2, COLUMNS), **(grid_arguments() | change), impl=impl)
 
 
@@ -112,7 +112,7 @@ def test_a_grid_that_does_not_fit(change: dict[str, Any], impl: str) -> None:
     ],
 )
 def test_words_that_hold_other_codes(words: Tensor, bits: int, length: int, impl: str) -> None:
-    with pytest.raises(ValueError, match="not|choose one"):
+    with pytest.raises(ValueError, match=r"not|choose one"):
         unpack(words, bits, length, impl=impl)
 
 
@@ -127,7 +127,7 @@ def test_codes_that_cannot_be_packed(impl: str) -> None:
 
 @pytest.mark.parametrize("numbers", [(5, 32, 4, 64), (2, 0, 4, 64), (2, 48, 4, 64), (2, 32, 0, 64), (2, 32, -4, 64)])
 def test_a_layout_of_nothing(numbers: tuple[int, int, int, int]) -> None:
-    with pytest.raises(ValueError, match="layout|divide"):
+    with pytest.raises(ValueError, match=r"layout|divide"):
         PackedLayout(*numbers)
 
 

@@ -28,7 +28,7 @@ def fake_quantize_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dW [O, I], ds and dz [O, G]."""
     check_grid(weight, scale, zero_point, bits)
-    check_gradient(grad, *weight.shape, weight.device)
+    check_gradient(grad, weight.shape[0], weight.shape[1], weight.device)
     run = implementation("fake_quantize", select("fake_quantize", impl, weight)).backward
     grad_w = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     grad_s, grad_z, _ = run(grad, weight, scale, zero_point, bits, grad_w, remake=False)
