@@ -71,11 +71,11 @@ def load(
     insert_packed(model, scales, manifest, str(folder))
     quantize_keys_and_values(model, manifest.kv_cache_bits)
     wanted = wanted_tensors(model, whole_bytes=format_of(manifest.widths) == BYTES)
-    for name in needless(model, headers):
-        del headers[name]
+    ignored = needless(model, headers)
+    headers = {name: header for name, header in headers.items() if name not in ignored}
     missing = {name for name in wanted if name not in headers}
     require_match(wanted, headers, str(folder), spare=_given_by_ties(model, missing))
-    _fill(model, source, missing, dtype, device)
+    _fill(model, source, missing | ignored, dtype, device)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if manifest.has_adapters:
         load_adapters(model, folder / ADAPTER)
@@ -132,8 +132,8 @@ def _given_by_ties(model: PreTrainedModel, missing: set[str]) -> set[str]:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, source: PackedSource, missing: set[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Give every tensor of a module that is stored its value; packed linears compute in float32 and integers.
+def _fill(model: nn.Module, source: PackedSource, leave: set[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Give every tensor of a module its stored value, but those to `leave`; packed linears compute in float32.
 
     Raises:
         CheckpointError: step sizes that are not finite, or a packed weight that says it has another shape.
@@ -142,7 +142,7 @@ def _fill(model: nn.Module, source: PackedSource, missing: set[str], dtype: torc
         kept = torch.float32 if isinstance(module, PackedLinear) else dtype
         for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             name = f"{path}.{leaf}" if path else leaf
-            if name in missing or not (tensor.is_meta or name in source):
+            if name in leave or not (tensor.is_meta or name in source):
                 continue
             value = source.read(name)
             if isinstance(module, PackedLinear):

@@ -191,6 +191,8 @@ def save_into(model: PreTrainedModel, folder: Path, provenance: dict[str, Any]) 
     with TemporaryDirectory(dir=folder, prefix=".saving-") as name:
         made = _write_again(model, origin, Path(name), origin.manifest.stage, provenance)
         replace_files(folder, Path(name))
+    if folder.resolve() == origin.folder.resolve():
+        vars(model)["checkpoint_origin"] = replace(origin, manifest=made)
     return made
 
 
