@@ -13,7 +13,7 @@ from torch import nn
 from eqat_mm.quant.bit_widths import UNQUANTIZED
 from eqat_mm.quant.dynamic_linear import DynamicFakeLinear, DynamicPackedLinear
 from eqat_mm.quant.fake_linear import FakeQuantLinear
-from eqat_mm.quant.grid import SMALLEST_STEP, as_stored, quantize, smallest_step
+from eqat_mm.quant.grid import as_stored, quantize, smallest_step
 from eqat_mm.quant.init import Grid
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
@@ -39,10 +39,11 @@ def to_packed(fake: FakeQuantLinear) -> PackedLinear:
 def _warn_where_lost(fake: FakeQuantLinear) -> None:
     """Say once that weights are too small for the dtype of the step sizes; a group of zeros loses nothing."""
     smallest = smallest_step(fake.spec.storage_dtype)
-    if ((fake.scale.abs() < smallest) & (fake.scale.abs() > SMALLEST_STEP)).any():
+    small = fake.scale.abs() < smallest
+    if small.any() and fake.weight.unflatten(1, (small.shape[1], -1))[small].any():
         warnings.warn(
-            f"step sizes below {smallest:.1e}, the smallest of {fake.spec.scale_dtype}, are raised to it: their weights "
-            "are rounded more coarsely, or to zero; --quant.scale_dtype bfloat16 keeps them",
+            f"step sizes below {smallest:.1e}, the smallest of {fake.spec.scale_dtype}, are raised to it: their "
+            "weights are rounded more coarsely, or to zero; --quant.scale_dtype bfloat16 keeps them",
             stacklevel=2,
         )
 

@@ -1,4 +1,4 @@
-"""A loaded model keeps the contract of the class it shows: `save_pretrained` and `push_to_hub` write a packed folder."""
+"""A loaded model keeps the contract of its class: `save_pretrained` and `push_to_hub` write a packed folder."""
 
 from __future__ import annotations
 
