@@ -23,7 +23,7 @@ def seal(
     Raises:
         CheckpointError: a shard is missing or truncated, or is not the one that was written.
     """
-    for leftover in folder.glob(".*.partial"):
+    for leftover in folder.glob(".*.partial"):  # of a write that was killed
         leftover.unlink()
     weights, total = {}, 0
     for path in shards:

@@ -106,6 +106,7 @@ class EndToEndTrainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save tensors as they are in memory: what a run continues from is no packed checkpoint."""
+        assert self.model is not None
         super()._save(output_dir, self.model.state_dict() if state_dict is None else state_dict)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
