@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,6 +36,9 @@ from eqat_mm.quant.grid import as_stored
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_text
+
+_SAVING = ".saving-"
+"""Begins the name of the folder in which a checkpoint is made before its files are moved into place."""
 
 
 class CheckpointWriter:
@@ -187,8 +191,10 @@ def save_into(model: PreTrainedModel, folder: Path, provenance: dict[str, Any]) 
     """
     require_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{_SAVING}*"):  # of a process that was killed
+        shutil.rmtree(leftover)
     origin = _origin_of(model)
-    with TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+    with TemporaryDirectory(dir=folder, prefix=_SAVING) as name:
         made = _write_again(model, origin, Path(name), origin.manifest.stage, provenance)
         replace_files(folder, Path(name))
     if folder.resolve() == origin.folder.resolve():
