@@ -92,7 +92,10 @@ def generate_data(job: GenerateDataJob) -> Path:
             say(f"already finished: {output}")
             return output
         model = _loaded(job, folder)
-        run.begin()
+        with locked(run.folder):
+            if run.finished_meanwhile():
+                return output
+            run.begin()
         written = read_parts(run.folder)
         mine = [index for index in range(job.count) if index % shards == shard - 1 and index not in written]
         _write(job, output, model, tokenizer, mine)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -152,6 +152,8 @@ class Run:
             finally:
                 if run._alone and run._record is not None:
                     run._note_seconds()
+        if place.hidden:
+            run._leave()
 
     @property
     def folder(self) -> Path:
@@ -173,6 +175,8 @@ class Run:
         """Write that the run has begun, or goes on; what it replaces is set aside."""
         if self._replaces:
             self._set_aside()
+        elif self._record is None and self.place.record.is_file():  # another process that shares the run began it
+            self._record = read_sealed(self.place.record)
         self._sweep()
         if self._record is None:
             self._record = provenance(self.asked.command, self.asked.config, self.asked.seed)
@@ -202,7 +206,8 @@ class Run:
 
     def finished_meanwhile(self) -> bool:
         """Whether another process that shares the run has finished it."""
-        return self.place.record.is_file() and "finished" in read_sealed(self.place.record)
+        there = self.place.record.is_file() and not self._replaces
+        return there and "finished" in read_sealed(self.place.record)
 
     def require_room(self, needed: int, what: str) -> None:
         """Check that the disk has room for what the run will write.
@@ -251,6 +256,13 @@ class Run:
             say(f"this run goes on with {', '.join(changed)}: numbers may differ in the last bits")
             record.setdefault("continued", []).append({"started": _now(), "environment": now})
 
+    def _leave(self) -> None:
+        """Remove the hidden folder of a finished run, or one that stayed empty."""
+        if self.finished or self.finished_meanwhile():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
     def _note_seconds(self) -> None:
         assert self._record is not None
         now = time.monotonic()
@@ -271,6 +283,7 @@ class Run:
                 path.rename(aside / path.name)
             else:
                 _remove(path)
+        self._replaces = False
 
     def _tidy(self) -> None:
         for path in (self.folder / REPLACED, *self.place.progress()):
