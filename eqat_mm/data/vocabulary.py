@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eqat_mm.errors import ConfigError
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
+_PROBE = "a"
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Vocabulary:
     """What a model may write.
 
     Attributes:
-        start: what the tokenizer puts before every text: its beginning-of-text token, or nothing.
+        start: what the tokenizer puts before every text: its beginning-of-text token, mostly, or nothing.
         first: the tokens that a text may begin with, in ascending order.
         allowed: bool [V], the tokens that may follow, those that end a text among them.
         ends: the tokens that end a text, and are no part of it.
@@ -68,9 +69,13 @@ def vocabulary_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def start_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return what a tokenizer puts before every text: its beginning-of-text token, or nothing."""
-    before = list(tokenizer("")["input_ids"])[:1]
-    return tuple(token for token in before if token == tokenizer.bos_token_id)
+    """Return what a tokenizer puts before every text: its beginning-of-text token, mostly, or nothing."""
+    whole = list(tokenizer(_PROBE)["input_ids"])
+    bare = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    places = [number for number in range(len(whole)) if bare and whole[number : number + len(bare)] == bare]
+    if places:
+        return tuple(whole[: places[0]])
+    return tuple(token for token in whole[:1] if token == tokenizer.bos_token_id)  # it has no token for the probe
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, token_ids: tuple[int, ...]) -> str:
