@@ -1,14 +1,14 @@
 """Processor and model, which lie in different files, agree before anything expensive is done.
 
 Folders from before transformers 4.46 leave to the model's configuration what today's processors want to be told: patch
-size, which features are kept, how many tokens are no patches. It is taken from there. Whether an image then has as many
-tokens in the text as the model makes features of it is tried: with one image, on a model that has shapes but no weights.
+size, which features are kept, how many tokens are no patches. They are taken from there. Whether an image then has as
+many tokens in the text as the model makes features of it is tried: one image, and a model of shapes without weights.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
@@ -44,10 +44,10 @@ def _require_image_token(processor: Any, config: Any) -> None:
     token, tokenizer, expected = processor.image_token, processor.tokenizer, getattr(config, "image_token_id", None)
     found = list(tokenizer(token, add_special_tokens=False)["input_ids"])
     if len(found) != 1 or found[0] == tokenizer.unk_token_id:
-        _refuse(f"no token {token} in the tokenizer", f"one token {token}, which stands for an image")
+        raise _contradiction(f"no token {token} in the tokenizer", f"one token {token}, which stands for an image")
     rows = config.get_text_config().vocab_size
     if found[0] >= rows or expected not in (None, found[0]):
-        _refuse(
+        raise _contradiction(
             f"{token} is token {found[0]} of the tokenizer",
             f"image_token_id of config.json ({expected}), among the {rows:,} rows of the embedding",
         )
@@ -73,11 +73,11 @@ def _take_settings(processor: Any, config: Any) -> None:
         if own is None:
             setattr(processor, name, value)
         elif value not in (None, own):
-            _refuse(f"{name} {own}", f"{value}, as in config.json")
+            raise _contradiction(f"{name} {own}", f"{value}, as in config.json")
     processor.num_additional_image_tokens = processor.num_additional_image_tokens or 0
     own, value = (getattr(each, "image_grid_pinpoints", None) for each in (processor.image_processor, config))
     if None not in (own, value) and [list(grid) for grid in own] != [list(grid) for grid in value]:
-        _refuse(f"image_grid_pinpoints {own}", f"{value}, as in config.json")
+        raise _contradiction(f"image_grid_pinpoints {own}", f"{value}, as in config.json")
 
 
 def _require_features(processor: Any, config: Any) -> None:
@@ -88,7 +88,9 @@ def _require_features(processor: Any, config: Any) -> None:
     counted = processor._get_num_multimodal_tokens(image_sizes=[_SIDES[::-1]])["num_image_tokens"][0]
     if not tokens == counted == features:
         said = f"{tokens} tokens" if tokens == counted else f"{tokens} tokens, or {counted} by its crop_size,"
-        _refuse(f"{said} for an image of {_SIDES[0]} x {_SIDES[1]} pixels", f"{features}, the model's features of it")
+        raise _contradiction(
+            f"{said} for an image of {_SIDES[0]} x {_SIDES[1]} pixels", f"{features}, the model's features of it"
+        )
 
 
 def _tried(processor: Any, config: Any) -> tuple[int, int]:
@@ -101,7 +103,8 @@ def _tried(processor: Any, config: Any) -> tuple[int, int]:
         images["pixel_values"] = images["pixel_values"].to("meta")
         features = _without_weights(config).get_image_features(**images).pooler_output[0].shape[0]
     except Exception as error:  # whatever the files make of the two
-        _refuse(f"an image cannot be read: {' '.join(str(error).split())[:200]}", "the processor of this model", error)
+        said = " ".join(str(error).split())[:200]
+        raise _contradiction(f"an image cannot be read: {said}", "the processor of this model") from error
     return int((found["input_ids"] == processor.image_token_id).sum()), int(features)
 
 
@@ -113,10 +116,10 @@ def _without_weights(config: Any) -> Any:
         return transformers.AutoModelForImageTextToText.from_config(config)
 
 
-def _refuse(given: str, allowed: str, cause: Exception | None = None) -> NoReturn:
-    raise ConfigError(
+def _contradiction(given: str, allowed: str) -> ConfigError:
+    return ConfigError(
         "processor and model",
         given,
         allowed,
         "put processor_config.json, preprocessor_config.json and the tokenizer of this model beside its weights",
-    ) from cause
+    )
