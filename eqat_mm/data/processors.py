@@ -76,7 +76,7 @@ def _take_settings(processor: Any, config: Any) -> None:
             raise _contradiction(f"{name} {own}", f"{value}, as in config.json")
     processor.num_additional_image_tokens = processor.num_additional_image_tokens or 0
     own, value = (getattr(each, "image_grid_pinpoints", None) for each in (processor.image_processor, config))
-    if None not in (own, value) and [list(grid) for grid in own] != [list(grid) for grid in value]:
+    if own is not None and value is not None and [list(grid) for grid in own] != [list(grid) for grid in value]:
         raise _contradiction(f"image_grid_pinpoints {own}", f"{value}, as in config.json")
 
 

@@ -54,7 +54,7 @@ def decoding(
         )
     ends = _end_tokens(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    return GenerationConfig(  # type: ignore[no-untyped-call]
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         eos_token_id=ends or None,
@@ -71,7 +71,9 @@ def generated(
     Raises:
         CheckpointError: the model's predictions are not finite.
     """
-    more = {"past_key_values": new_cache(model), "logits_processor": LogitsProcessorList([RequireFinite(model)])}
+    more: dict[str, Any] = {"logits_processor": LogitsProcessorList([RequireFinite(model)])}
+    if settings.num_beams == 1:
+        more["past_key_values"] = new_cache(model)
     with _unconfigured(model):
         tokens: Tensor = model.generate(**inputs, **more, generation_config=settings, streamer=streamer)
     return tokens
@@ -80,7 +82,7 @@ def generated(
 @contextmanager
 def _unconfigured(model: Any) -> Iterator[None]:
     """Take the checkpoint's settings away: `generate` fills in from them what its own settings leave open."""
-    own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
@@ -97,5 +99,5 @@ def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _padding(model: Any, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
     """Return what follows the end of a text while others go on: any token that the embedding has a row for."""
-    rows = model.config.get_text_config().vocab_size
-    return next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None and 0 <= token < rows)
+    rows: int = model.config.get_text_config().vocab_size
+    return next(token for token in (tokenizer.pad_token_id, *ends, 0) if isinstance(token, int) and 0 <= token < rows)
