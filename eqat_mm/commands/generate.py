@@ -66,7 +66,7 @@ def generate(job: GenerateJob) -> str:
     """
     folder = model_folder(job.model)
     require_model(folder)
-    paths = [job.image] if isinstance(job.image, str) else job.image
+    paths = [job.image] if isinstance(job.image, str | Path) else job.image
     sees = takes_images(folder)
     if paths and not sees:
         raise ConfigError(

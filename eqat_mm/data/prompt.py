@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from eqat_mm.data.conversations import IMAGE, Turn
 from eqat_mm.data.vocabulary import start_of
@@ -42,7 +43,7 @@ class Renderer:
 
     def __init__(self, speaker: Any) -> None:
         self._speaker = speaker
-        self._sees = hasattr(speaker, "tokenizer")
+        self._sees = isinstance(speaker, ProcessorMixin)
         self.tokenizer = speaker.tokenizer if self._sees else speaker
         self.image_token: str = getattr(speaker, "image_token", None) or IMAGE
         self._start = start_of(self.tokenizer)
@@ -101,16 +102,27 @@ class Renderer:
             images.
 
         Raises:
-            DataError: the text is not Unicode.
+            DataError: the text is not Unicode, or has more or fewer image tokens than there are images.
         """
         if not self._sees:
             ids = torch.tensor(self.ids([text])[0], dtype=torch.int64)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         require_unicode(text)
-        settings = {"return_tensors": "pt", "add_special_tokens": False, **options}
-        found = dict(self._speaker(text=[text], images=list(images) or None, **settings))
+        found = dict(self._processed(text, images, return_tensors="pt", add_special_tokens=False, **options))
         rows = {name: value for name, value in found.items() if name not in self._of_images}
         return found | {name: self._row(name, value, text) for name, value in rows.items()}
+
+    def _processed(self, text: str, images: Sequence[Any], **settings: Any) -> Any:
+        try:
+            return self._speaker(text=[text], images=list(images) or None, **settings)
+        except ValueError as error:
+            said = " ".join(str(error).split())[:200]
+            raise DataError(
+                "prompt",
+                f"{text.count(self.image_token)} {self.image_token} in {text!r:.80}: {said}",
+                f"one token {self.image_token} for each of {len(images)} images",
+                "mend chat_template.jinja or the tokenizer beside the weights: one of them loses images or adds some",
+            ) from error
 
     def _row(self, name: str, value: Any, text: str) -> Any:
         """Return one of the processor's rows of tokens with what is missing in front of it."""

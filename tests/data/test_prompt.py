@@ -178,6 +178,14 @@ def test_more_or_fewer_places_than_images_are_refused(text: str, count: int) -> 
     assert_four_lines(raised.value)
 
 
+@pytest.mark.parametrize("written", ["", "<image><image>"], ids=["lost", "doubled"])
+def test_a_template_that_changes_the_number_of_images_is_refused(written: str) -> None:
+    processor = llava_processor(VICUNA.replace("<image>", written))
+    with pytest.raises(DataError, match="for each of 1 images") as raised:
+        encode_prompt(processor, "what?", photos(1), chat=True)
+    assert_four_lines(raised.value)
+
+
 def test_a_language_model_has_no_images_to_place() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = PLAIN
