@@ -73,7 +73,7 @@ def _take_settings(processor: Any, config: Any) -> None:
         if own is None:
             setattr(processor, name, value)
         elif value not in (None, own):
-            raise _contradiction(f"{name} {own}", f"{value}, as in config.json")
+            raise _contradiction(f"{name} {own!r}", f"{value!r}, as in config.json")
     processor.num_additional_image_tokens = processor.num_additional_image_tokens or 0
     own, value = (getattr(each, "image_grid_pinpoints", None) for each in (processor.image_processor, config))
     if own is not None and value is not None and [list(grid) for grid in own] != [list(grid) for grid in value]:

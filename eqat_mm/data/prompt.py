@@ -81,12 +81,16 @@ class Renderer:
         """Return the token ids of texts; an image token stays one token.
 
         Raises:
-            DataError: a text is not Unicode.
+            DataError: a text is not Unicode, or the tokenizer has no token for a part of it.
         """
         if not texts:
             return []
         require_unicode(*texts)
-        found = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        try:
+            found = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        except Exception as error:  # tokenizers has no class for what it cannot tokenise
+            said = " ".join(str(error).split())[:200]
+            raise DataError("prompt", said, "text that the tokenizer knows", "take other words") from error
         return [[*self._missing_start(text), *row] for text, row in zip(texts, found["input_ids"], strict=True)]
 
     def inputs(self, text: str, images: Sequence[Any] = (), **options: bool) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eqat_mm.errors import ConfigError
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-_PROBE = "a"
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,19 @@ def vocabulary_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def start_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return what a tokenizer puts before every text: its beginning-of-text token, mostly, or nothing."""
-    whole = list(tokenizer(_PROBE)["input_ids"])
-    bare = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    text = _known_text(tokenizer)
+    whole, bare = (list(tokenizer(text, add_special_tokens=adds)["input_ids"]) for adds in (True, False))
     places = [number for number in range(len(whole)) if bare and whole[number : number + len(bare)] == bare]
     if places:
         return tuple(whole[: places[0]])
-    return tuple(token for token in whole[:1] if token == tokenizer.bos_token_id)  # it has no token for the probe
+    return tuple(token for token in whole[:1] if token == tokenizer.bos_token_id)
+
+
+def _known_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of some token; a tokenizer without an unknown one refuses words it does not have."""
+    added = tokenizer.added_tokens_decoder
+    texts = (str(tokenizer.decode([token])) for token in range(len(tokenizer)) if token not in added)
+    return next((text for text in texts if text.strip()), "")
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, token_ids: tuple[int, ...]) -> str:

@@ -117,7 +117,7 @@ def _other_token(processor: Any) -> None:
 
 CONTRADICTIONS: dict[str, tuple[Callable[[Any], None], str]] = {
     "patch size": (lambda each: _change(each, "patch_size", 4), "8, as in config.json"),
-    "strategy": (lambda each: _change(each, "vision_feature_select_strategy", "full"), "default, as in config.json"),
+    "strategy": (lambda each: _change(each, "vision_feature_select_strategy", "full"), "'default', as in config.json"),
     "tokens beside patches": (lambda each: _change(each, "num_additional_image_tokens", 3), "features of it"),
     "image token": (_other_token, "image_token_id of config.json"),
     "no image token": (lambda each: _change(each, "image_token", "<picture>"), "one token <picture>"),

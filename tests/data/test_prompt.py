@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
@@ -21,7 +23,7 @@ from eqat_mm.data.images import ImageFile
 from eqat_mm.data.problems import BadSample
 from eqat_mm.data.prompt import Renderer
 from eqat_mm.data.vocabulary import start_of
-from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.errors import ConfigError, DataError, EqatError
 from llava_adapters.demo_llava.build import assemble
 from tests.adapters.stand_ins import PATCHES, save_language_model, save_parts
 from tests.checkpoint.files import assert_four_lines
@@ -137,6 +139,15 @@ def test_the_start_is_told_from_the_end(before: str, behind: str, changes: dict[
     assert start_of(tokenizer_that_adds(before, behind, **changes)) == start
 
 
+def test_a_word_that_the_tokenizer_does_not_have_is_refused() -> None:
+    backend = Tokenizer(WordLevel({"yes": 0, "no": 1}))  # without a token for other words
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert encode_prompt(tokenizer, "no", chat=False)["input_ids"].tolist() == [[1]]
+    with pytest.raises(DataError, match="text that the tokenizer knows") as raised:
+        encode_prompt(tokenizer, "maybe", chat=False)
+    assert_four_lines(raised.value)
+
+
 # ---- images ---------------------------------------------------------------------------------------
 
 
@@ -243,6 +254,53 @@ def test_whatever_fails_in_a_template_is_four_lines(template: str) -> None:
     conversation = Conversation("here", (Turn("user", "what?"), Turn("assistant", "yes")), ())
     with pytest.raises(BadSample, match="the chat template refuses it"):
         Chat(llava_processor(template)).text(conversation)
+
+
+PARTS = [
+    "{{ messages }}",
+    "{% for m in messages %}",
+    "{% endfor %}",
+    "{{ m.content }}",
+    "{{ m.content[0].text }}",
+    "\n",
+]
+PARTS += [
+    "<image>",
+    "<s>",
+    "{{ eos_token }}",
+    "{{ m.content | trim }}",
+    "{{ range(10**9) | list }}",
+    "{{ 1 % 0 }}",
+    "日",
+]
+PARTS += [
+    "{% generation %}",
+    "{% endgeneration %}",
+    "{{ x | tojson }}",
+    "\ud83d",
+    "{{ raise_exception(m.role) }}",
+    "{% if",
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    template=st.one_of(st.sampled_from([VICUNA, MISTRAL, MARKED]), st.lists(st.sampled_from(PARTS)).map("".join)),
+    prompt=st.one_of(WORDS.map("".join), st.text(st.characters(), max_size=20)),
+    count=st.integers(0, 2),
+    make=st.sampled_from([tiny_tokenizer, llava_processor, llava_next_processor]),
+)
+def test_nothing_but_our_errors_comes_out(template: str, prompt: str, count: int, make: Any) -> None:
+    speaker = make()
+    speaker.chat_template = template
+    images = [] if make is tiny_tokenizer else photos(count)
+    try:
+        ids = encode_prompt(speaker, prompt, images, chat=True)["input_ids"][0].tolist()
+    except EqatError as error:
+        assert_four_lines(error)
+    else:
+        assert ids
+        assert not images or speaker.image_token_id in ids
 
 
 @pytest.mark.parametrize("speaker", [tiny_tokenizer(), llava_processor(None)], ids=["tokenizer", "processor"])  # type: ignore[arg-type]
