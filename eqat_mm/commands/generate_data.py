@@ -99,7 +99,7 @@ def generate_data(job: GenerateDataJob) -> Path:
     record = _begin(job, output, config, quantized=quantized)
     if record is None:
         return output
-    written = read_parts(parts_folder(output))
+    written = read_parts(parts_folder(output), job.count)
     mine = [index for index in range(job.count) if index % shards == shard - 1 and index not in written]
     _write(job, output, model, tokenizer, mine)
     _finish(job, output, record)
@@ -211,7 +211,7 @@ def _finish(job: GenerateDataJob, output: Path, record: dict[str, Any]) -> None:
     folder = parts_folder(output)
     with locked(folder):
         if not _facts(output).is_file():
-            records = read_parts(folder)
+            records = read_parts(folder, job.count)
             if len(records) < job.count:
                 say(f"{len(records):,} of {job.count:,} texts; whoever writes the last of them writes {output}")
                 return
