@@ -94,7 +94,7 @@ class Records:
 
     def where(self, index: int) -> str:
         """Return the name of a record in messages."""
-        return f"{self.source}, {self.counted} {self.numbers[index]}"
+        return printable(f"{self.source}, {self.counted} {self.numbers[index]}")
 
     def conversation(self, index: int) -> Conversation:
         """Return one record, checked for everything but the images' contents.

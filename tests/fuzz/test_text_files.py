@@ -128,7 +128,7 @@ _sources = st.one_of(
     words,
     words.map(lambda text: text + ".jsonl"),
     st.builds(str.__add__, st.sampled_from(["hf:", "~", "/dev/zero", "a" * 300]), words),
-    st.sampled_from(["/dev/stdin", "/dev/zero", "/proc/self/mem", "/root/\0", "~nobody", "hf:", "hf::", "hf:a:b:c:d"]),
+    st.sampled_from(["/dev/stdin", "/dev/zero", "/proc/self/mem", "/etc/\0", "~nobody", "hf:", "hf::", "hf:a:b:c:d"]),
 )
 
 
