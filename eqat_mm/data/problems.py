@@ -164,12 +164,12 @@ class LateProblems:
         Raises:
             DataError: bad samples are an error, or are too many by now to be skipped.
         """
+        if self._tolerance.on_bad_sample == "error":
+            raise _late(problem)
         if problem.where in self._found:
             return
         known = {found.kind for found in self._found.values()}
         self._found[problem.where] = problem
-        if self._tolerance.on_bad_sample == "error":
-            raise _late(problem)
         if self._tolerance.file is not None:
             with suppress(OSError):
                 append_jsonl(self._tolerance.file, problem.as_dict() | _LATE)

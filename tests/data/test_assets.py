@@ -179,7 +179,8 @@ def test_a_folder_published_meanwhile_by_another_process_is_kept(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "record", ["", "[]", "3", "{}", '{"origin": "origin"}', '{"origin": "origin", "files": "1", "bytes": null}', "[" * 9999]
+    "record",
+    ["", "[]", "3", "{}", '{"origin": "origin"}', '{"origin": "origin", "files": "1", "bytes": null}', "[" * 9999],
 )
 def test_a_record_that_is_not_as_it_was_written_counts_as_none(tmp_path: Path, record: str) -> None:
     (tmp_path / "asset.json").write_text(record)
