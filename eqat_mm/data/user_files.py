@@ -28,7 +28,7 @@ def user_path(source: str, allowed: str) -> Path:
         raise DataError("a source of data", "no name", allowed, "name one")
     try:
         return Path(source).expanduser()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise DataError(printable(source), str(error), allowed, "check the path") from error
 
 

@@ -141,7 +141,9 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path, name: str) -> None:
         load_documents(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("source", ["", "~nobody/a.txt", "a\0.txt", "\ud83d.txt", "b" * 5000 + ".txt", "a.txt/b.txt"])
+@pytest.mark.parametrize(
+    "source", ["", "~nobody/a.txt", "~\0", "~\ud83d", "a\0.txt", "\ud83d.txt", "b" * 5000 + ".txt", "a.txt/b.txt"]
+)
 def test_a_source_that_can_be_no_path_is_refused(source: str) -> None:
     with pytest.raises(DataError) as caught:
         load_documents(source)
