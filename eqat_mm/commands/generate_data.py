@@ -96,7 +96,7 @@ def generate_data(job: GenerateDataJob) -> Path:
             if run.finished_meanwhile():
                 return output
             run.begin()
-        written = read_parts(run.folder)
+        written = read_parts(run.folder, job.count)
         mine = [index for index in range(job.count) if index % shards == shard - 1 and index not in written]
         _write(job, output, model, tokenizer, mine)
         _finish(job, run)
@@ -168,7 +168,7 @@ def _finish(job: GenerateDataJob, run: Run) -> None:
     with locked(run.folder):
         if run.finished_meanwhile():
             return
-        records = read_parts(run.folder)
+        records = read_parts(run.folder, job.count)
         if len(records) < job.count:
             say(f"{len(records):,} of {job.count:,} texts; whoever writes the last of them writes {run.place.proof}")
             return

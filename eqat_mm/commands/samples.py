@@ -45,20 +45,26 @@ def text_samples(folder: Path, config: TextWindows) -> Samples:
     return Samples(WindowDataset(windows), None, None, digest_of(windows))
 
 
-def image_text_samples(folder: Path, config: ImageTextData, step: int) -> Samples:
+def problems_of(output: Path) -> Path:
+    """Return the file beside a run folder in which the run's bad samples are listed."""
+    return output.with_name(f"{output.name}.problems.jsonl")
+
+
+def image_text_samples(folder: Path, config: ImageTextData, step: int, problems: Path) -> Samples:
     """Return checked conversations, with the processor of the model in `folder`.
 
     Args:
         folder: of the model.
         config: which conversations.
         step: samples in one optimizer step, over all processes and accumulated forwards.
+        problems: file in which bad samples are listed.
 
     Raises:
         EqatError: unreadable data, bad samples, or a model without a processor, or with another model's.
     """
     processor = load_processor(folder)
     fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
-    data = image_text_data(processor, config)
+    data = image_text_data(processor, config, problems)
     order = SampleOrder(
         data.lengths, data.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
     )

@@ -19,8 +19,9 @@ from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import default_output
-from eqat_mm.commands.samples import Samples, image_text_samples, text_samples
+from eqat_mm.commands.samples import Samples, image_text_samples, problems_of, text_samples
 from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.data.problems import say_late
 from eqat_mm.data.windows import TextWindows
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
@@ -83,7 +84,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     deepspeed = deepspeed_settings(job.deepspeed)
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
-    samples = _samples(base, job)
+    samples = _samples(base, job, folder)
     if deepspeed is not None:
         _require_images_everywhere(deepspeed, samples)
     verify_checkpoint(base)
@@ -99,6 +100,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
                 write_jsonl(folder / "metrics.jsonl", log)
                 save_like(model, folder / "model", base, stage, run.record)
                 run.finish()
+                say_late(problems_of(folder))
                 say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
 
@@ -122,12 +124,13 @@ def _adapts(job: E2EQPJob) -> bool:
     return "lora" in job.trains.split("+")
 
 
-def _samples(base: Path, job: E2EQPJob) -> Samples:
+def _samples(base: Path, job: E2EQPJob, folder: Path) -> Samples:
     if job.conversations is None:
         return text_samples(base, job.data)
     _require_instructions(job.conversations)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return image_text_samples(base, job.conversations, job.batch_size * job.accumulation * processes)
+    step = job.batch_size * job.accumulation * processes
+    return image_text_samples(base, job.conversations, step, problems_of(folder))
 
 
 def _require_instructions(config: ImageTextData) -> None:
