@@ -9,7 +9,7 @@ from typing import Any
 from eqat_eval.generation import GeneratedText, generate_about_images, generate_text
 from eqat_eval.graphed_decode import CudaGraph
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer, takes_images
-from eqat_mm.commands.models import load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.data.images import ImageFile, read_image
 from eqat_mm.data.problems import BadSample
 from eqat_mm.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def generate(job: GenerateJob) -> str:
         EqatError: any bad input.
     """
     folder = model_folder(job.model)
-    require_model(folder)
+    require_weights(folder)
     paths = job.image if isinstance(job.image, tuple) else (job.image,)
     if paths and not takes_images(folder):
         raise ConfigError(

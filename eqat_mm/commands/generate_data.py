@@ -14,7 +14,7 @@ import transformers
 
 from eqat_eval.repetition import repetition
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.commands.models import load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.commands.runs import discard, settings
 from eqat_mm.data.generated import GeneratedTokens, Sampling, generate_tokens
 from eqat_mm.data.record_parts import (
@@ -86,7 +86,7 @@ def generate_data(job: GenerateDataJob) -> Path:
     _require_suffix(output)
     shard, shards = _shard(job)
     folder = model_folder(job.model)
-    require_model(folder)
+    require_weights(folder)
     tokenizer = load_tokenizer(folder)
     _require_context(folder, job.length + len(start_of(tokenizer)))
     device = best_device(job.device)

@@ -12,7 +12,7 @@ from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.launchers import begin_training, deepspeed_settings, whole_models
-from eqat_mm.commands.models import load_model, model_folder, require_weights
+from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import default_output, discard
@@ -80,12 +80,12 @@ def e2e_qp(job: E2EQPJob) -> Path:
     deepspeed = deepspeed_settings(job.deepspeed)
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
+    if job.loss == "kl":
+        require_teacher(model_folder(job.model))
     samples = _samples(base, job)
     if deepspeed is not None:
         _require_images_everywhere(deepspeed, samples)
     arch = arch_for(verify_checkpoint(base).arch)
-    if job.loss == "kl":
-        require_weights(model_folder(job.model))
     job, arguments, record = begin_training(
         job, folder, STAGE, samples.digest, device, deepspeed, overwrite=job.overwrite
     )

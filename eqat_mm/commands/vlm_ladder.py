@@ -24,7 +24,7 @@ from eqat_mm.checkpoint.verify import read_manifest
 from eqat_mm.commands.evaluate import bits_per_weight
 from eqat_mm.commands.launchers import free_port
 from eqat_mm.commands.lmms import require_lmms_eval, task_row, tasks_folder
-from eqat_mm.commands.models import model_folder, require_model
+from eqat_mm.commands.models import model_folder, require_weights
 from eqat_mm.commands.runs import discard, seconds_of, settings
 from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.spec import QuantSpec
@@ -106,7 +106,7 @@ def vlm_ladder(job: VLMLadderJob) -> list[dict[str, Any]]:
     """
     require_lmms_eval()
     folder = model_folder(job.model)
-    require_model(folder)
+    require_weights(folder)
     if job.fresh:
         discard(job.output)
     blind = blind_accuracy()

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from eqat_mm.errors import CheckpointError
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -73,3 +75,22 @@ def fsync(path: Path) -> None:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a model folder that holds an object.
+
+    Raises:
+        CheckpointError: it cannot be read, is not JSON in UTF-8, is nested too deep, or holds something else.
+    """
+    try:
+        value = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        given = f"unreadable JSON ({type(error).__name__}: {error})"
+    else:
+        if isinstance(value, dict):
+            return value
+        given = f"{type(value).__name__} in place of an object"
+    raise CheckpointError(
+        where=str(path), given=given, allowed="a JSON object, {...}, in UTF-8", do="download or make the file again"
+    )
