@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from eqat_mm.blocks.quantized import refuse_quantized
 from eqat_mm.blocks.stored import Stored
@@ -74,7 +75,7 @@ def check_stored(
     _require_once({name: ones for name, ones in found.items() if name in known})
     for one, place in placed:
         _require_fit(one, place)
-    _refuse_further_layers(folder, left_over, known)
+    _refuse_further_layers(folder, left_over, model)
     _require_one_matrix(source, model)
     return list(left_over.values())
 
@@ -129,16 +130,18 @@ def _require_fit(one: Stored, place: Tensor) -> None:
         )
 
 
-def _refuse_further_layers(folder: Path, left_over: Mapping[str, Stored], known: Mapping[str, Tensor]) -> None:
-    """Refuse a model that would be read without some of its layers: they look like layer 0, and have no place."""
+def _refuse_further_layers(folder: Path, left_over: Mapping[str, Stored], model: nn.Module) -> None:
+    """Refuse a model that would be read without some of its layers: half of one predicts, too."""
+    stacks = {path: len(module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     for name, one in left_over.items():
-        if any(f"{name[: at.start()]}.0.{name[at.end() :]}" in known for at in re.finditer(r"\.\d+\.", name)):
-            raise CheckpointError(
-                where=str(folder),
-                given=f"{one.name}, in a layer beyond those that config.json counts",
-                allowed="as many layers in config.json as in the files",
-                do="correct the number of layers (num_hidden_layers), or bring together weights and config.json",
-            )
+        for layer in re.finditer(r"\.(\d+)\.", name):
+            if int(layer[1]) >= stacks.get(name[: layer.start()], sys.maxsize):
+                raise CheckpointError(
+                    where=str(folder),
+                    given=f"{one.name}, in a layer beyond those that config.json counts",
+                    allowed="as many layers in config.json as in the files",
+                    do="correct the number of layers (num_hidden_layers), or bring together weights and config.json",
+                )
 
 
 def _require_one_matrix(source: WeightSource, model: transformers.PreTrainedModel) -> None:

@@ -155,12 +155,13 @@ def test_a_tensor_under_two_names(tmp_path: Path) -> None:
     assert "the tensor model.norm.weight twice" in refusal(tmp_path)
 
 
-def test_more_layers_than_the_configuration_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counted", [1, 0])
+def test_more_layers_than_the_configuration_counts(tmp_path: Path, counted: int) -> None:
     """Half a model predicts, and nothing says that it is half."""
     save(tmp_path)
-    describe(tmp_path, num_hidden_layers=1)
+    describe(tmp_path, num_hidden_layers=counted)
     said = refusal(tmp_path)
-    assert "model.layers.1." in said
+    assert f"model.layers.{counted}." in said
     assert "num_hidden_layers" in said
 
 
@@ -264,7 +265,7 @@ def test_values_beyond_the_dtype_they_are_read_to(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_tensors_are_merged_while_reading(tmp_path: Path) -> None:
-    """Experts are stored one by one and are one tensor in the model; nothing that is read by transformers is missing."""
+    """Experts are stored one by one and are one tensor in the model; transformers reads them, so none is missing."""
     import transformers
 
     config = transformers.MixtralConfig(
