@@ -15,6 +15,7 @@ from eqat_mm.runtime.files import read_json_object
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+_DESCRIPTIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 MOST_LAYERS = 2000
 """More in one stack than any model has; a number beyond it would be built for hours."""
 
@@ -84,6 +85,30 @@ def require_layers(config: dict[str, Any], path: Path, at_most: int) -> None:
                     allowed=f"at most {at_most}, one for each tensor that is stored, and no more than {MOST_LAYERS}",
                     do="mend the configuration, or download it again",
                 )
+
+
+def require_own_files(folder: Path) -> None:
+    """Check that what lies beside the weights are files, and the folder's own: they are read, and go into checkpoints.
+
+    Links into a cache of the hub are what its downloads are made of.
+
+    Raises:
+        CheckpointError: a pipe or a device, or a link that leads elsewhere.
+    """
+    for path in sorted(folder.glob("*")):
+        if path.suffix not in _DESCRIPTIONS or path.is_dir():
+            continue
+        target = path.resolve()
+        own = target.is_relative_to(folder.resolve()) or (
+            target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+        )
+        if not own or not path.is_file():
+            raise CheckpointError(
+                where=str(path),
+                given="no regular file" if own else f"a link to {target}",
+                allowed="a file in the folder of the model",
+                do="copy the file itself into the folder, or remove it",
+            )
 
 
 def read_generation_config(folder: Path) -> transformers.GenerationConfig | None:

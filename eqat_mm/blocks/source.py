@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from eqat_mm.blocks.arch import Arch
-from eqat_mm.blocks.config import CONFIG, model_on_meta, read_config, read_generation_config
+from eqat_mm.blocks.config import CONFIG, model_on_meta, read_config, read_generation_config, require_own_files
 from eqat_mm.blocks.door import check_stored, require_one_answer, tied_groups
 from eqat_mm.blocks.stored import INDEX, SINGLE, Stored, open_safetensors, weight_files
 from eqat_mm.blocks.weights import WeightSource, release
@@ -136,6 +136,7 @@ def check_folder(folder: Path, auto_class: str, *, merges: bool = False) -> Chec
     Raises:
         CheckpointError: a broken file, or something that `check_stored` refuses.
     """
+    require_own_files(folder)
     raw = read_json_object(folder / CONFIG)
     require_one_answer(folder, raw)
     source = WeightSource(folder)

@@ -84,6 +84,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, is not JSON in UTF-8, is nested too deep, or holds something else.
     """
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError("no such file")
         value = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         given = f"unreadable JSON ({type(error).__name__}: {error})"

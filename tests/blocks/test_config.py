@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from eqat_mm.blocks.config import GENERATION_CONFIG, MOST_LAYERS, read_config, read_generation_config
-from eqat_mm.blocks.source import open_model
+from eqat_mm.blocks.source import check_folder, open_model
 from eqat_mm.checkpoint.folders import load_for_inference, takes_images
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.files import read_json, write_json
@@ -125,6 +126,36 @@ def test_a_number_of_layers_is_bounded_by_what_is_stored(folder: Path) -> None:
     write_json(folder / "config.json", read_json(folder / "config.json") | {"num_hidden_layers": MOST_LAYERS})
     assert read_config(folder).num_hidden_layers == MOST_LAYERS
     assert "at most 21" in refusal(folder, "config.json").allowed
+
+
+@pytest.mark.parametrize("target", ["/etc/hosts", "../elsewhere.json", "/dev/full", "nowhere.json"])
+@pytest.mark.parametrize("name", ["vocab.json", "extra.txt", "config.json"])
+def test_a_link_that_leads_elsewhere(folder: Path, name: str, target: str) -> None:
+    """Its content would go into a checkpoint, which people publish."""
+    (folder.parent / "elsewhere.json").write_text("{}", encoding="utf-8")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
+    with pytest.raises(CheckpointError) as caught:
+        check_folder(folder, "AutoModelForCausalLM")
+    assert_four_lines(caught.value)
+    assert caught.value.where == str(folder / name)
+
+
+def test_a_pipe(folder: Path) -> None:
+    os.mkfifo(folder / "vocab.json")
+    assert refusal(folder, "vocab.json").given == "no regular file"
+
+
+def test_links_of_a_cache_and_of_the_folder(tmp_path: Path) -> None:
+    """A download of the hub lies in a folder of links."""
+    cache = tmp_path / "models--a--b"
+    tiny_llama().save_pretrained(cache / "blobs")
+    folder = cache / "snapshots" / "main"
+    folder.mkdir(parents=True)
+    for path in (cache / "blobs").iterdir():
+        (folder / path.name).symlink_to(f"../../blobs/{path.name}")
+    (folder / "again.json").symlink_to("config.json")
+    open_model(folder, arch_of_folder(folder))
 
 
 @pytest.mark.parametrize("names", [None, [], ["MyCustomLlamaForCausalLM"], ["LlamaModel"], [True], "absent"], ids=str)
