@@ -40,7 +40,7 @@ class WeightSource:
         self.by_name: dict[str, list[Stored]] = {}
         for one in self.stored:
             self.by_name.setdefault(rename(one.name), []).append(one)
-        self._where = {name: ones[-1] for name, ones in self.by_name.items()}
+        self._where = {name: (ones[-1].path, ones[-1].name) for name, ones in self.by_name.items()}
 
     def tie(self, groups: Iterable[Iterable[str]]) -> None:
         """Let a name that is not stored be read as another one of its group, which is the same parameter."""
@@ -58,9 +58,9 @@ class WeightSource:
     def stored_name(self, name: str) -> str:
         """Return what the files call a tensor; one that they lack is named like the weight of its module."""
         if name in self._where:
-            return self._where[name].name
+            return self._where[name][1]
         module, _, leaf = name.rpartition(".")
-        return self._where[f"{module}.weight"].name.removesuffix("weight") + leaf
+        return self._where[f"{module}.weight"][1].removesuffix("weight") + leaf
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its stored dtype, backed by the file.
@@ -70,19 +70,20 @@ class WeightSource:
         Raises:
             CheckpointError: no tensor of that name, or not all of its values are finite.
         """
-        one = self._where.get(self._ties.get(name, name))
-        if one is None:
+        name = self._ties.get(name, name)
+        if name not in self:
             raise CheckpointError(
                 where=str(self.folder),
                 given=f"no tensor {name}",
                 allowed="a checkpoint with every weight of the model",
                 do="download or convert the model again",
             )
-        with open_safetensors(one.path) as reader:
-            tensor: Tensor = reader.get_tensor(one.name)
-        if one.name not in self._finite:
-            _require_finite(tensor, one)
-            self._finite.add(one.name)
+        path, stored = self._where[name]
+        with open_safetensors(path) as reader:
+            tensor: Tensor = reader.get_tensor(stored)
+        if stored not in self._finite:
+            _require_finite(tensor, f"{path}: {stored}")
+            self._finite.add(stored)
         return tensor
 
     @staticmethod
@@ -136,10 +137,10 @@ def is_finite(tensor: Tensor) -> bool:
     return bool((low.isfinite() & high.isfinite()).item())
 
 
-def _require_finite(tensor: Tensor, one: Stored) -> None:
+def _require_finite(tensor: Tensor, where: str) -> None:
     if not is_finite(tensor):
         raise CheckpointError(
-            where=f"{one.path}: {one.name}",
+            where=where,
             given=f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values are not finite (NaN or infinity)",
             allowed="finite numbers",
             do="download the file again; if it is as published, make the model finite first",
