@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +15,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
 from eqat_mm import __version__
-from eqat_mm.errors import ConfigError, EqatError
+from eqat_mm.errors import ConfigError, EqatError, explained_system_error
 
 __all__ = ["main", "run_command"]
 
@@ -121,7 +124,7 @@ COMMANDS: dict[str, _Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `eqat`; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    """Entry point of `eqat`; returns the exit status: 0, 2 for a user's error, 128 + N when stopped by signal N."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--version"]:
         print(__version__)
@@ -134,21 +137,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command with its own arguments, those of a launcher left out; returns the exit status."""
+    from eqat_mm.runtime.progress import silence
+    from eqat_mm.runtime.signals import end_with_launcher, stoppable
+
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]  # deepspeed adds it
     warnings.showwarning = _show_warning
+    _print_anything()
+    if "LOCAL_RANK" in os.environ:
+        end_with_launcher()
     try:
-        if name not in COMMANDS:
-            raise ConfigError(f"eqat {name}", repr(name), ", ".join(COMMANDS), "choose one of these commands")
-        job_class, function = COMMANDS[name].load()
-        job = parse_job(name, job_class, argv)
-        function(job)
+        with stoppable():
+            if name not in COMMANDS:
+                raise ConfigError(f"eqat {name}", repr(name), ", ".join(COMMANDS), "choose one of these commands")
+            job_class, function = COMMANDS[name].load()
+            job = parse_job(name, job_class, argv)
+            function(job)
     except EqatError as error:
-        print(f"{type(error).__name__}\n{error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return _refused(error)
+    except BrokenPipeError:  # whoever reads what it writes has seen enough
+        silence(sys.stdout)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if (explained := explained_system_error(error)) is None:
+            raise
+        return _refused(explained)
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "signal", signal.SIGINT)
         print("interrupted; the same command continues from what was saved last", file=sys.stderr)
-        return 130
+        return 128 + int(number)
     return 0
+
+
+def _refused(error: EqatError) -> int:
+    print(f"{type(error).__name__}\n{error}", file=sys.stderr)
+    return 2
+
+
+def _print_anything() -> None:
+    """Let a terminal that lacks a character show a question mark for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:

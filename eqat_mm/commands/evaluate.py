@@ -17,7 +17,7 @@ from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
 from eqat_mm.commands.models import load_model, model_folder, require_weights
-from eqat_mm.data.windows import TextWindows, text_windows
+from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
@@ -132,6 +132,13 @@ class Bench:
         self.precision, self.dtype = arithmetic(precision, dtype, device)
         self.device = device
         self.reference: ReferenceOutputs | None = None
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What decides its figures beside the model, JSON-ready."""
+        full = None if self.full_precision is None else str(self.full_precision)
+        measure = {"precision": self.precision, "dtype": str(self.dtype), "reference": full}
+        return measure | {"tokens": digest_of(self.windows)}
 
     def measure(self, folder: Path) -> PerplexityResult:
         """Evaluate the model in `folder`."""

@@ -6,7 +6,6 @@ own with a folder of its own, so an interrupted ladder continues where it stoppe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,15 @@ from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
 from eqat_mm.commands.models import model_folder, require_weights
 from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, rtn
-from eqat_mm.commands.runs import default_output, require_single_process, seconds_of, settings
+from eqat_mm.commands.runs import (
+    default_output,
+    model_fingerprint,
+    noted,
+    require_single_process,
+    seconds_of,
+    settings,
+    slug,
+)
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.runtime.device import best_device
@@ -94,10 +101,10 @@ class _Rungs:
     def add(self, stage: str, make: Callable[[], Path]) -> Path:
         """Make the checkpoint of a rung, evaluate it, print and save the table so far; return its folder."""
         say(f"== {stage}")
-        start = time.monotonic()
         folder = make()
-        seconds = seconds_of(folder, time.monotonic() - start)
-        self.rows.append({"stage": stage} | self.bench.row(folder) | {"seconds": round(seconds, 1)})
+        place, decides = self.root / "eval" / slug(stage), self.bench.decides | {"model": model_fingerprint(folder)}
+        row = noted(place, "demo", decides, lambda: self.bench.row(folder), anew=self.job.fresh)
+        self.rows.append({"stage": stage} | row | {"seconds": round(seconds_of(folder), 1)})
         spec = self.job.block_ap.quant
         made_by = provenance("demo", settings(self.job), self.job.block_ap.seed)
         results = {"model": self.model, "bits": spec.bits, "group_size": spec.group_size}

@@ -6,16 +6,19 @@ import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import transformers
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
 from eqat_mm.checkpoint.read import load
-from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
+from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.launchers import begin_training, deepspeed_settings, whole_models
+from eqat_mm.commands.launchers import deepspeed_settings, training_run, whole_models
 from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import default_output, discard
+from eqat_mm.commands.runs import default_output
 from eqat_mm.commands.samples import Samples, image_text_samples, text_samples
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.windows import TextWindows
@@ -25,6 +28,7 @@ from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json, write_jsonl
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.run import Place
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
 from llava_adapters import arch_for
 
@@ -76,7 +80,6 @@ def e2e_qp(job: E2EQPJob) -> Path:
     folder, device = job.output or runs / stage, best_device(job.device)
     announce_e2e_qp(base, job.model, job.quant, job, job.conversations or job.data, device, folder)
     _require_block_ap(base, job)
-    _require_apart(base, folder)
     deepspeed = deepspeed_settings(job.deepspeed)
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
@@ -85,34 +88,35 @@ def e2e_qp(job: E2EQPJob) -> Path:
     samples = _samples(base, job)
     if deepspeed is not None:
         _require_images_everywhere(deepspeed, samples)
-    arch = arch_for(verify_checkpoint(base).arch)
-    job, arguments, record = begin_training(
-        job, folder, STAGE, samples.digest, device, deepspeed, overwrite=job.overwrite
-    )
-    if record is None:
-        return folder / "model"
+    verify_checkpoint(base)
+    inputs: dict[str, Path | str] = {"quantized": base, "data": samples.digest}
+    if job.loss == "kl":
+        inputs["model"] = model_folder(job.model)
+    room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
+    with training_run(job, Place.within(folder), STAGE, inputs, device, deepspeed, room) as (job, arguments, run):
+        if not run.finished:
+            model, log = _trained(job, base, samples, arguments)
+            if arguments.process_index == 0:
+                write_jsonl(folder / "metrics.jsonl", log)
+                save_like(model, folder / "model", base, stage, run.record)
+                run.finish()
+                say(f"checkpoint: {folder / 'model'}")
+    return folder / "model"
+
+
+def _trained(
+    job: E2EQPJob, base: Path, samples: Samples, arguments: transformers.TrainingArguments
+) -> tuple[transformers.PreTrainedModel, list[dict[str, Any]]]:
+    """Load the packed model, train it; return it with the Trainer's log."""
     with whole_models(arguments):
         kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
         teacher = load_model(model_folder(job.model), arguments.device, kept) if job.loss == "kl" else None
         model = load(base, dtype=kept, device=arguments.device, verify=False)
     if _adapts(job):
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
-    log = run_e2e_qp(
-        model,
-        samples.dataset,
-        job,
-        arguments,
-        teacher=teacher,
-        projector=arch.find_projector(model),
-        collator=samples.collator,
-        order=samples.order,
-    )
-    if arguments.process_index == 0:
-        write_jsonl(folder / "metrics.jsonl", log)
-        save_like(model, folder / "model", base, stage, record)
-        discard(folder / "trainer")
-        say(f"checkpoint: {folder / 'model'}")
-    return folder / "model"
+    projector = arch_for(read_manifest(base).arch).find_projector(model)
+    given: dict[str, Any] = {"collator": samples.collator, "order": samples.order}
+    return model, run_e2e_qp(model, samples.dataset, job, arguments, teacher=teacher, projector=projector, **given)
 
 
 def _adapts(job: E2EQPJob) -> bool:
@@ -190,13 +194,3 @@ def _block_ap_command(base: Path, job: E2EQPJob) -> str:
     if job.quantized is not None:
         words += ["--output", str(base.parent)]
     return shlex.join(words)
-
-
-def _require_apart(base: Path, folder: Path) -> None:
-    if base.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(
-            where=f"--output {folder}",
-            given=f"the folder that holds --quantized {base}",
-            allowed="a folder of its own",
-            do="choose another --output: E2E-QP reads the one and writes the other",
-        )

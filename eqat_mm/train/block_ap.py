@@ -16,7 +16,6 @@ import torch
 
 from eqat_mm.blocks.arch import Inputs, set_submodule
 from eqat_mm.blocks.source import OpenModel
-from eqat_mm.blocks.spool import require_disk, require_memory
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.checkpoint.verify import Manifest, read_manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
@@ -27,6 +26,7 @@ from eqat_mm.runtime.memory import peak_bytes, release_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.runtime.ranks import ALONE, Ranks
+from eqat_mm.runtime.room import require_disk, require_memory
 from eqat_mm.train.commit import RunState
 from eqat_mm.train.fit import FitConfig, fit_block, split_samples
 from eqat_mm.train.lanes import require_lanes, say_if_unequal
@@ -97,24 +97,23 @@ def run_block_ap(
         opened: the full-precision model.
         batches: model inputs, one calibration sample each.
         config: settings.
-        folder: run folder; a run of the same settings in it is continued. All ranks see the same one.
+        folder: run folder; what is committed there is taken for this run's. All ranks see the same one.
         device: where blocks are trained.
         source: name of the model, for the manifest.
         provenance: record of the run, for the manifest.
         ranks: processes that share the work; the result does not depend on their number, but for rounding.
 
     Raises:
-        ConfigError: the group size does not divide a layer, the folder holds a run with other settings, or there are
-            more ranks than samples of a batch or of the calibration.
-        ResourceError: not enough disk or memory for the activation streams.
+        ConfigError: the group size does not divide a layer, or there are more ranks than samples of a batch or of the
+            calibration.
+        CheckpointError: the progress in the folder is damaged.
         TrainingError: a block whose loss stays non-finite.
     """
     check_groups(opened, config.quant)
     require_lanes(config.fit.batch_size, config.fit.lanes, len(batches), ranks.world)
     say_if_unequal(config.fit.lanes, ranks.world)
-    check_room(opened, batches, config, folder, device, ranks)
-    state = RunState.open(folder, provenance["config"], keeps_streams=config.commits_streams, ranks=ranks)
     writer = CheckpointWriter(folder / "model", opened, config.quant)
+    state = RunState(folder, writer, keeps_streams=config.commits_streams, ranks=ranks)
     mine = [batches[index] for index in ranks.share(len(batches))]
     captured = capture_front(opened, progress(mine, what="capture", unit="sample"), torch.float32)
     walker = BlockWalker(
@@ -128,7 +127,7 @@ def run_block_ap(
         batch_tokens=config.batch_tokens,
         ranks=ranks,
     )
-    state.restore(walker, writer)
+    state.restore(walker)
     release_freed_memory()
     console = _Console(len(walker), state.done, device)
     for step in walker.walk(state.done):
@@ -197,10 +196,12 @@ def check_room(
     folder: Path,
     device: torch.device,
     ranks: Ranks = ALONE,
+    written: int = 0,
 ) -> None:
     """Check that there is room for the streams, where they are kept and committed, and for the checkpoint.
 
-    The disk holds those of all ranks, memory those of the ranks of this machine.
+    The disk holds those of all ranks, memory those of the ranks of this machine. `written` bytes
+    of that are on the disk already.
 
     Raises:
         ResourceError: not enough memory, or not enough disk.
@@ -211,7 +212,7 @@ def check_room(
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
     if config.spool == "ram":
         require_memory(2 * stream * ranks.local // ranks.world, "activation streams")
-    require_disk(folder, streams_on_disk(config) * stream + weights * 2, "activation streams and checkpoint")
+    require_disk(folder, streams_on_disk(config) * stream + weights * 2, "activation streams and checkpoint", written)
 
 
 def streams_on_disk(config: BlockAPConfig) -> int:
