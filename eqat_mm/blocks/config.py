@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ GENERATION_CONFIG = "generation_config.json"
 _DESCRIPTIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 MOST_LAYERS = 2000
 """More in one stack than any model has; a number beyond it would be built for hours."""
+
+_LAYERS = re.compile(r"(num|n)_(hidden_)?layers?")
+_STACKED = re.compile(r"\w*(layers?|depth|experts)")
 
 
 @contextmanager
@@ -78,11 +82,11 @@ def require_layers(config: dict[str, Any], path: Path, at_most: int) -> None:
         for name, value in parts.pop().items():
             if isinstance(value, dict):
                 parts.append(value)
-            elif name.endswith(("layers", "layer", "depth", "experts")) and _number(value) > at_most:
+            elif _number(value) > (at_most if _LAYERS.fullmatch(name) else MOST_LAYERS) and _STACKED.fullmatch(name):
                 raise CheckpointError(
                     where=str(path),
                     given=f"{name}: {value}",
-                    allowed=f"at most {at_most}, one for each tensor that is stored, and no more than {MOST_LAYERS}",
+                    allowed=f"at most {MOST_LAYERS}, and no more layers than there are stored tensors",
                     do="mend the configuration, or download it again",
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from eqat_mm.blocks.arch import Arch
-from eqat_mm.blocks.config import CONFIG, model_on_meta, read_config, read_generation_config, require_own_files
+from eqat_mm.blocks.config import (
+    CONFIG,
+    model_on_meta,
+    read_config,
+    read_generation_config,
+    refused,
+    require_own_files,
+)
 from eqat_mm.blocks.door import check_stored, require_one_answer, tied_groups
 from eqat_mm.blocks.stored import INDEX, SINGLE, Stored, open_safetensors, weight_files
 from eqat_mm.blocks.weights import WeightSource, release
@@ -164,6 +172,8 @@ def open_model(folder: Path, arch: Arch) -> OpenModel:
         CheckpointError: unreadable weights, or something that `check_stored` refuses.
     """
     checked = check_folder(folder, arch.auto_class)
+    with refused(folder / CONFIG, "configuration"):  # it goes into checkpoints, which are JSON
+        json.dumps(read_json_object(folder / CONFIG), allow_nan=False)
     say_left_over(checked.left_over)
     model = empty_model(checked.config, arch)
     arch.find_blocks(model)

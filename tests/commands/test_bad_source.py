@@ -112,3 +112,24 @@ def test_it_is_refused(
     assert str(model) in lines[1]
     assert expected in "\n".join(lines)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"model_type": "lla',
+        b"[]",
+        b'{"model_type": "llama", "num_attention_heads": 0}',
+        b'{"model_type": "llama", "num_hidden_layers": 1000000000}',
+        b'{"model_type": "llama", "hidden_act": "nope"}',
+        b'{"model_type": "llama", "hidden_size": 1000000000000000}',
+    ],
+    ids=lambda content: content.decode()[-24:],
+)
+def test_a_plan_of_a_broken_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    """It reads nothing else of a model."""
+    (tmp_path / "config.json").write_bytes(content)
+    assert main(["plan", "--model", str(tmp_path), "--recipe_for", "[]", "--gpu", "a100"]) == 2
+    lines = capsys.readouterr().err.splitlines()[-5:]
+    assert lines[0] == "CheckpointError"
+    assert lines[1] == f"  where:   {tmp_path / 'config.json'}"
