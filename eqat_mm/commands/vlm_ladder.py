@@ -21,7 +21,7 @@ from typing import Any, Literal
 from eqat_mm.commands.evaluate import bits_per_weight
 from eqat_mm.commands.launchers import free_port
 from eqat_mm.commands.lmms import require_lmms_eval, task_row, tasks_folder
-from eqat_mm.commands.models import model_folder, require_weights
+from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.runs import model_fingerprint, noted, seconds_of, settings, slug
 from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.spec import QuantSpec
@@ -104,7 +104,7 @@ def vlm_ladder(job: VLMLadderJob) -> list[dict[str, Any]]:
     """
     require_lmms_eval()
     folder = model_folder(job.model)
-    require_weights(folder)
+    require_model(folder)
     blind = blind_accuracy()
     rows: list[dict[str, Any]] = []
     for rung in rungs(job, folder):
