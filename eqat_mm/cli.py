@@ -238,16 +238,20 @@ def _spelled_out(argv: Sequence[str], job_class: type[Any]) -> list[str]:
     """Spell out what users may abbreviate.
 
     A first word without dashes is the model; `--overwrite` means `--overwrite true`, and `--train-projector`
-    `--trains scales+projector`.
+    `--trains scales+projector`. What is given again of several (`--image`) is one more.
     """
     if argv and not argv[0].startswith("-") and "model" in {field.name for field in fields(job_class)}:
         argv = ["--model", *argv]
     flags = {f"--{field.name}" for field in fields(job_class) if isinstance(field.default, bool)}
+    several = {f"--{field.name}" for field in fields(job_class) if str(field.type).startswith("list[")}
     result: list[str] = []
     for position, argument in enumerate(argv):
         if argument == "--train-projector":
             result += ["--trains", "scales+projector"]
             continue
+        flag, *value = argument.split("=", 1)
+        if flag in several and any(each.split("=", 1)[0] == flag for each in argv[:position]):
+            argument = "=".join([f"{flag}+", *value])  # jsonargparse appends
         result.append(argument)
         if argument in flags and (position + 1 == len(argv) or argv[position + 1].startswith("-")):
             result.append("true")

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer
 from eqat_mm.data.batching import Collator, SampleOrder
 from eqat_mm.data.image_text import ImageTextData, image_text_data
+from eqat_mm.data.processors import fit_processor
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.train.end_to_end import Sample, WindowDataset
 
@@ -53,9 +54,10 @@ def image_text_samples(folder: Path, config: ImageTextData, step: int) -> Sample
         step: samples in one optimizer step, over all processes and accumulated forwards.
 
     Raises:
-        EqatError: unreadable data, bad samples, or a model without a processor.
+        EqatError: unreadable data, bad samples, or a model without a processor, or with another model's.
     """
     processor = load_processor(folder)
+    fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
     data = image_text_data(processor, config)
     order = SampleOrder(
         data.lengths, data.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps

@@ -30,6 +30,7 @@ below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 Path(sys.argv[1]).write_text(f"{os.getpid()} {below.pid}")
 time.sleep(60)
 """
+LAUNCHER = "import subprocess, sys; print(subprocess.Popen([sys.executable, *sys.argv[1:]]).pid, flush=True); input()"
 LAUNCHED = """
 import sys, time
 from pathlib import Path
@@ -59,8 +60,7 @@ def alive(process: int) -> bool:
 def test_a_signal_is_an_exception_the_first_time(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as raised, stoppable():
-        os.kill(os.getpid(), number)
-        time.sleep(5)
+        signal.raise_signal(number)
     assert raised.value.signal == number
     assert isinstance(raised.value, KeyboardInterrupt)
     assert signal.getsignal(number) is before
@@ -87,10 +87,7 @@ def test_a_child_does_not_outlive_its_parent(tmp_path: Path, number: signal.Sign
 
 def test_a_process_ends_with_its_launcher(tmp_path: Path) -> None:
     noted = tmp_path / "started"
-    launcher = (
-        "import subprocess, sys; print(subprocess.Popen([sys.executable, *sys.argv[1:]]).pid, flush=True); input()"
-    )
-    words = [sys.executable, "-c", launcher, "-c", LAUNCHED, str(noted)]
+    words = [sys.executable, "-c", LAUNCHER, "-c", LAUNCHED, str(noted)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
         assert started.stdout is not None
         process = int(started.stdout.readline())
