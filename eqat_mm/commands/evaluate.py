@@ -16,7 +16,7 @@ from eqat_mm.checkpoint.adapters import adapter_bits
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
-from eqat_mm.commands.models import load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
@@ -66,7 +66,7 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
         EqatError: any bad input.
     """
     folder = model_folder(job.model)
-    require_model(folder)
+    require_weights(folder)
     device = best_device(job.device)
     result = {"model": job.model, "bits_per_weight": bits_per_weight(folder), **_measure(job, folder, device)}
     if job.output is not None:
@@ -99,8 +99,10 @@ def _check_choice(job: EvalJob) -> None:
 
 
 def _perplexity(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
-    windows = text_windows(load_tokenizer(folder), job.data)
     reference = None if job.reference is None else model_folder(job.reference)
+    if reference is not None:
+        require_weights(reference)
+    windows = text_windows(load_tokenizer(folder), job.data)
     bench = Bench(reference, windows, job.batch_size, job.precision, device, job.dtype)
     return bench.measure(folder).as_dict() | {"precision": bench.precision}
 

@@ -13,7 +13,7 @@ from eqat_eval.generation import GeneratedText, generate_about_images, generate_
 from eqat_eval.graphed_decode import CudaGraph
 from eqat_eval.prompts import encode_prompt
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer, takes_images
-from eqat_mm.commands.models import load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.data.conversations import IMAGE
 from eqat_mm.data.images import ImageFile, read_image
 from eqat_mm.data.problems import BadSample
@@ -65,7 +65,7 @@ def generate(job: GenerateJob) -> str:
         EqatError: any bad input.
     """
     folder = model_folder(job.model)
-    require_model(folder)
+    require_weights(folder)
     paths = [job.image] if isinstance(job.image, str | Path) else job.image
     sees = takes_images(folder)
     if paths and not sees:

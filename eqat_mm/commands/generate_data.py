@@ -13,7 +13,7 @@ import transformers
 
 from eqat_eval.repetition import repetition
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.commands.models import load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.commands.runs import asked
 from eqat_mm.data.generated import GeneratedTokens, Sampling, generate_tokens
 from eqat_mm.data.record_parts import (
@@ -83,7 +83,7 @@ def generate_data(job: GenerateDataJob) -> Path:
     _require_suffix(output)
     shard, shards = _shard(job)
     folder = model_folder(job.model)
-    require_model(folder)
+    require_weights(folder)
     tokenizer = load_tokenizer(folder)
     _require_context(folder, job.length + len(start_of(tokenizer)))
     wanted = asked(_COMMAND, job, best_device(job.device), {"model": folder}, quantized=is_quantized(folder))

@@ -13,7 +13,7 @@ from typing import Any
 
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
-from eqat_mm.commands.models import model_folder, require_model
+from eqat_mm.commands.models import model_folder, require_weights
 from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, rtn
 from eqat_mm.commands.runs import (
     default_output,
@@ -92,7 +92,7 @@ class _Rungs:
         self.job, self.model = job, job.block_ap.model
         self.root = job.output or default_output(self.model, job.block_ap.quant)
         folder = model_folder(self.model)
-        require_model(folder)
+        require_weights(folder)
         device = best_device(job.block_ap.device)
         windows = text_windows(load_tokenizer(folder), job.data)
         self.bench = Bench(folder, windows, job.batch_size, job.precision, device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.launchers import deepspeed_settings, training_run, whole_models
-from eqat_mm.commands.models import load_model, require_weights
+from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import open_full_precision
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
@@ -109,7 +109,6 @@ def _checked(job: LLMQATJob) -> OpenModel:
         warn_without_recipe(job.model, job.recipe_for, "llm-qat", job.bits)
     opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.spec)
-    require_weights(opened.folder)
     return opened
 
 

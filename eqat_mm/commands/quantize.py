@@ -10,7 +10,7 @@ import torch
 
 from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
-from eqat_mm.commands.models import model_folder, require_model
+from eqat_mm.commands.models import model_folder, require_finite, require_model
 from eqat_mm.commands.preflight import announce_block_ap
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import asked, default_output, opened_run, settings, settled
@@ -156,7 +156,7 @@ def open_full_precision(model: str, adapter: str | None) -> OpenModel:
     """Open the model that a user names, on the meta device.
 
     Raises:
-        EqatError: there is none, no adapter fits it, or it is quantized already.
+        EqatError: there is none, no adapter fits it, it is quantized already, not whole or not finite.
     """
     folder = model_folder(model)
     require_model(folder)
@@ -167,4 +167,6 @@ def open_full_precision(model: str, adapter: str | None) -> OpenModel:
             allowed="a full-precision model",
             do="name the model it was made from",
         )
-    return open_model(folder, arch_of_folder(folder, adapter))
+    opened = open_model(folder, arch_of_folder(folder, adapter))
+    require_finite(opened.source)
+    return opened

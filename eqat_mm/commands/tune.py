@@ -15,7 +15,7 @@ from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.launchers import deepspeed_settings, training_run, whole_models
-from eqat_mm.commands.models import load_model, model_folder, require_weights
+from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import default_output
@@ -84,14 +84,14 @@ def e2e_qp(job: E2EQPJob) -> Path:
     deepspeed = deepspeed_settings(job.deepspeed)
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
+    inputs: dict[str, Path | str] = {"quantized": base}
+    if job.loss == "kl":
+        inputs["model"] = require_teacher(model_folder(job.model))
     samples = _samples(base, job, folder)
     if deepspeed is not None:
         _require_images_everywhere(deepspeed, samples)
     verify_checkpoint(base)
-    inputs: dict[str, Path | str] = {"quantized": base, "data": samples.digest}
-    if job.loss == "kl":
-        inputs["model"] = model_folder(job.model)
-        require_weights(model_folder(job.model))
+    inputs["data"] = samples.digest
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
     with training_run(job, Place.within(folder), STAGE, inputs, device, deepspeed, room) as (job, arguments, run):
         if not run.finished:
