@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from eqat_eval.generation import GeneratedText, generate_about_images, generate_text
 from eqat_eval.graphed_decode import CudaGraph
@@ -16,10 +16,11 @@ from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.settings import Count, PositiveOrZero, Seed, Settings, Within
 
 
 @dataclass(frozen=True)
-class GenerateJob:
+class GenerateJob(Settings):
     """Write text.
 
     Attributes:
@@ -41,10 +42,10 @@ class GenerateJob:
     prompt: str = "The capital of France is"
     image: tuple[Path, ...] | Path = ()
     chat: bool = False
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: Count = 64
+    temperature: PositiveOrZero = 0.0
+    top_p: Annotated[float, Within(0, 1, without=(0,))] = 1.0
+    seed: Seed = 0
     dtype: Precision = "auto"
     device: str = "auto"
     cuda_graph: CudaGraph = "auto"

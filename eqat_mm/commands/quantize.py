@@ -22,6 +22,7 @@ from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import require_same_everywhere
 from eqat_mm.runtime.ranks import Ranks, launched_ranks, own_device
+from eqat_mm.runtime.settings import Settings
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap
 from eqat_mm.train.lanes import require_lanes
 from eqat_mm.train.rtn import run_rtn
@@ -53,7 +54,7 @@ class BlockAPJob(BlockAPConfig):
 
 
 @dataclass(frozen=True)
-class RTNJob:
+class RTNJob(Settings):
     """Round-to-nearest of a model on min-max grids: no calibration, no training.
 
     Attributes:

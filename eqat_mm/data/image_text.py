@@ -32,15 +32,16 @@ from eqat_mm.data.easy_vqa import EASY_VQA, easy_vqa_folder
 from eqat_mm.data.images import image_size, read_image
 from eqat_mm.data.problems import BadSample, OnBadSample, report
 from eqat_mm.data.text_files import package_missing
-from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.errors import DataError
 from eqat_mm.runtime.progress import progress
 from eqat_mm.runtime.seeding import generator
+from eqat_mm.runtime.settings import Count, CountOrZero, Seed, Settings
 
 _PER_BATCH = 256
 
 
 @dataclass(frozen=True)
-class ImageTextData:
+class ImageTextData(Settings, option="conversations"):
     """Which conversations about images, and how they are checked and ordered.
 
     Attributes:
@@ -53,29 +54,15 @@ class ImageTextData:
         text_warmup_steps: optimizer steps at the beginning over which the share of samples without images falls from
             all to none; after that, samples come as they are drawn. 0: no warm-up.
         seed: which records are drawn, and their order.
-
-    Raises:
-        ConfigError: a value outside its range.
     """
 
     source: str = EASY_VQA
     image_folder: Path | None = None
-    count: int | None = None
-    max_length: int = 2048
+    count: Count | None = None
+    max_length: Count = 2048
     on_bad_sample: OnBadSample = "error"
-    text_warmup_steps: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        if self.on_bad_sample not in ("error", "skip"):
-            raise ConfigError("ImageTextData.on_bad_sample", repr(self.on_bad_sample), "error or skip", "pick one")
-        for name, least in (("count", 1), ("max_length", 1), ("text_warmup_steps", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(
-                    f"ImageTextData.{name}", str(value), f"an integer of {least} or more", f"raise {name}"
-                )
+    text_warmup_steps: CountOrZero = 0
+    seed: Seed = 0
 
 
 class ImageTextDataset(Dataset[dict[str, Tensor]]):
