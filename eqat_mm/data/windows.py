@@ -1,8 +1,8 @@
 """Windows of tokens: documents tokenised, joined with the end-of-sequence token, cut to one length.
 
 Windows are full: no padding and no attention mask. A document may run over into the next window, as in pretraining; the
-tokens after the last full window are dropped. Where documents are so long that fewer of them than windows would do, every
-one gives its first window, then its second, until there are enough: the more documents, the less any one decides.
+tokens after the last full window are dropped. Where documents are so long that fewer of them than windows would do,
+every one gives its first window, then its second, until there are enough: the more documents, the less any one decides.
 """
 
 from __future__ import annotations

@@ -82,6 +82,7 @@ Fraction = Annotated[float, Within(0, 1)]
 Share = Annotated[float, Within(0, 1, without=(0, 1))]
 
 
+@dataclass(frozen=True)
 class Settings:
     """Base of dataclasses whose fields are checked whenever one is made.
 
@@ -101,8 +102,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every field, then all of them together."""
-        kind: type[Any] = type(self)
-        for name, hint in hints_of(kind).items():
+        for name, hint in hints_of(type(self)).items():
             require(hint, getattr(self, name), f"--{self.option}{name}")
         self.check_together()
 
@@ -110,9 +110,13 @@ class Settings:
         """Check what single fields cannot say; nothing by default."""
 
 
-@cache
 def hints_of(kind: type[Any]) -> dict[str, Any]:
     """Return the type of every field of a dataclass by name, with what limits it."""
+    return _hints_of(kind)
+
+
+@cache
+def _hints_of(kind: type[Any]) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in fields(kind)}
 
@@ -144,14 +148,14 @@ def shown(value: Any) -> str:
     """Return a value as a short text without line breaks."""
     if isinstance(value, int) and value.bit_length() > _SHOWN * 3:
         return f"a number of about {value.bit_length() * 3 // 10:,} digits"
-    text = repr(value) if not isinstance(value, Path) else repr(str(value))
+    text = "null" if value is None else repr(str(value) if isinstance(value, Path) else value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}...{text[-_SHOWN // 4 :]}"
 
 
 def allowed_by(hint: Any, value: Any = None) -> str:
     """Say what a field may hold; with the largest number where `value` is above it."""
     kinds = [_kind(each, value) for each in _alternatives(hint) if each is not NoneType]
-    return " or ".join([*kinds, *(["null"] if NoneType in _alternatives(hint) else [])])
+    return " or ".join(kinds) + (", or null" if NoneType in _alternatives(hint) else "")
 
 
 def limits_in(hint: Any) -> Iterator[Any]:
@@ -217,8 +221,10 @@ def _advice(hint: Any, value: Any, option: str) -> str:
         verb = "lower" if value > limit.least else "raise"
         return f"{verb} {option}" + (", or leave it out" if NoneType in _alternatives(hint) else "")
     choices = [str(c) for each in _alternatives(hint) if get_origin(each) is Literal for c in get_args(each)]
-    near = difflib.get_close_matches(str(value)[:_SHOWN], choices, n=1)
-    return f"did you mean {near[0]}?" if near else f"correct {option}"
+    near = difflib.get_close_matches(shown(value).strip("'"), choices, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return "choose one of these" if choices or isinstance(limit, OneOf) else f"correct {option}"
 
 
 def _is_number(value: Any) -> bool:
