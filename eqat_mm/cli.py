@@ -162,7 +162,7 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
     from eqat_mm.commands.recipes import recipe_path
     from eqat_mm.runtime.progress import say
 
-    argv = spelled_out(job_class, argv)
+    argv = spelled_out(name, job_class, argv)
     recipe = COMMANDS[name].recipe or _tuned_recipe(COMMANDS[name].settings_of or name, argv, job_class)
     parser = ArgumentParser(
         prog=f"eqat {name}",

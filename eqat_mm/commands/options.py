@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from eqat_mm.commands.recipes import recipe_path
 from eqat_mm.commands.settings_file import check_names, read_recipe
@@ -44,7 +44,7 @@ def names_of(kind: type[Settings], under: str = "") -> Iterator[tuple[str, Any]]
             yield from names_of(nested, f"{under}{name}.")
 
 
-def spelled_out(kind: type[Settings], argv: Sequence[str]) -> list[str]:
+def spelled_out(command: str, kind: type[Settings], argv: Sequence[str]) -> list[str]:
     """Spell out what users may abbreviate, recipes first, for flags win over them wherever they stand.
 
     A first word without dashes is the model; `--overwrite` means `--overwrite true`, and `--train-projector`
@@ -56,7 +56,7 @@ def spelled_out(kind: type[Settings], argv: Sequence[str]) -> list[str]:
     hints = hints_of(kind)
     if argv and not argv[0].startswith("-") and "model" in hints:
         argv = ["--model", *argv]
-    _check_flags(kind, argv)
+    _check_flags(command, kind, argv)
     recipes: list[str] = []
     flags: list[str] = []
     words = iter(_with_values(hints, argv))
@@ -84,7 +84,7 @@ def _checked_recipe(kind: type[Settings], name: str) -> Path:
     return path
 
 
-def _check_flags(kind: type[Settings], argv: Sequence[str]) -> None:
+def _check_flags(command: str, kind: type[Settings], argv: Sequence[str]) -> None:
     known = [name for name, _ in names_of(kind)]
     named = [*known, "config", "help", "print_config"]
     optional = [f"{name}.help" for name, hint in names_of(kind) if settings_in(hint) not in (None, hint)]
@@ -94,16 +94,16 @@ def _check_flags(kind: type[Settings], argv: Sequence[str]) -> None:
         if not is_text(word):
             raise ConfigError(shown(flag), shown(value or word), "text", "write it in UTF-8, without NUL")
         if flag.startswith("--") and flag.removeprefix("--").removesuffix("+") not in [*named, *optional, *also]:
-            raise _unknown(flag.removeprefix("--"), named)
+            raise _unknown(command, flag.removeprefix("--"), named)
 
 
-def _unknown(name: str, known: list[str]) -> ConfigError:
-    near = _nearest(name, known)
+def _unknown(command: str, name: str, known: list[str]) -> ConfigError:
+    near = [f"--{each}" for each in _nearest(name, known)]
     return ConfigError(
-        where=f"--{name}",
-        given="unknown option",
-        allowed=f"--{', --'.join(near)}" if near else "the options that --help lists",
-        do=f"did you mean --{near[0]}?" if near else "see --help; --print_config shows every option with its value",
+        where=f"eqat {command}",
+        given=f"unknown option --{name}",
+        allowed=f"the options of `eqat {command} --help`",
+        do=f"did you mean {' or '.join(near)}?" if near else f"see `eqat {command} --print_config` for all with values",
     )
 
 
@@ -117,7 +117,7 @@ def _nearest(name: str, known: list[str]) -> list[str]:
     close = difflib.get_close_matches(spelled, known, n=3)
     last = difflib.get_close_matches(spelled.rpartition(".")[2], set(leaves.values()), n=1)
     alike = [each for each, leaf in leaves.items() if leaf in last]
-    return list(dict.fromkeys([*elsewhere, *same, *begun, *close, *alike]))[:5]
+    return list(dict.fromkeys([*elsewhere, *same, *begun, *close, *alike]))[:3]
 
 
 def with_ranges(parser: ArgumentParser, kind: type[Settings]) -> None:

@@ -87,9 +87,9 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     require_same(ranks, settings(job) | {"output": str(job.output), "overwrite": job.overwrite})
     fit, count = job.fit, job.calibration.count
     ranks.from_first(lambda: require_lanes(fit.batch_size, fit.lanes, count, ranks.world))
+    opened = open_full_precision(job.model, job.adapter)
     if ranks.rank == 0:
         warn_without_recipe(job.model, job.recipe_for, "block-ap")
-    opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.quant)
     windows = text_windows(load_tokenizer(opened.folder), job.calibration)
     batches = [{"input_ids": window.unsqueeze(0)} for window in windows]

@@ -22,12 +22,12 @@ class RecipeLoader(yaml.SafeLoader):
     Keys that come twice, aliases, and values that cannot be read are refused.
     """
 
-    yaml_implicit_resolvers = jsonargparse_loaders.get_yaml_default_loader().yaml_implicit_resolvers
+    yaml_implicit_resolvers = jsonargparse_loaders.get_yaml_default_loader().yaml_implicit_resolvers  # type: ignore[no-untyped-call]
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose a node, unless it is an alias or lies too deep."""
-        mark = self.peek_event().start_mark
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "an alias; write the value out", mark)
         if self._depth == _DEEPEST:
@@ -55,7 +55,7 @@ class RecipeLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
 
 
-jsonargparse_loaders.yaml_default_loader = RecipeLoader  # for values of flags, too
+jsonargparse_loaders.yaml_default_loader = RecipeLoader  # type: ignore[assignment]  # for values of flags, too
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Windows of tokens: documents tokenised, joined with the end-of-sequence token, cut to one length.
 
 Windows are full: no padding and no attention mask. A document may run over into the next window, as in pretraining; the
-tokens after the last full window are dropped. Where documents are so long that fewer of them than windows would do,
+tokens after the last full window are dropped. Where a few long documents would fill the windows that are asked for,
 every one gives its first window, then its second, until there are enough: the more documents, the less any one decides.
 """
 
@@ -25,6 +25,7 @@ from eqat_mm.runtime.settings import Count, Length, Seed, Settings, Share
 _DOCUMENTS_PER_BATCH = 64
 _CHARACTERS_PER_BATCH = 2**20
 _DOCUMENTS_WITHOUT_BAR = 1024
+_LARGEST_SHARE = 1 / 8
 _MOST_PER_TOKEN = 8
 """Characters, more than a token has on the average."""
 
@@ -82,7 +83,8 @@ def pack_windows(
     """Pack documents, in an order shuffled by `seed`, into full windows of tokens.
 
     Every document is followed by the end-of-sequence token; the tokenizer adds nothing else. With `count`, only as many
-    documents are tokenised as it takes, and where fewer documents than windows would do, each gives one window in turn.
+    documents are tokenised as it takes. Where fewer documents than windows would do, or one would fill more than an
+    eighth of them, each gives one window in turn.
 
     Args:
         tokenizer: with an end-of-sequence token.
@@ -113,9 +115,16 @@ def pack_windows(
     windows = found // length if count is None else count
     if found < max(windows, 1) * length:
         raise _too_little_text(len(documents), found, max(windows, 1), length)
-    if count is not None and len(pieces) < count and len(pieces) < len(documents):
+    if count is not None and len(pieces) < len(documents) and _few_decide(pieces, length, count):
         return _in_turn(tokenizer, shuffled, length, count, end)
     return torch.cat(pieces)[: windows * length].view(windows, length).clone()
+
+
+def _few_decide(pieces: list[Tensor], length: int, count: int) -> bool:
+    """Whether the documents that fill `count` windows are fewer than these, or one of them fills many."""
+    missing = count * length - sum(map(len, pieces[:-1]))
+    largest = max([min(missing, len(pieces[-1])), *map(len, pieces[:-1])])
+    return len(pieces) < count or largest > max(length, _LARGEST_SHARE * count * length)
 
 
 def _in_turn(tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int, count: int, end: int) -> Tensor:

@@ -112,7 +112,7 @@ class Settings:
 
 def hints_of(kind: type[Any]) -> dict[str, Any]:
     """Return the type of every field of a dataclass by name, with what limits it."""
-    return _hints_of(kind)
+    return _hints_of(kind)  # type: ignore[arg-type]  # a class is hashable
 
 
 @cache
@@ -223,8 +223,8 @@ def _advice(hint: Any, value: Any, option: str) -> str:
     choices = [str(c) for each in _alternatives(hint) if get_origin(each) is Literal for c in get_args(each)]
     near = difflib.get_close_matches(shown(value).strip("'"), choices, n=1)
     if near:
-        return f"did you mean {near[0]}?"
-    return "choose one of these" if choices or isinstance(limit, OneOf) else f"correct {option}"
+        return f"did you mean {option} {near[0]}?"
+    return f"set {option} to one of these" if choices or isinstance(limit, OneOf) else f"correct {option}"
 
 
 def _is_number(value: Any) -> bool:

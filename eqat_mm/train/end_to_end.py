@@ -69,18 +69,23 @@ class EndToEndConfig(Settings):
     def check_together(self) -> None:
         """Check that the learning rate has risen before the run ends."""
         if self.max_steps:
-            self.check_warmup(self.max_steps)
+            self._check_warmup(self.max_steps)
 
-    def check_warmup(self, steps: int) -> None:
-        """Check that the learning rate has risen before a run of so many steps ends.
+    def check_warmup_of(self, samples: int, processes: int) -> None:
+        """Check that the learning rate has risen before a run on so many samples ends.
 
         Raises:
             ConfigError: it has not.
         """
+        if self.max_steps is None:
+            forwards = math.ceil(samples / (self.batch_size * processes))
+            self._check_warmup(math.ceil(self.epochs * math.ceil(forwards / self.accumulation)))
+
+    def _check_warmup(self, steps: int) -> None:
         if self.warmup_steps > steps:
             raise ConfigError(
                 where="--warmup_steps",
-                given=f"{self.warmup_steps:,}, in a run of {steps:,} steps",
+                given=f"{self.warmup_steps}, in a run of {steps} steps",
                 allowed=f"an integer, 0 to {steps}",
                 do="lower --warmup_steps, or train longer with --max_steps or --epochs",
             )
