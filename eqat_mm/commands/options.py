@@ -34,6 +34,9 @@ _ELSEWHERE = {
 }
 """What other training scripts call it."""
 
+_RAISED = (ArgumentError, ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What jsonargparse lets out, over values that it did not expect."""
+
 
 def names_of(kind: type[Settings], under: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the name of every option of a job, `fit.epochs`, with its type."""
@@ -138,7 +141,7 @@ def parsed(parser: ArgumentParser, command: str, kind: type[Job], argv: Sequence
     """
     try:
         values = parser.parse_args(list(argv))
-    except (ArgumentError, OSError, RecursionError, UnicodeError, ValueError, TypeError) as error:
+    except _RAISED as error:
         raise _refused(command, kind, error) from error
     return built(kind, values)
 
