@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
@@ -138,7 +139,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     warnings.showwarning = _show_warning
     try:
         if name not in COMMANDS:
-            raise ConfigError(f"eqat {name}", repr(name), ", ".join(COMMANDS), "choose one of these commands")
+            raise _unknown_command(name)
         job_class, function = COMMANDS[name].load()
         job = parse_job(name, job_class, argv)
         function(job)
@@ -178,6 +179,12 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
     if recipe is not None and COMMANDS[name].recipe is COMMANDS[name].settings_of is None:
         say(f"settings: recipe {recipe}")
     return job
+
+
+def _unknown_command(name: str) -> ConfigError:
+    near = get_close_matches(name, COMMANDS, n=1)
+    do = f"did you mean {near[0]}?" if near else "choose one of these commands"
+    return ConfigError(f"eqat {ascii(name)[1:-1]}", ascii(name), ", ".join(COMMANDS), do)
 
 
 def _tuned_recipe(name: str, argv: Sequence[str], job_class: type[Any]) -> str | None:
