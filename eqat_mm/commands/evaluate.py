@@ -23,6 +23,7 @@ from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Decided, Precision, arithmetic, autocast
 from eqat_mm.runtime.progress import duration, say
+from eqat_mm.runtime.settings import Count, Settings
 
 _STORED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """What a checkpoint holds of a quantized linear, bias apart."""
@@ -31,7 +32,7 @@ HEADINGS = f"{'bits/weight':>12}{'perplexity':>14}{'KL':>9}{'top-1':>8}{'time':>
 
 
 @dataclass(frozen=True)
-class EvalJob:
+class EvalJob(Settings):
     """Perplexity on held-out text, with KL and top-1 agreement against a reference; or the score on tasks of lmms-eval.
 
     Attributes:
@@ -51,8 +52,8 @@ class EvalJob:
     reference: str | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
     tasks: str | None = None
-    limit: int | None = None
-    batch_size: int = 4
+    limit: Count | None = None
+    batch_size: Count = 4
     dtype: Precision = "auto"
     precision: Precision | None = None
     device: str = "auto"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import transformers
 
@@ -22,12 +22,13 @@ from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.settings import Count, PositiveOrZero, Seed, Settings, Within
 
 _NOT_A_FILE = re.compile(r"(https?|ftp|file|s3|gs|hf):/|data:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class GenerateJob:
+class GenerateJob(Settings):
     """Write text.
 
     Attributes:
@@ -49,10 +50,10 @@ class GenerateJob:
     prompt: str = "The capital of France is"
     image: list[str] | str = field(default_factory=list)
     chat: bool = False
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: Count = 64
+    temperature: PositiveOrZero = 0.0
+    top_p: Annotated[float, Within(0, 1, without=(0,))] = 1.0
+    seed: Seed = 0
     dtype: Precision = "auto"
     device: str = "auto"
     cuda_graph: CudaGraph = "auto"

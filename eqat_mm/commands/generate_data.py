@@ -32,12 +32,13 @@ from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.runtime.run import Place, Run
+from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Length, Seed, Settings
 
 _COMMAND = "generate-data"
 
 
 @dataclass(frozen=True)
-class GenerateDataJob:
+class GenerateDataJob(Settings):
     """Let a model write its own training text.
 
     Attributes:
@@ -59,14 +60,14 @@ class GenerateDataJob:
 
     model: str = "smollm2-135m"
     output: Path | None = None
-    count: int = 512
-    length: int = 1024
+    count: Count = 512
+    length: Length = 1024
     sampling: Sampling = "paper"
-    seed: int = 0
-    batch_size: int = 16
+    seed: Seed = 0
+    batch_size: Count = 16
     shard: str | None = None
-    min_tokens: int = 16
-    max_repeated: float = 0.5
+    min_tokens: CountOrZero = 16
+    max_repeated: Fraction = 0.5
     drop_degenerate: bool = False
     device: str = "auto"
     overwrite: bool = False
@@ -78,7 +79,6 @@ def generate_data(job: GenerateDataJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
-    _require_sizes(job)
     output = job.output or Path("runs") / f"{Path(job.model).name}-generated.jsonl"
     _require_suffix(output)
     shard, shards = _shard(job)
@@ -201,15 +201,6 @@ def _put_together(job: GenerateDataJob, run: Run, records: list[Record]) -> None
         f"{counts['looped']:,} loop, {counts['ended_early']:,} end before {job.min_tokens} tokens, "
         f"{counts['dropped']:,} were dropped"
     )
-
-
-def _require_sizes(job: GenerateDataJob) -> None:
-    for name, least in (("count", 1), ("length", 2), ("batch_size", 1), ("min_tokens", 0)):
-        value = getattr(job, name)
-        if value < least:
-            raise ConfigError(f"--{name}", str(value), f"an integer of {least} or more", f"raise --{name}")
-    if not 0 <= job.max_repeated <= 1:
-        raise ConfigError("--max_repeated", str(job.max_repeated), "a share, 0 to 1", "use 0.5")
 
 
 def _require_suffix(output: Path) -> None:

@@ -31,10 +31,11 @@ from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import provenance
+from eqat_mm.runtime.settings import Count, Settings
 
 
 @dataclass(frozen=True)
-class LadderJob:
+class LadderJob(Settings):
     """The ladder of stages of one model.
 
     Attributes:
@@ -52,7 +53,7 @@ class LadderJob:
     e2e_qp: E2EQPJob = field(default_factory=E2EQPJob)
     e2e_qp_only: E2EQPJob | None = field(default_factory=E2EQPJob)
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
-    batch_size: int = 4
+    batch_size: Count = 4
     precision: Precision = "auto"
     output: Path | None = None
     fresh: bool = False

@@ -30,6 +30,7 @@ from eqat_mm.plan.verdict import Verdict, judge, with_ram_and_disk
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.settings import Count, PositiveOrZero
 from eqat_mm.train.block_ap import BlockAPConfig
 from eqat_mm.train.e2e_qp import E2EQPConfig
 from eqat_mm.train.llm_qat import LLMQATConfig
@@ -60,14 +61,14 @@ class PlanJob(BlockAPConfig):
 
     model: str = "llama-2-7b"
     gpu: str | None = None
-    gpus: int = 1
-    ram: float | None = None
-    disk: float | None = None
+    gpus: Count = 1
+    ram: PositiveOrZero | None = None
+    disk: PositiveOrZero | None = None
     output: Path = Path("runs")
     calibration: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
     e2e_qp: E2EQPConfig | None = None
     data: TextWindows | None = None
-    conversations: int = CONVERSATIONS
+    conversations: Count = CONVERSATIONS
     llm_qat: LLMQATConfig = field(default_factory=LLMQATConfig)
     evaluation: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
     adapter: str | None = None

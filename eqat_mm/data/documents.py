@@ -85,7 +85,7 @@ def split_documents(documents: list[str], held_out_fraction: float, seed: int) -
             "the split into training and held-out documents",
             f"{len(sides[0])} training and {len(sides[1])} held-out of {len(documents)} documents",
             "at least one document on either side",
-            "give more documents, another held_out_fraction, or a separate source for evaluation",
+            "give more documents, or take all of them: `part: all` (--calibration.part all, --data.part all)",
         )
     return sides
 

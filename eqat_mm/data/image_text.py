@@ -44,12 +44,13 @@ from eqat_mm.data.problems import (
     report,
 )
 from eqat_mm.data.text_files import package_missing
-from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.errors import DataError
 from eqat_mm.runtime.seeding import generator
+from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Seed, Settings
 
 
 @dataclass(frozen=True)
-class ImageTextData:
+class ImageTextData(Settings, option="conversations"):
     """Which conversations about images, and how they are checked and ordered.
 
     Attributes:
@@ -64,35 +65,17 @@ class ImageTextData:
         text_warmup_steps: optimizer steps at the beginning over which the share of samples without images falls from
             all to none; after that, samples come as they are drawn. 0: no warm-up.
         seed: which records are drawn, and their order.
-
-    Raises:
-        ConfigError: a value outside its range.
     """
 
     source: str = EASY_VQA
     image_folder: Path | None = None
-    count: int | None = None
-    max_length: int = 2048
+    count: Count | None = None
+    max_length: Count = 2048
     check: Literal["header", "decode"] = "header"
     on_bad_sample: OnBadSample = "error"
-    max_skipped: float = 0.1
-    text_warmup_steps: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        if self.on_bad_sample not in ("error", "skip"):
-            raise ConfigError("ImageTextData.on_bad_sample", repr(self.on_bad_sample), "error or skip", "pick one")
-        if self.check not in ("header", "decode"):
-            raise ConfigError("ImageTextData.check", repr(self.check), "header or decode", "pick one")
-        if not 0 <= self.max_skipped <= 1:
-            raise ConfigError("ImageTextData.max_skipped", str(self.max_skipped), "a share, 0 to 1", "use 0.1")
-        for name, least in (("count", 1), ("max_length", 1), ("text_warmup_steps", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(
-                    f"ImageTextData.{name}", str(value), f"an integer of {least} or more", f"raise {name}"
-                )
+    max_skipped: Fraction = 0.1
+    text_warmup_steps: CountOrZero = 0
+    seed: Seed = 0
 
 
 class ImageTextDataset(Dataset[dict[str, Tensor]]):

@@ -27,6 +27,7 @@ from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.runtime.ranks import ALONE, Ranks
 from eqat_mm.runtime.room import require_disk, require_memory
+from eqat_mm.runtime.settings import Count, Seed, Settings
 from eqat_mm.train.commit import RunState
 from eqat_mm.train.fit import FitConfig, fit_block, split_samples
 from eqat_mm.train.lanes import require_lanes, say_if_unequal
@@ -37,7 +38,7 @@ STAGE = "block-ap"
 
 
 @dataclass(frozen=True)
-class BlockAPConfig:
+class BlockAPConfig(Settings):
     """Block-AP without the model and the data.
 
     Attributes:
@@ -60,8 +61,8 @@ class BlockAPConfig:
     stream_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     commit: Literal["auto", "recompute", "files"] = "auto"
     precision: Precision = "auto"
-    batch_tokens: int = 4096
-    seed: int = 0
+    batch_tokens: Count = 4096
+    seed: Seed = 0
 
     @property
     def commits_streams(self) -> bool:

@@ -20,6 +20,7 @@ from eqat_mm.errors import ConfigError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import resolve
+from eqat_mm.runtime.settings import Positive
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
 from eqat_mm.train.lora import LoRA
 from eqat_mm.train.recompute import recompute_where_it_pays
@@ -45,7 +46,7 @@ class E2EQPConfig(EndToEndConfig):
 
     trains: Trained = "scales"
     loss: Literal["cross-entropy", "kl"] = "cross-entropy"
-    lr_projector: float | None = None
+    lr_projector: Positive | None = None
     lora: LoRA = field(default_factory=LoRA)
 
 

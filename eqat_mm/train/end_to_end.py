@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from eqat_mm.data.batching import SampleOrder
-from eqat_mm.errors import TrainingError
+from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.runtime.precision import Decided, Precision, autocast
 from eqat_mm.runtime.progress import interactive
+from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, Seed, Settings
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 from eqat_mm.train.parallel import keep_precision, make_whole, placed, use_one_device
 
@@ -28,7 +29,7 @@ Sample = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class EndToEndConfig:
+class EndToEndConfig(Settings):
     """How a whole model is trained, whatever is trained of it.
 
     Attributes:
@@ -50,20 +51,44 @@ class EndToEndConfig:
         seed: of the order of the data.
     """
 
-    learning_rate: float = 2e-5
-    lr_floor: float = 0.05
-    warmup_steps: int = 0
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 2
-    accumulation: int = 16
-    clip_norm: float = 1.0
+    learning_rate: Positive = 2e-5
+    lr_floor: Fraction = 0.05
+    warmup_steps: CountOrZero = 0
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
+    batch_size: Count = 2
+    accumulation: Count = 16
+    clip_norm: Positive = 1.0
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     precision: Precision = "auto"
     deepspeed: str | None = None
-    logging_steps: int = 8
-    save_steps: int = 100
-    seed: int = 0
+    logging_steps: Count = 8
+    save_steps: CountOrZero = 100
+    seed: Seed = 0
+
+    def check_together(self) -> None:
+        """Check that the learning rate has risen before the run ends."""
+        if self.max_steps:
+            self._check_warmup(self.max_steps)
+
+    def check_warmup_of(self, samples: int, processes: int) -> None:
+        """Check that the learning rate has risen before a run on so many samples ends.
+
+        Raises:
+            ConfigError: it has not.
+        """
+        if self.max_steps is None:
+            forwards = math.ceil(samples / (self.batch_size * processes))
+            self._check_warmup(math.ceil(self.epochs * math.ceil(forwards / self.accumulation)))
+
+    def _check_warmup(self, steps: int) -> None:
+        if self.warmup_steps > steps:
+            raise ConfigError(
+                where="--warmup_steps",
+                given=f"{self.warmup_steps}, in a run of {steps} steps",
+                allowed=f"an integer, 0 to {steps}",
+                do="lower --warmup_steps, or train longer with --max_steps or --epochs",
+            )
 
 
 class EndToEndTrainer(transformers.Trainer):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from eqat_mm.blocks.parts import Part
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.data.order import EpochOrder
-from eqat_mm.errors import TrainingError
+from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.fake_linear import fake_quant_linears, project
 from eqat_mm.runtime.progress import progress, say
 from eqat_mm.runtime.seeding import derive_seed, generator
+from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Settings, Share
 from eqat_mm.train.lanes import dealt
 from eqat_mm.train.losses import BlockLoss, block_loss
 from eqat_mm.train.report import Diverged, FitReport, Outcomes
@@ -24,7 +25,7 @@ from eqat_mm.train.schedule import cosine_factor
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class FitConfig(Settings, option="fit"):
     """How one block is trained. The defaults are the paper's, for models of 7B parameters and up.
 
     Attributes:
@@ -36,7 +37,8 @@ class FitConfig:
         lanes: samples are dealt to so many lanes, and every step takes as many from each. Set it to the number of
             processes, or a multiple, and each has an equal part of every step; at 1 the one with most samples of a
             step keeps the others waiting. It decides the order of samples; the number of processes does not.
-        lr_weight: peak learning rate of W (paper: 2e-5 at 2 bits, 1e-5 at 3 and 4).
+        lr_weight: peak learning rate of W (paper: 2e-5 at 2 bits, 1e-5 at 3 and 4). What has a rate of 0
+            is not trained, here and below.
         lr_scale: peak learning rate of the step sizes s.
         lr_zero_point: peak learning rate of the zero points z; null takes `lr_scale`.
         lr_norm: peak learning rate of the block's norms; null takes `lr_weight`.
@@ -52,22 +54,33 @@ class FitConfig:
     """
 
     loss: BlockLoss = "mse"
-    epochs: int = 2
-    batch_size: int = 2
-    lanes: int = 1
-    lr_weight: float = 2e-5
-    lr_scale: float = 1e-4
-    lr_zero_point: float | None = None
-    lr_norm: float | None = None
-    lr_floor: float = 0.05
-    warmup: float = 0.0
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    validation_samples: int = 64
-    patience: int | None = None
-    max_skipped: int = 8
-    max_retries: int = 3
+    epochs: CountOrZero = 2
+    batch_size: Count = 2
+    lanes: Count = 1
+    lr_weight: PositiveOrZero = 2e-5
+    lr_scale: PositiveOrZero = 1e-4
+    lr_zero_point: PositiveOrZero | None = None
+    lr_norm: PositiveOrZero | None = None
+    lr_floor: Fraction = 0.05
+    warmup: Fraction = 0.0
+    beta2: Share = 0.999
+    weight_decay: PositiveOrZero = 0.0
+    clip_norm: Positive | None = 1.0
+    validation_samples: CountOrZero = 64
+    patience: Count | None = None
+    max_skipped: CountOrZero = 8
+    max_retries: CountOrZero = 3
+
+    def check_together(self) -> None:
+        """Check that something is trained."""
+        rates = (self.lr_weight, self.lr_scale, self.lr_zero_point, self.lr_norm)
+        if self.epochs and not any(rates):
+            raise ConfigError(
+                where="--fit.lr_weight, --fit.lr_scale, --fit.lr_zero_point, --fit.lr_norm",
+                given="0: nothing would be trained",
+                allowed="one of them above 0",
+                do="raise one, or set --fit.epochs to 0 to leave blocks at their initialisation",
+            )
 
 
 def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: int) -> FitReport:

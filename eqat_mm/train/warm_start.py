@@ -30,11 +30,12 @@ from eqat_mm.quant.gptq import damp
 from eqat_mm.quant.grid import dequantize, quantize
 from eqat_mm.quant.init import Grid, Init, initial_grid
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.settings import Count, Positive, Settings
 from eqat_mm.train.losses import token_weights
 
 
 @dataclass(frozen=True)
-class WarmStartConfig:
+class WarmStartConfig(Settings, option="start"):
     """How a block's grids are initialised.
 
     Attributes:
@@ -45,8 +46,8 @@ class WarmStartConfig:
     """
 
     init: Init = "minmax"
-    samples: int = 64
-    correction_damping: float = 0.05
+    samples: Count = 64
+    correction_damping: Positive = 0.05
 
 
 @torch.no_grad()
