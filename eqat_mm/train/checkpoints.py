@@ -196,7 +196,9 @@ def _require_same(path: Path, facts: Facts, run: Mapping[str, Any], trained: Map
             allowed=", ".join(f"{name} {facts.run.get(name)}" for name in names) + ", as when it was saved",
             do="start the same command in the same way, or --overwrite true to begin again, or another --output",
         )
-    names = sorted(name for name in facts.trained.keys() | trained.keys() if facts.trained.get(name) != trained.get(name))
+    names = sorted(
+        name for name in facts.trained.keys() | trained.keys() if facts.trained.get(name) != trained.get(name)
+    )
     if names:
         raise ConfigError(
             where=f"{path}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),

@@ -50,7 +50,7 @@ class GuardedTrainer(ResumableTrainer):
     @property
     def where(self) -> str:
         """Stage and step, for messages."""
-        return f"{self.stage}, optimizer step {self.state.global_step + 1}"
+        return f"{self.stage}, optimizer step {min(self.state.global_step + 1, self.total)}"
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -120,7 +120,9 @@ class GuardedTrainer(ResumableTrainer):
     def _tensors(self, *, trained: bool) -> Iterator[tuple[str, Tensor]]:
         assert isinstance(self.model, nn.Module)
         yield from self.model.named_buffers()
-        yield from ((name, value) for name, value in self.model.named_parameters() if trained or not value.requires_grad)
+        yield from (
+            (name, value) for name, value in self.model.named_parameters() if trained or not value.requires_grad
+        )
         if self.teacher is not None:
             yield from ((f"the teacher's {name}", value) for name, value in self.teacher.named_parameters())
 
