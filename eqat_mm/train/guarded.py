@@ -87,7 +87,7 @@ class GuardedTrainer(ResumableTrainer):
             say(f"{self.stage}: {self.count.skipped} steps were skipped, their loss or gradient was not finite")
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         self.count.add(finite=norm is None or math.isfinite(norm))
         if self.count.in_a_row:
             self._skip()
@@ -99,7 +99,7 @@ class GuardedTrainer(ResumableTrainer):
 
     def _skip(self) -> None:
         """Let the optimizer step that follows change nothing; DeepSpeed has seen to that itself."""
-        assert isinstance(self.model, nn.Module)
+        assert self.optimizer is not None
         gradients = ((name, value.grad) for name, value in self.trained() if value.grad is not None)
         name = first_non_finite(gradients)
         self.optimizer.zero_grad()
@@ -160,4 +160,4 @@ class _StepBegins(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.accelerator.optimizer_step_was_skipped:  # by DeepSpeed: the Trainer then holds the schedule
-            self.trainer.lr_scheduler.step()
+            kwargs["lr_scheduler"].step()

@@ -85,6 +85,8 @@ class ResumableTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path) -> None:
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         values = self._values()
         folder.mkdir(parents=True, exist_ok=True)
         if self.is_world_process_zero():
@@ -107,7 +109,7 @@ class ResumableTrainer(transformers.Trainer):
         return values
 
     def _write_engine(self, folder: Path) -> None:
-        engine = self.model_wrapped
+        engine: Any = self.model_wrapped
         engine.module_state_dict = lambda **_: {}  # the module is in a file of ours; this would hold all its buffers
         engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False, exclude_frozen_parameters=True)
         if self.is_world_process_zero():
@@ -120,13 +122,14 @@ class ResumableTrainer(transformers.Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None:
             self._take_trained(Path(resume_from_checkpoint))
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        prepared: Any = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.is_deepspeed_enabled:
-            loaded, _ = self.model_wrapped.load_checkpoint(
+            engine: Any = self.model_wrapped
+            loaded, _ = engine.load_checkpoint(
                 checkpoint, tag=DEEPSPEED, load_module_strict=False, load_lr_scheduler_states=False
             )
             assert loaded is not None, checkpoint
