@@ -64,8 +64,9 @@ def kind_of(arguments: transformers.TrainingArguments) -> str:
     plugin = arguments.deepspeed_plugin
     if plugin is None:
         return "without DeepSpeed"
-    offloaded = any(name.startswith("offload_") for name in plugin.deepspeed_config.get("zero_optimization", {}))
-    return f"ZeRO-{plugin.zero_stage}" + (" with offload" if offloaded else "")
+    division = plugin.deepspeed_config.get("zero_optimization", {})
+    places = {division.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")} - {"none"}
+    return " with offload to ".join([f"ZeRO-{plugin.zero_stage}", *sorted(places)])
 
 
 def shape_of(parameter: nn.Parameter) -> list[int]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.blocks.capture import BlockCall
@@ -82,7 +83,7 @@ def initial_grids(
             assert isinstance(linear, nn.Linear)
             try:
                 weight, grid = _grid_of(linear.weight, seen, spec, config, f"{step.name}.{path}")
-            except torch._C._LinAlgError as error:
+            except LinAlgError as error:
                 seen_there = f"{path}: statistics of its inputs that cannot be inverted"
                 raise broken_block(walker, step, seen_there) from error
             start = weight if grid.weight is None else grid.weight
@@ -99,7 +100,7 @@ def _grid_of(
     for more in MORE_DAMPING:
         try:
             return _grid_at(weight, seen, spec, config, layer, more)
-        except torch._C._LinAlgError:
+        except LinAlgError:
             if more == MORE_DAMPING[-1] or not seen.hessian_II.isfinite().all():
                 raise
         say(f"{layer}: its statistics cannot be inverted as they are, they are damped more")
