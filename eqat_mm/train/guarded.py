@@ -42,6 +42,7 @@ class GuardedTrainer(ResumableTrainer):
         super().__init__(**kwargs)
         self.stage = stage
         self.teacher = teacher
+        self.step = 0
         self.count = Count()
         self.micro_batches: list[tuple[Tensor, Tensor]] = []
         self.loss_before = torch.zeros(())
@@ -50,7 +51,12 @@ class GuardedTrainer(ResumableTrainer):
     @property
     def where(self) -> str:
         """Stage and step, for messages."""
-        return f"{self.stage}, optimizer step {min(self.state.global_step + 1, self.total)}"
+        return f"{self.stage}, optimizer step {self.step}"
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no step of this run was ever taken, in an earlier start of it either."""
+        return not self.count.taken and self.state.global_step <= self.count.skipped
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -81,7 +87,7 @@ class GuardedTrainer(ResumableTrainer):
         Raises:
             TrainingError: every step was skipped.
         """
-        if self.count.skipped and not self.count.taken:
+        if self.count.skipped and self.untrained:
             raise self._broken_samples()
         if self.count.skipped:
             say(f"{self.stage}: {self.count.skipped} steps were skipped, their loss or gradient was not finite")
@@ -112,8 +118,7 @@ class GuardedTrainer(ResumableTrainer):
 
     def _require_sound_model(self) -> None:
         """Raise where training is not to blame: a tensor that it has not touched is not finite."""
-        untrained = self.count.taken == 0 and self.state.global_step == 0
-        name = self._first(self._tensors(trained=untrained))
+        name = self._first(self._tensors(trained=self.untrained))
         if name is not None:
             raise broken_tensor(self.where, name)
 
@@ -127,7 +132,7 @@ class GuardedTrainer(ResumableTrainer):
             yield from ((f"the teacher's {name}", value) for name, value in self.teacher.named_parameters())
 
     def _too_many(self, gradient: str | None) -> TrainingError:
-        if not self.count.taken:
+        if self.untrained:
             return self._broken_samples()
         count = self.count
         given = f"{count.in_a_row} steps in a row, {count.skipped} in total, whose loss or gradient is not finite"
@@ -155,6 +160,7 @@ class _StepBegins(transformers.TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.step = state.global_step + 1
         self.trainer.micro_batches.clear()
         self.trainer.loss_before = self.trainer._tr_loss.clone()
 

@@ -20,6 +20,7 @@ from eqat_mm.train.non_finite import IN_A_ROW, IN_TOTAL, Count, first_non_finite
 from tests.checkpoint.files import assert_four_lines, contents
 from tests.train.cases import Case, cases_in, losses_of, trained_of
 from tests.train.problems import same
+from tests.train.stopping import Stopped, stop_at_step
 
 CASES = [("llama", "scales"), ("llama", "llm-qat"), ("llava", "scales+projector")]
 
@@ -225,7 +226,7 @@ def test_weights_that_overflow_are_not_saved_and_are_named(
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(EndToEndTrainer, "_get_grad_norm", overflow)
-    with pytest.raises(TrainingError, match=r"layers\.0.*weight_scale") as raised:
+    with pytest.raises(TrainingError, match=r"optimizer step 4, .*layers\.0.*weight_scale") as raised:
         case.train(case.make(), tmp_path)
     assert_four_lines(raised.value)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2"]
@@ -245,3 +246,16 @@ def test_the_first_tensor_that_is_not_finite_is_named() -> None:
     assert first_non_finite([("a", good), ("b", torch.ones(2, dtype=torch.int32)), ("c", good)]) is None
     assert first_non_finite([("a", good), ("b", bad), ("c", bad)]) == "b"
     assert first_non_finite([]) is None
+
+
+def test_a_continued_run_that_diverges_is_not_blamed_on_its_samples(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"max_steps": 60, "save_steps": 2}
+    stop_at_step(monkeypatch, 5)
+    with pytest.raises(Stopped):
+        case.train(case.make(), tmp_path, **changes)
+    break_losses(monkeypatch, set(range(100)))
+    with pytest.raises(TrainingError, match=f"optimizer step {4 + IN_A_ROW + 1}, gradient of") as raised:
+        case.train(case.make(), tmp_path, **changes)
+    assert "--learning_rate" in raised.value.do
