@@ -93,10 +93,11 @@ def kill_a_process_of(words: list[str], trainer: Path) -> int:
         while not list(trainer.glob("checkpoint-*[0-9]/checkpoint.json")):
             assert launcher.poll() is None, "the run ended before its first checkpoint"
             time.sleep(0.05)
-        (second,) = (
-            process
-            for process in psutil.Process(launcher.pid).children(recursive=True)
-            if process.environ().get("LOCAL_RANK") == "1"
-        )
+        second = min(_of_rank_1(psutil.Process(launcher.pid)), key=psutil.Process.create_time)
         second.send_signal(signal.SIGKILL)
         return launcher.wait()
+
+
+def _of_rank_1(launcher: psutil.Process) -> list[psutil.Process]:
+    """The second process that a launcher started, and what that one started."""
+    return [process for process in launcher.children(recursive=True) if process.environ().get("LOCAL_RANK") == "1"]
