@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -78,12 +78,16 @@ def _with_values(hints: dict[str, Any], argv: Sequence[str]) -> Iterator[str]:
     given: set[str] = set()
     for word, after in zip(argv, [*argv[1:], "-"], strict=False):
         flag, equals, value = word.partition("=")
-        if flag in given and get_origin(hints.get(flag.removeprefix("--"))) is list:
+        if flag in given and _takes_several(hints.get(flag.removeprefix("--"))):
             word = f"{flag}+{equals}{value}"  # jsonargparse appends
         given.add(flag)
         yield from ["--trains", "scales+projector"] if word == "--train-projector" else [word]
         if hints.get(word.removeprefix("--")) is bool and after.startswith("-"):
             yield "true"
+
+
+def _takes_several(hint: Any) -> bool:
+    return any(get_origin(each) is list for each in (hint, *get_args(hint)))
 
 
 def _checked_recipe(kind: type[Settings], name: str) -> Path:

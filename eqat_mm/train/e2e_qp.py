@@ -120,7 +120,8 @@ def run_e2e_qp(
 
     Raises:
         ConfigError: a projector is to be trained and there is none.
-        TrainingError: a trained parameter or the loss is not finite at the end.
+        ConfigError: the last checkpoint is of another number of processes, or of another kind of run.
+        TrainingError: the model or the data are not finite, or too many steps were not.
     """
     keep_freed_memory()
     recompute_where_it_pays(config.gradient_checkpointing, model, arguments)
@@ -135,8 +136,9 @@ def run_e2e_qp(
         order=order,
         projector=projector if "projector" in config.trains else None,
         precision=resolve(config.precision, arguments.device),
+        stage="E2E-QP",
     )
-    log = run_trainer(trainer, "E2E-QP")
+    log = run_trainer(trainer)
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.round_scales()

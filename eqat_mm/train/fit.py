@@ -18,6 +18,7 @@ from eqat_mm.quant.fake_linear import fake_quant_linears, project
 from eqat_mm.runtime.progress import progress, say
 from eqat_mm.runtime.seeding import derive_seed, generator
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Settings, Share
+from eqat_mm.train.broken_block import broken_block, samples_that_are_not_finite
 from eqat_mm.train.lanes import dealt
 from eqat_mm.train.losses import BlockLoss, block_loss
 from eqat_mm.train.report import Diverged, FitReport, Outcomes
@@ -90,13 +91,14 @@ def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: 
 
     A step whose loss or gradient is not finite is skipped; after `max_skipped` of them the block goes back to
     its best weights and continues with half the learning rates. Losses are looked at every
-    `report.READ_EVERY` steps and at the end of an epoch, so that may come as many steps late.
+    `report.READ_EVERY` steps and at the end of an epoch, so that may come as many steps late. Where there was no step
+    to blame, weights or samples are: that ends training at once.
 
     Several ranks take the steps of one: each its part of every batch, gradients summed. All come here at once, with the
     same block.
 
     Raises:
-        TrainingError: still not finite after `max_retries` rollbacks.
+        TrainingError: not finite before the first step, or still after `max_retries` rollbacks.
     """
     fit = _BlockFit(walker, step, config, seed)
     for retry in range(config.max_retries + 1):
@@ -104,11 +106,14 @@ def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: 
         try:
             fit.run(factor)
         except Diverged:
+            fit.require_sound_block()
             fit.report.retries += 1
             fit.restore_best()
             say(f"{step.name}: {fit.report.skipped} non-finite losses; back to the best weights, lr x {factor / 2:g}")
         else:
             fit.restore_best()
+            if fit.report.skipped:
+                say(f"{step.name}: {fit.report.skipped} steps were skipped, their loss or gradient was not finite")
             return fit.report
     raise TrainingError(
         where=f"{step.name}, optimizer step {fit.report.steps}",
@@ -130,9 +135,12 @@ class _BlockFit:
         self.training, self.validation = split_samples(len(step.sorts), config)
         self.parameters = trainable_parameters(step.block, config)
         self.linears = fake_quant_linears(step.block)
-        self.report = FitReport(loss_before=self.evaluate())
-        self.report.loss_after = self.report.loss_before
+        before = self.evaluate()
+        if not math.isfinite(before):
+            raise broken_block(walker, step, f"a loss of {before} before the first step")
+        self.report = FitReport(loss_before=before, loss_after=before)
         self.best = [parameter.detach().clone() for parameter in self._all()]
+        self.looked = False
 
     def run(self, lr_factor: float) -> None:
         """Train all epochs with learning rates times `lr_factor`; raise `Diverged` if it cannot."""
@@ -155,9 +163,20 @@ class _BlockFit:
                 taken += 1
                 outcomes.add(self._step(optimizer, part, hidden, target), sum(part.tokens))
             self.report.training.append(outcomes.mean())
+            if self.report.skipped:
+                self.require_sound_block()
             stale = 0 if self._validate() else stale + 1
             if config.patience is not None and stale >= config.patience:
                 return
+
+    def require_sound_block(self) -> None:
+        """Look for what is to blame for skipped steps, once: no step at all was taken, or samples are not finite."""
+        seen = f"{self.report.skipped} losses or gradients that are not finite"
+        if not self.report.steps:
+            raise broken_block(self.walker, self.step, f"{seen} before the first step")
+        if not self.looked and samples_that_are_not_finite(self.walker, self.step):
+            raise broken_block(self.walker, self.step, seen)
+        self.looked = True
 
     def restore_best(self) -> None:
         """Put the best weights back."""
@@ -226,8 +245,11 @@ class _BlockFit:
 
     def _validate(self) -> bool:
         loss = self.evaluate()
-        self.report.validation.append(loss)
-        better = math.isfinite(loss) and not loss >= self.report.loss_after
+        finite = math.isfinite(loss)
+        self.report.validation.append(loss if finite else None)
+        if not finite:
+            say(f"{self.step.name}: a validation loss of {loss}; the weights of this epoch do not count")
+        better = finite and loss < self.report.loss_after
         if better:
             self.report.loss_after = loss
             self._keep()

@@ -143,7 +143,8 @@ def run_llm_qat(
         The Trainer's log, one record per line.
 
     Raises:
-        TrainingError: a trained parameter or the loss is not finite at the end.
+        ConfigError: the last checkpoint is of another number of processes, or of another kind of run.
+        TrainingError: the model or the data are not finite, or too many steps were not.
     """
     if not config.trains:
         return []
@@ -156,8 +157,9 @@ def run_llm_qat(
         train_dataset=data,
         teacher=teacher,
         precision=resolve(config.precision, arguments.device),
+        stage="LLM-QAT",
     )
-    return run_trainer(trainer, "LLM-QAT")
+    return run_trainer(trainer)
 
 
 def trainable_groups(model: transformers.PreTrainedModel) -> list[dict[str, Any]]:
