@@ -6,6 +6,8 @@ so the command line prints four lines instead of a traceback.
 
 from __future__ import annotations
 
+import errno
+
 
 class EqatError(Exception):
     """Base of all user-facing errors.
@@ -47,8 +49,36 @@ class ExportError(EqatError):
 
 
 class ResourceError(EqatError):
-    """Not enough disk or memory for the job, found before it starts."""
+    """Not enough disk or memory for the job, or a disk that refuses what it is asked."""
 
 
 class TrainingError(EqatError):
     """Training that stopped making sense (non-finite loss) after every bounded retry."""
+
+
+_SYSTEM = {
+    errno.ENOSPC: ("a disk with room for what the job writes", "free disk space, then start the same command again"),
+    errno.EDQUOT: ("room within your quota", "free disk space, then start the same command again"),
+    errno.EFBIG: ("files of any size", "raise the limit (ulimit -f), or choose another file system"),
+    errno.EROFS: ("a place that can be written", "choose another --output"),
+    errno.EACCES: ("a file or folder that you may read or write", "change its permissions, or name another"),
+    errno.EPERM: ("a file or folder that you may read or write", "change its permissions, or name another"),
+    errno.ENOTDIR: ("a path of folders", "name another path: a part of this one is a file"),
+    errno.EISDIR: ("a file", "name another path: this one is a folder"),
+    errno.EEXIST: ("a path that is free", "name another path: this one is taken"),
+    errno.ENOENT: ("a path that exists", "check the path"),
+    errno.ENAMETOOLONG: ("a shorter name", "name another path"),
+    errno.ELOOP: ("a path without circular links", "name another path"),
+    errno.EIO: ("a disk that works", "check the disk; the same command continues from what was saved last"),
+    errno.ESTALE: ("a file system that answers", "mount it again; the same command continues from what was saved last"),
+    errno.EMFILE: ("more open files", "raise the limit (ulimit -n)"),
+}
+"""What the system may refuse: what it would take, and what to do."""
+
+
+def explained_system_error(error: OSError) -> ResourceError | None:
+    """Return an error of the system as one of ours; None for one that only our code can cause."""
+    if error.errno not in _SYSTEM:
+        return None
+    allowed, do = _SYSTEM[error.errno]
+    return ResourceError(str(error.filename or "disk"), str(error.strerror), allowed, do)

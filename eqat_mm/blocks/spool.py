@@ -6,7 +6,6 @@ comes out of a block goes into a file of its own; the one before stays whole unt
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -16,9 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from eqat_mm.errors import CheckpointError, ResourceError
+from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.files import atomic_path, fsync
-from eqat_mm.runtime.memory import available_bytes
 
 FP, QUANTIZED = "fp", "quantized"
 """Names of the two streams."""
@@ -154,39 +152,6 @@ class Stream:
 def stream_path(folder: Path, name: str, passed: int) -> Path:
     """Return the file of a stream behind the first `passed` blocks."""
     return folder / f"{name}-{passed:05d}.bin"
-
-
-def require_disk(folder: Path, needed: int, what: str) -> None:
-    """Check that the file system of `folder` has `needed` free bytes.
-
-    Raises:
-        ResourceError: it has not.
-    """
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ResourceError(
-            where=f"{folder} ({what})",
-            given=f"{free / 2**30:.2f} GiB free",
-            allowed=f"at least {needed / 2**30:.2f} GiB",
-            do="free disk space, choose another --output, or use fewer or shorter calibration samples",
-        )
-
-
-def require_memory(needed: int, what: str) -> None:
-    """Check that `needed` bytes of memory are free.
-
-    Raises:
-        ResourceError: they are not.
-    """
-    free = available_bytes()
-    if free < needed:
-        raise ResourceError(
-            where=f"memory of this machine ({what})",
-            given=f"{free / 2**30:.2f} GiB available",
-            allowed=f"at least {needed / 2**30:.2f} GiB",
-            do="use --spool disk, --stream_dtype bfloat16, or fewer or shorter calibration samples",
-        )
 
 
 def _bytes_of(value: Tensor) -> Any:

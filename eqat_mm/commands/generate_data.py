@@ -8,14 +8,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import transformers
 
 from eqat_eval.repetition import repetition
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.commands.models import load_model, model_folder, require_model
-from eqat_mm.commands.runs import discard, settings
+from eqat_mm.commands.models import load_model, model_folder, require_weights
+from eqat_mm.commands.runs import asked
 from eqat_mm.data.generated import GeneratedTokens, Sampling, generate_tokens
 from eqat_mm.data.record_parts import (
     SUFFIXES,
@@ -30,17 +29,16 @@ from eqat_mm.data.record_parts import (
 from eqat_mm.data.vocabulary import decoded, start_of, vocabulary_of
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
-from eqat_mm.runtime.files import read_json, sha256_of, write_json
+from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.progress import duration, progress, say
-from eqat_mm.runtime.provenance import provenance, require_same_config
+from eqat_mm.runtime.run import Place, Run
+from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Length, Seed, Settings
 
 _COMMAND = "generate-data"
-_NOT_OF_THE_TEXT = ("batch_size", "shard", "device")
-_RECORD = "run.json"
 
 
 @dataclass(frozen=True)
-class GenerateDataJob:
+class GenerateDataJob(Settings):
     """Let a model write its own training text.
 
     Attributes:
@@ -62,14 +60,14 @@ class GenerateDataJob:
 
     model: str = "smollm2-135m"
     output: Path | None = None
-    count: int = 512
-    length: int = 1024
+    count: Count = 512
+    length: Length = 1024
     sampling: Sampling = "paper"
-    seed: int = 0
-    batch_size: int = 16
+    seed: Seed = 0
+    batch_size: Count = 16
     shard: str | None = None
-    min_tokens: int = 16
-    max_repeated: float = 0.5
+    min_tokens: CountOrZero = 16
+    max_repeated: Fraction = 0.5
     drop_degenerate: bool = False
     device: str = "auto"
     overwrite: bool = False
@@ -81,29 +79,35 @@ def generate_data(job: GenerateDataJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
-    _require_sizes(job)
     output = job.output or Path("runs") / f"{Path(job.model).name}-generated.jsonl"
     _require_suffix(output)
     shard, shards = _shard(job)
     folder = model_folder(job.model)
-    require_model(folder)
+    require_weights(folder)
     tokenizer = load_tokenizer(folder)
     _require_context(folder, job.length + len(start_of(tokenizer)))
-    device = best_device(job.device)
-    config = {name: value for name, value in settings(job).items() if name not in _NOT_OF_THE_TEXT}
-    if not job.overwrite and _is_finished(output, config):
-        say(f"already finished: {output}")
-        return output
-    quantized = _say_if_quantized(folder, job.model)
-    model = load_model(folder, device, "float32")  # in 16 bits the batch would decide close draws
-    record = _begin(job, output, config, quantized=quantized)
-    if record is None:
-        return output
-    written = read_parts(parts_folder(output))
-    mine = [index for index in range(job.count) if index % shards == shard - 1 and index not in written]
-    _write(job, output, model, tokenizer, mine)
-    _finish(job, output, record)
+    wanted = asked(_COMMAND, job, best_device(job.device), {"model": folder}, quantized=is_quantized(folder))
+    with Run.open(Place.beside(output), wanted, overwrite=job.overwrite, shared=not job.overwrite) as run:
+        if run.finished:
+            say(f"already finished: {output}")
+            return output
+        model = _loaded(job, folder)
+        with locked(run.folder):
+            if run.finished_meanwhile():
+                return output
+            run.begin()
+        written = read_parts(run.folder, job.count)
+        mine = [index for index in range(job.count) if index % shards == shard - 1 and index not in written]
+        _write(job, output, model, tokenizer, mine)
+        _finish(job, run)
     return output
+
+
+def _loaded(job: GenerateDataJob, folder: Path) -> transformers.PreTrainedModel:
+    """Return the model that writes, in float32: in 16 bits the batch would decide close draws."""
+    if is_quantized(folder):
+        say(f"note: {job.model} is quantized; its text is that of the quantized model, not of the one it was made from")
+    return load_model(folder, best_device(job.device), "float32")
 
 
 def _write(
@@ -159,67 +163,20 @@ def _ended_early(record: Record, job: GenerateDataJob) -> bool:
     return bool(record["ended"]) and record["tokens"] < job.min_tokens
 
 
-# ---- the output -------------------------------------------------------------------------------------
+def _finish(job: GenerateDataJob, run: Run) -> None:
+    """Put all texts into the output, if none is missing and no other process has done so."""
+    with locked(run.folder):
+        if run.finished_meanwhile():
+            return
+        records = read_parts(run.folder, job.count)
+        if len(records) < job.count:
+            say(f"{len(records):,} of {job.count:,} texts; whoever writes the last of them writes {run.place.proof}")
+            return
+        _put_together(job, run, list(records.values()))
+        run.finish()
 
 
-def _facts(output: Path) -> Path:
-    """Return where it is written how the output was made."""
-    return output.with_name(f"{output.name}.json")
-
-
-def _is_finished(output: Path, config: dict[str, Any]) -> bool:
-    """Return whether the output is there.
-
-    Raises:
-        ConfigError: it was made with other settings, finished or not, or not by this command.
-    """
-    if output.exists() and _facts(output).is_file():
-        require_same_config(read_json(_facts(output))["config"], config, f"--output {output}, finished")
-        return True
-    begun = parts_folder(output) / _RECORD
-    if begun.is_file():
-        require_same_config(read_json(begun)["config"], config, f"--output {output}, unfinished")
-    elif output.exists():
-        raise ConfigError(
-            where=f"--output {output}",
-            given="a file that this command did not write",
-            allowed="a new file, or one of this command with the same settings",
-            do="give another --output, or replace it with --overwrite",
-        )
-    return False
-
-
-def _begin(job: GenerateDataJob, output: Path, config: dict[str, Any], *, quantized: bool) -> dict[str, Any] | None:
-    """Record how the texts are made, unless another process has; return the record, None where all are finished."""
-    folder = parts_folder(output)
-    if job.overwrite:
-        discard(folder)
-        for path in (_facts(output), output):
-            path.unlink(missing_ok=True)
-    with locked(folder):
-        if _is_finished(output, config):
-            discard(folder)
-            return None
-        if not (folder / _RECORD).is_file():
-            write_json(folder / _RECORD, provenance(_COMMAND, config, job.seed) | {"quantized": quantized})
-        record: dict[str, Any] = read_json(folder / _RECORD)
-    return record
-
-
-def _finish(job: GenerateDataJob, output: Path, record: dict[str, Any]) -> None:
-    """Put all texts into the output, if none is missing; what says how they were made comes last."""
-    folder = parts_folder(output)
-    with locked(folder):
-        if not _facts(output).is_file():
-            records = read_parts(folder)
-            if len(records) < job.count:
-                say(f"{len(records):,} of {job.count:,} texts; whoever writes the last of them writes {output}")
-                return
-            _put_together(job, output, list(records.values()), record)
-        discard(folder)
-
-
-def _put_together(job: GenerateDataJob, output: Path, records: list[Record], record: dict[str, Any]) -> None:
+def _put_together(job: GenerateDataJob, run: Run, records: list[Record]) -> None:
     degenerate = [each["looped"] or _ended_early(each, job) for each in records]
     kept = [each for each, bad in zip(records, degenerate, strict=True) if not (bad and job.drop_degenerate)]
     if not kept:
@@ -229,7 +186,6 @@ def _put_together(job: GenerateDataJob, output: Path, records: list[Record], rec
             allowed="a model that writes text which does not loop or end at once",
             do="read some texts without --drop_degenerate, or change --max_repeated or --min_tokens",
         )
-    write_records(output, kept)
     counts = {
         "texts": len(kept),
         "tokens": sum(each["tokens"] for each in kept),
@@ -238,24 +194,13 @@ def _put_together(job: GenerateDataJob, output: Path, records: list[Record], rec
         "ended_early": sum(_ended_early(each, job) for each in records),
         "dropped": len(records) - len(kept),
     }
-    write_json(_facts(output), record | counts | {"sha256": sha256_of(output)})
+    run.note(**counts)
+    write_records(run.place.proof, kept)
     say(
-        f"{output}: {counts['texts']:,} texts, {counts['tokens']:,} tokens; of {len(records):,}, "
+        f"{run.place.proof}: {counts['texts']:,} texts, {counts['tokens']:,} tokens; of {len(records):,}, "
         f"{counts['looped']:,} loop, {counts['ended_early']:,} end before {job.min_tokens} tokens, "
         f"{counts['dropped']:,} were dropped"
     )
-
-
-# ---- checks -----------------------------------------------------------------------------------------
-
-
-def _require_sizes(job: GenerateDataJob) -> None:
-    for name, least in (("count", 1), ("length", 2), ("batch_size", 1), ("min_tokens", 0)):
-        value = getattr(job, name)
-        if value < least:
-            raise ConfigError(f"--{name}", str(value), f"an integer of {least} or more", f"raise --{name}")
-    if not 0 <= job.max_repeated <= 1:
-        raise ConfigError("--max_repeated", str(job.max_repeated), "a share, 0 to 1", "use 0.5")
 
 
 def _require_suffix(output: Path) -> None:
@@ -297,8 +242,6 @@ def _shard(job: GenerateDataJob) -> tuple[int, int]:
     return shard, shards
 
 
-def _say_if_quantized(folder: Path, model: str) -> bool:
-    quantized = "quantization_config" in read_json(folder / "config.json")
-    if quantized:
-        say(f"note: {model} is quantized; its text is that of the quantized model, not of the one it was made from")
-    return quantized
+def is_quantized(folder: Path) -> bool:
+    """Whether the configuration of a model says so."""
+    return "quantization_config" in read_json(folder / "config.json")

@@ -6,7 +6,6 @@ own with a folder of its own, so an interrupted ladder continues where it stoppe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,9 +13,17 @@ from typing import Any
 
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
-from eqat_mm.commands.models import model_folder, require_model
+from eqat_mm.commands.models import model_folder, require_weights
 from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, rtn
-from eqat_mm.commands.runs import default_output, require_single_process, seconds_of, settings
+from eqat_mm.commands.runs import (
+    default_output,
+    model_fingerprint,
+    noted,
+    require_single_process,
+    seconds_of,
+    settings,
+    slug,
+)
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.runtime.device import best_device
@@ -24,10 +31,11 @@ from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import provenance
+from eqat_mm.runtime.settings import Count, Settings
 
 
 @dataclass(frozen=True)
-class LadderJob:
+class LadderJob(Settings):
     """The ladder of stages of one model.
 
     Attributes:
@@ -45,7 +53,7 @@ class LadderJob:
     e2e_qp: E2EQPJob = field(default_factory=E2EQPJob)
     e2e_qp_only: E2EQPJob | None = field(default_factory=E2EQPJob)
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
-    batch_size: int = 4
+    batch_size: Count = 4
     precision: Precision = "auto"
     output: Path | None = None
     fresh: bool = False
@@ -85,7 +93,7 @@ class _Rungs:
         self.job, self.model = job, job.block_ap.model
         self.root = job.output or default_output(self.model, job.block_ap.quant)
         folder = model_folder(self.model)
-        require_model(folder)
+        require_weights(folder)
         device = best_device(job.block_ap.device)
         windows = text_windows(load_tokenizer(folder), job.data)
         self.bench = Bench(folder, windows, job.batch_size, job.precision, device)
@@ -94,10 +102,10 @@ class _Rungs:
     def add(self, stage: str, make: Callable[[], Path]) -> Path:
         """Make the checkpoint of a rung, evaluate it, print and save the table so far; return its folder."""
         say(f"== {stage}")
-        start = time.monotonic()
         folder = make()
-        seconds = seconds_of(folder, time.monotonic() - start)
-        self.rows.append({"stage": stage} | self.bench.row(folder) | {"seconds": round(seconds, 1)})
+        place, decides = self.root / "eval" / slug(stage), self.bench.decides | {"model": model_fingerprint(folder)}
+        row = noted(place, "demo", decides, lambda: self.bench.row(folder), anew=self.job.fresh)
+        self.rows.append({"stage": stage} | row | {"seconds": round(seconds_of(folder), 1)})
         spec = self.job.block_ap.quant
         made_by = provenance("demo", settings(self.job), self.job.block_ap.seed)
         results = {"model": self.model, "bits": spec.bits, "group_size": spec.group_size}

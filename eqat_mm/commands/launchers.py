@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +13,12 @@ import torch
 import transformers
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from eqat_mm.commands.recipes import deepspeed_path
-from eqat_mm.commands.runs import begin_run, discard, settings, with_precision
-from eqat_mm.errors import ConfigError
+from eqat_mm.commands.deepspeed_file import DeepSpeedFile
+from eqat_mm.commands.runs import asked, opened_run, settled
 from eqat_mm.runtime.device import launched
+from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.run import Place, Run
 from eqat_mm.train.end_to_end import EndToEndConfig, training_arguments
 
 Job = TypeVar("Job", bound=EndToEndConfig)
@@ -35,63 +35,55 @@ def free_port() -> int:
     return port
 
 
-def deepspeed_settings(name: str | None) -> Path | None:
-    """Return the file with DeepSpeed's settings, where a job names one and a launcher started this process.
-
-    Raises:
-        ConfigError: an unknown name, or DeepSpeed is not installed.
-    """
-    if name is None:
-        return None
-    path = deepspeed_path(name)
-    if not launched():
-        return None
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            where=f"--deepspeed {name}",
-            given="DeepSpeed is not installed",
-            allowed="an environment with it",
-            do="pip install 'eqat-mm[deepspeed]', or leave --deepspeed out",
-        )
-    return path
-
-
-def begin_training(
+@contextmanager
+def training_run(
     job: Job,
-    folder: Path,
+    place: Place,
     command: str,
-    data_digest: str | None,
+    inputs: dict[str, Path | str],
     device: torch.device,
-    deepspeed: Path | None,
-    *,
-    overwrite: bool,
-) -> tuple[Job, transformers.TrainingArguments, dict[str, Any] | None]:
+    deepspeed: DeepSpeedFile | None,
+    room: int,
+) -> Iterator[tuple[Job, transformers.TrainingArguments, Run]]:
     """Begin or continue a run, the first process before the others.
 
     Args:
-        job: what is trained and how.
-        folder: of the run.
+        job: what is trained and how, with `overwrite`.
+        place: of the run.
         command: for the record.
-        data_digest: hash of what it trains on.
+        inputs: folders and hashes of what it reads.
         device: to train on.
         deepspeed: `deepspeed_settings` of the job.
-        overwrite: discard a run that is already in the folder.
+        room: bytes that it will write at most.
 
-    Returns:
-        The job with its precision decided, the Trainer's arguments, and what `begin_run` returns.
+    Yields:
+        The job with its precision decided, the Trainer's arguments, and the run.
 
     Raises:
-        ConfigError: the folder holds a run with other settings.
+        EqatError: as `Run.open`; or the disk has no room.
     """
     shared = replace(job, deepspeed=None if deepspeed is None else str(deepspeed))
     say_which_gpu(command, device)
-    arguments = training_arguments(shared, folder / "trainer", device)
-    first = arguments.process_index == 0
-    with arguments.main_process_first(local=False):
-        if overwrite and first:
-            discard(folder)
-        job = with_precision(job, folder, device)
-        return job, arguments, begin_run(folder, command, settings(job, data_digest), job.seed, write=first)
+    arguments = training_arguments(shared, place.folder / "trainer", device)
+    with ExitStack() as stack:
+        with arguments.main_process_first(local=False):
+            job = settled(job, place, {"precision": lambda: resolve("auto", device)})
+            wanted = asked(command, job, device, inputs, samples_per_step=_samples_per_step(arguments))
+            run = stack.enter_context(
+                opened_run(
+                    place,
+                    wanted,
+                    lambda run: run.require_room(room, "checkpoints"),
+                    overwrite=getattr(job, "overwrite", False),
+                    from_first=lambda begin: begin() if arguments.process_index == 0 else None,
+                )
+            )
+        yield job, arguments, run
+
+
+def _samples_per_step(arguments: transformers.TrainingArguments) -> int:
+    alone = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return int(alone * arguments.world_size)
 
 
 def say_which_gpu(command: str, device: torch.device) -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import transformers
+from torch import Tensor
 
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.commands.launchers import begin_training, deepspeed_settings, whole_models
-from eqat_mm.commands.models import load_model, require_weights
+from eqat_mm.commands.deepspeed_file import deepspeed_settings
+from eqat_mm.commands.launchers import training_run, whole_models
+from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import open_full_precision
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import discard
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
-from eqat_mm.runtime.device import best_device
+from eqat_mm.runtime.device import best_device, processes
 from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.run import Place
 from eqat_mm.train.block_ap import check_groups
 from eqat_mm.train.end_to_end import WindowDataset
 from eqat_mm.train.llm_qat import ROUNDED, STAGE, LLMQATConfig, prepare, run_llm_qat, smooth_model, store
@@ -54,26 +57,46 @@ def llm_qat(job: LLMQATJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    deepspeed = deepspeed_settings(job)
     opened = _checked(job)
     stage = STAGE if job.trains else ROUNDED
     folder = job.output or _default_output(job)
-    device, deepspeed = best_device(job.device), deepspeed_settings(job.deepspeed)
+    device = best_device(job.device)
     windows = text_windows(load_tokenizer(opened.folder), job.data) if job.reads_text else None
-    digest = None if windows is None else digest_of(windows)
-    job, arguments, record = begin_training(job, folder, stage, digest, device, deepspeed, overwrite=job.overwrite)
-    if record is None:
-        return folder / "model"
+    inputs: dict[str, Path | str] = {"model": opened.folder}
+    if windows is not None:
+        inputs["data"] = digest_of(windows)
+    if windows is not None and job.trains:
+        job.check_warmup_of(len(windows), processes())
+    room = _room(opened, job)
+    with training_run(job, Place.within(folder), stage, inputs, device, deepspeed, room) as (job, arguments, run):
+        if not run.finished:
+            model, log = _trained(job, opened, windows, arguments)
+            if arguments.process_index == 0:
+                write_jsonl(folder / "metrics.jsonl", log)
+                store(model, opened, job, folder / "model", source=job.model, provenance=run.record)
+                run.finish()
+                say(f"checkpoint: {folder / 'model'}")
+    return folder / "model"
+
+
+def _room(opened: OpenModel, job: LLMQATJob) -> int:
+    """Return the bytes that a run writes at most: its checkpoint, and what three Trainer checkpoints hold."""
+    weights = sum(parameter.numel() for parameter in opened.model.parameters())
+    return weights * (2 + (3 * 12 if job.trains and job.save_steps else 0))
+
+
+def _trained(
+    job: LLMQATJob, opened: OpenModel, windows: Tensor | None, arguments: transformers.TrainingArguments
+) -> tuple[transformers.PreTrainedModel, list[dict[str, Any]]]:
+    """Load the model, quantize and train it; return it with the Trainer's log."""
     model, teacher = _models(job, opened, arguments)
     if windows is not None:
         smooth_model(model, opened.arch, windows, job)
     prepare(model, opened.arch, job)
-    log = [] if windows is None else run_llm_qat(model, WindowDataset(windows), job, arguments, teacher=teacher)
-    if arguments.process_index == 0:
-        write_jsonl(folder / "metrics.jsonl", log)
-        store(model, opened, job, folder / "model", source=job.model, provenance=record)
-        discard(folder / "trainer")
-        say(f"checkpoint: {folder / 'model'}")
-    return folder / "model"
+    if windows is None:
+        return model, []
+    return model, run_llm_qat(model, WindowDataset(windows), job, arguments, teacher=teacher)
 
 
 def _default_output(job: LLMQATJob) -> Path:
@@ -86,11 +109,10 @@ def _checked(job: LLMQATJob) -> OpenModel:
     Raises:
         EqatError: there is none, or it does not fit the settings.
     """
+    opened = open_full_precision(job.model, job.adapter)
     if job.trains:
         warn_without_recipe(job.model, job.recipe_for, "llm-qat", job.bits)
-    opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.spec)
-    require_weights(opened.folder)
     return opened
 
 

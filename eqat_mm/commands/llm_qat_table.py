@@ -1,29 +1,37 @@
 """`eqat llm-qat-table`: rounding, SmoothQuant and LLM-QAT of one model at several settings W-A-KV, in one table.
 
-Each row is a run of `eqat llm-qat` in a folder of its own with its result beside it, so an interrupted table continues
-where it stopped. All rows are measured on the same held-out tokens against the same full-precision outputs.
+Each row is a run of `eqat llm-qat` in a folder of its own, and its result one in `eval`, so an interrupted table
+continues where it stopped. All rows are measured on the same held-out tokens against the same full-precision outputs.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
 from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
 from eqat_mm.commands.models import model_folder, require_weights
-from eqat_mm.commands.runs import discard, require_single_process, settings
+from eqat_mm.commands.runs import (
+    model_fingerprint,
+    noted,
+    require_single_process,
+    seconds_of,
+    settings,
+    slug,
+    what_decides,
+)
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.runtime.device import best_device
-from eqat_mm.runtime.files import read_json, write_json
+from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import provenance
+from eqat_mm.runtime.settings import Count, Filled, Fraction, Settings
 
 SETTINGS = ("4-8-4", "4-8-8", "8-8-4", "8-8-8", "4-8-16", "4-4-16")
 QUICK_SETTINGS = ("4-8-4", "8-8-8")
@@ -32,7 +40,7 @@ QUICK_WINDOWS = 4
 
 
 @dataclass(frozen=True)
-class LLMQATTableJob:
+class LLMQATTableJob(Settings):
     """The table of LLM-QAT of one model.
 
     Attributes:
@@ -49,15 +57,20 @@ class LLMQATTableJob:
     """
 
     train: LLMQATJob = field(default_factory=LLMQATJob)
-    bits: tuple[str, ...] = SETTINGS
+    bits: Annotated[tuple[str, ...], Filled()] = SETTINGS
     generated: Path | None = None
-    smooth: float = 0.5
+    smooth: Fraction = 0.5
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
-    batch_size: int = 4
+    batch_size: Count = 4
     precision: Precision = "float32"
     output: Path | None = None
     quick: bool = False
     fresh: bool = False
+
+    def check_together(self) -> None:
+        """Check every setting W-A-KV."""
+        for bits in self.bits:
+            BitWidths.parse(bits)
 
 
 def llm_qat_table(job: LLMQATTableJob) -> list[dict[str, Any]]:
@@ -81,7 +94,7 @@ def _quick(job: LLMQATTableJob) -> LLMQATTableJob:
     return replace(
         job,
         bits=tuple(bits for bits in QUICK_SETTINGS if bits in job.bits) or job.bits[:1],
-        train=replace(job.train, max_steps=steps, save_steps=0),
+        train=replace(job.train, max_steps=steps, save_steps=0, warmup_steps=min(steps, job.train.warmup_steps)),
         data=replace(job.data, count=min(QUICK_WINDOWS, job.data.count or QUICK_WINDOWS)),
     )
 
@@ -115,32 +128,33 @@ class _Rows:
         windows = text_windows(load_tokenizer(self.full), job.data)
         self.bench = Bench(self.full, windows, job.batch_size, job.precision, device)
         self.done: list[dict[str, Any]] = []
+        self.digests: dict[TextWindows, str] = {}
 
     def add(self, bits: str, method: str, run: LLMQATJob | None) -> None:
         """Make and evaluate the model of a row, print and save the table so far."""
         say(f"== {bits} {method}")
-        folder = self.root / "full-precision" if run is None or run.output is None else run.output
-        if self.job.fresh:
-            discard(folder)
-        decides = {
-            "run": None if run is None else settings(run),
-            "evaluation": {"tokens": digest_of(self.bench.windows), "precision": self.bench.precision},
-        }
-        noted = folder / "row.json"
-        if not noted.is_file() or read_json(noted)["decides"] != decides:
-            row = {"bits": bits, "method": method} | self._made(run)
-            write_json(noted, {"decides": decides, "row": row})
-        self.done.append(read_json(noted)["row"])
+        place = self.root / "eval" / slug(f"{bits} {method}")
+        row = noted(place, "llm-qat-table", self._decides(run), lambda: self._made(run), anew=self.job.fresh)
+        self.done.append({"bits": bits, "method": method} | row)
         made_by = provenance("llm-qat-table", settings(self.job), self.job.train.seed)
         results = {"model": self.job.train.model} | self.bench.results(self.done, made_by)
         write_json(self.root / "results.json", results)
         say(table(self.done))
 
+    def _decides(self, run: LLMQATJob | None) -> dict[str, Any]:
+        decides = self.bench.decides | {"model": model_fingerprint(self.full)}
+        if run is None:
+            return decides
+        return decides | {"run": what_decides(run), "text": self._digest(run.data) if run.reads_text else None}
+
+    def _digest(self, data: TextWindows) -> str:
+        if data not in self.digests:
+            self.digests[data] = digest_of(text_windows(load_tokenizer(self.full), data))
+        return self.digests[data]
+
     def _made(self, run: LLMQATJob | None) -> dict[str, Any]:
-        start = time.monotonic()
-        model = self.full if run is None else llm_qat(run)
-        seconds = 0.0 if run is None else round(time.monotonic() - start, 1)
-        return self.bench.row(model) | {"seconds": seconds}
+        model = self.full if run is None else llm_qat(replace(run, overwrite=self.job.fresh))
+        return self.bench.row(model) | {"seconds": round(seconds_of(model), 1)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -10,18 +10,20 @@ import torch
 
 from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
-from eqat_mm.commands.models import model_folder, require_model
+from eqat_mm.commands.models import model_folder, require_finite, require_model
 from eqat_mm.commands.preflight import announce_block_ap
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import begin_run, default_output, discard, settings, with_precision
+from eqat_mm.commands.runs import asked, default_output, opened_run, settings, settled
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device
-from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import require_same_everywhere
 from eqat_mm.runtime.ranks import Ranks, launched_ranks, own_device
+from eqat_mm.runtime.run import Place, Run
+from eqat_mm.runtime.settings import Settings
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap
 from eqat_mm.train.lanes import require_lanes
 from eqat_mm.train.rtn import run_rtn
@@ -53,7 +55,7 @@ class BlockAPJob(BlockAPConfig):
 
 
 @dataclass(frozen=True)
-class RTNJob:
+class RTNJob(Settings):
     """Round-to-nearest of a model on min-max grids: no calibration, no training.
 
     Attributes:
@@ -83,24 +85,32 @@ def block_ap(job: BlockAPJob) -> Path:
 
 
 def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
-    require_same(ranks, settings(job) | {"output": str(job.output), "overwrite": job.overwrite})
+    require_same(ranks, settings(replace(job, device="auto")))
     fit, count = job.fit, job.calibration.count
     ranks.from_first(lambda: require_lanes(fit.batch_size, fit.lanes, count, ranks.world))
+    opened = open_full_precision(job.model, job.adapter)
     if ranks.rank == 0:
         warn_without_recipe(job.model, job.recipe_for, "block-ap")
-    opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.quant)
     windows = text_windows(load_tokenizer(opened.folder), job.calibration)
     batches = [{"input_ids": window.unsqueeze(0)} for window in windows]
     folder = job.output or default_output(job.model, job.quant) / "block-ap"
-    require_same(ranks, {"data_digest": digest_of(windows)})
-    job = ranks.from_first(lambda: _decided(job, folder, device))
-    check_room(opened, batches, job, folder, device, ranks)
-    ranks.from_first(lambda: announce_block_ap(opened, job, len(windows), windows.shape[1], device, folder))
-    record = ranks.from_first(lambda: begin_run(folder, "block-ap", settings(job, digest_of(windows)), job.seed))
-    if record is not None:
-        run_block_ap(opened, batches, job, folder, device=device, source=job.model, provenance=record, ranks=ranks)
-        say(f"checkpoint: {folder / 'model'}")
+    place = Place.within(folder)
+    inputs: dict[str, Path | str] = {"model": opened.folder, "data": digest_of(windows)}
+    require_same(ranks, {"data": inputs["data"]})
+    job = ranks.from_first(lambda: _settled(job, place, device))
+
+    def prepare(run: Run) -> None:
+        announce_block_ap(opened, job, len(windows), windows.shape[1], device, folder)
+        check_room(opened, batches, job, folder, device, ranks, run.written)
+
+    wanted = asked("block-ap", job, device, inputs)
+    with opened_run(place, wanted, prepare, overwrite=job.overwrite, from_first=ranks.from_first) as run:
+        if not run.finished:
+            options: dict[str, Any] = {"device": device, "source": job.model, "provenance": run.record, "ranks": ranks}
+            run_block_ap(opened, batches, job, folder, **options)
+            ranks.from_first(run.finish)
+            say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
 
 
@@ -114,21 +124,10 @@ def require_same(ranks: Ranks, config: dict[str, Any]) -> None:
     ranks.from_first(lambda: require_same_everywhere(configs))
 
 
-def _decided(job: BlockAPJob, folder: Path, device: torch.device) -> BlockAPJob:
-    """Discard what is to be discarded; return the job with every `auto` decided that decides the result."""
-    if job.overwrite:
-        discard(folder)
-    return with_stream_dtype(with_precision(job, folder, device), folder, device)
-
-
-def with_stream_dtype(job: BlockAPJob, folder: Path, device: torch.device) -> BlockAPJob:
-    """Return the job with `stream_dtype: auto` decided; a run that is continued keeps what it was started with."""
-    if job.stream_dtype != "auto":
-        return job
-    record, decided = folder / "run.json", str(job.stream_dtype_on(device)).removeprefix("torch.")
-    if record.is_file():
-        decided = read_json(record)["config"].get("stream_dtype", decided)
-    return replace(job, stream_dtype=decided)  # type: ignore[arg-type]
+def _settled(job: BlockAPJob, place: Place, device: torch.device) -> BlockAPJob:
+    """Return the job with every `auto` decided that decides the result."""
+    dtype = str(job.stream_dtype_on(device)).removeprefix("torch.")
+    return settled(job, place, {"precision": lambda: resolve("auto", device), "stream_dtype": lambda: dtype})
 
 
 def rtn(job: RTNJob) -> Path:
@@ -140,12 +139,17 @@ def rtn(job: RTNJob) -> Path:
     opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.quant)
     folder = job.output or default_output(job.model, job.quant) / "rtn"
-    if job.overwrite:
-        discard(folder)
-    record = begin_run(folder, "rtn", settings(job), 0)
-    if record is not None:
-        run_rtn(opened, job.quant, folder, source=job.model, provenance=record)
-        say(f"checkpoint: {folder / 'model'}")
+    weights = sum(parameter.numel() for parameter in opened.model.parameters())
+
+    def prepare(run: Run) -> None:
+        run.require_room(weights * 2, "checkpoint")
+
+    wanted = asked("rtn", job, torch.device("cpu"), {"model": opened.folder})
+    with opened_run(Place.within(folder), wanted, prepare, overwrite=job.overwrite) as run:
+        if not run.finished:
+            run_rtn(opened, job.quant, folder, source=job.model, provenance=run.record)
+            run.finish()
+            say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
 
 
@@ -153,7 +157,7 @@ def open_full_precision(model: str, adapter: str | None) -> OpenModel:
     """Open the model that a user names, on the meta device.
 
     Raises:
-        EqatError: there is none, no adapter fits it, or it is quantized already.
+        EqatError: there is none, no adapter fits it, it is quantized already, not whole or not finite.
     """
     folder = model_folder(model)
     require_model(folder)
@@ -164,4 +168,6 @@ def open_full_precision(model: str, adapter: str | None) -> OpenModel:
             allowed="a full-precision model",
             do="name the model it was made from",
         )
-    return open_model(folder, arch_of_folder(folder, adapter))
+    opened = open_model(folder, arch_of_folder(folder, adapter))
+    require_finite(opened.source)
+    return opened

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import transformers
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
 from eqat_mm.checkpoint.read import load
-from eqat_mm.checkpoint.verify import MANIFEST, verify_checkpoint
+from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.launchers import begin_training, deepspeed_settings, whole_models
-from eqat_mm.commands.models import load_model, model_folder, require_weights
+from eqat_mm.commands.deepspeed_file import DeepSpeedFile, deepspeed_settings
+from eqat_mm.commands.launchers import training_run, whole_models
+from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import default_output, discard
-from eqat_mm.commands.samples import Samples, image_text_samples, text_samples
+from eqat_mm.commands.runs import default_output
+from eqat_mm.commands.samples import Samples, image_text_samples, problems_of, text_samples
 from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.data.problems import say_late
 from eqat_mm.data.windows import TextWindows
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.device import best_device
-from eqat_mm.runtime.files import read_json, write_jsonl
+from eqat_mm.runtime.device import best_device, processes
+from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.run import Place
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
 from llava_adapters import arch_for
 
@@ -69,62 +74,63 @@ def e2e_qp(job: E2EQPJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
-    warn_without_recipe(job.model, job.recipe_for, STAGE)
+    deepspeed = deepspeed_settings(job)
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
     stage = STAGE if "scales" in job.trains else job.trains.partition("+")[0]
     folder, device = job.output or runs / stage, best_device(job.device)
     announce_e2e_qp(base, job.model, job.quant, job, job.conversations or job.data, device, folder)
     _require_block_ap(base, job)
-    _require_apart(base, folder)
-    deepspeed = deepspeed_settings(job.deepspeed)
+    warn_without_recipe(job.model, job.recipe_for, STAGE)
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
-    samples = _samples(base, job)
+    inputs: dict[str, Path | str] = {"quantized": base}
+    if job.loss == "kl":
+        inputs["model"] = require_teacher(model_folder(job.model))
+    samples = _samples(base, job, folder)
+    job.check_warmup_of(len(samples.dataset), processes())  # type: ignore[arg-type]
     if deepspeed is not None:
         _require_images_everywhere(deepspeed, samples)
-    arch = arch_for(verify_checkpoint(base).arch)
-    if job.loss == "kl":
-        require_weights(model_folder(job.model))
-    job, arguments, record = begin_training(
-        job, folder, STAGE, samples.digest, device, deepspeed, overwrite=job.overwrite
-    )
-    if record is None:
-        return folder / "model"
+    verify_checkpoint(base)
+    inputs["data"] = samples.digest
+    room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
+    with training_run(job, Place.within(folder), STAGE, inputs, device, deepspeed, room) as (job, arguments, run):
+        if not run.finished:
+            model, log = _trained(job, base, samples, arguments)
+            if arguments.process_index == 0:
+                write_jsonl(folder / "metrics.jsonl", log)
+                save_like(model, folder / "model", base, stage, run.record)
+                run.finish()
+                say_late(problems_of(folder))
+                say(f"checkpoint: {folder / 'model'}")
+    return folder / "model"
+
+
+def _trained(
+    job: E2EQPJob, base: Path, samples: Samples, arguments: transformers.TrainingArguments
+) -> tuple[transformers.PreTrainedModel, list[dict[str, Any]]]:
+    """Load the packed model, train it; return it with the Trainer's log."""
     with whole_models(arguments):
         kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
         teacher = load_model(model_folder(job.model), arguments.device, kept) if job.loss == "kl" else None
         model = load(base, dtype=kept, device=arguments.device, verify=False)
     if _adapts(job):
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
-    log = run_e2e_qp(
-        model,
-        samples.dataset,
-        job,
-        arguments,
-        teacher=teacher,
-        projector=arch.find_projector(model),
-        collator=samples.collator,
-        order=samples.order,
-    )
-    if arguments.process_index == 0:
-        write_jsonl(folder / "metrics.jsonl", log)
-        save_like(model, folder / "model", base, stage, record)
-        discard(folder / "trainer")
-        say(f"checkpoint: {folder / 'model'}")
-    return folder / "model"
+    projector = arch_for(read_manifest(base).arch).find_projector(model)
+    given: dict[str, Any] = {"collator": samples.collator, "order": samples.order}
+    return model, run_e2e_qp(model, samples.dataset, job, arguments, teacher=teacher, projector=projector, **given)
 
 
 def _adapts(job: E2EQPJob) -> bool:
     return "lora" in job.trains.split("+")
 
 
-def _samples(base: Path, job: E2EQPJob) -> Samples:
+def _samples(base: Path, job: E2EQPJob, folder: Path) -> Samples:
     if job.conversations is None:
         return text_samples(base, job.data)
     _require_instructions(job.conversations)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return image_text_samples(base, job.conversations, job.batch_size * job.accumulation * processes)
+    step = job.batch_size * job.accumulation * processes()
+    return image_text_samples(base, job.conversations, step, problems_of(folder))
 
 
 def _require_instructions(config: ImageTextData) -> None:
@@ -153,17 +159,16 @@ def _require_instructions(config: ImageTextData) -> None:
         )
 
 
-def _require_images_everywhere(deepspeed: Path, samples: Samples) -> None:
+def _require_images_everywhere(deepspeed: DeepSpeedFile, samples: Samples) -> None:
     """Check that under ZeRO-3 every process needs the same parameters at the same time.
 
     Raises:
         ConfigError: some samples have images and some have not.
     """
-    stage = read_json(deepspeed).get("zero_optimization", {}).get("stage", 0)
     texts, total = samples.without_images, len(samples.dataset)  # type: ignore[arg-type]
-    if stage == 3 and 0 < texts < total:
+    if deepspeed.stage == 3 and 0 < texts < total:
         raise ConfigError(
-            where=f"--deepspeed {deepspeed.stem} (ZeRO-3)",
+            where=f"--deepspeed {deepspeed.name} (ZeRO-3)",
             given=f"{texts} of {total} samples without images",
             allowed="images in every sample: ZeRO-3 gathers the vision tower on all processes at once, or waits",
             do="use --deepspeed zero-2, or leave the samples without images out",
@@ -190,13 +195,3 @@ def _block_ap_command(base: Path, job: E2EQPJob) -> str:
     if job.quantized is not None:
         words += ["--output", str(base.parent)]
     return shlex.join(words)
-
-
-def _require_apart(base: Path, folder: Path) -> None:
-    if base.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(
-            where=f"--output {folder}",
-            given=f"the folder that holds --quantized {base}",
-            allowed="a folder of its own",
-            do="choose another --output: E2E-QP reads the one and writes the other",
-        )

@@ -9,28 +9,27 @@ does the ladder.
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from eqat_mm.checkpoint.folders import is_packed
-from eqat_mm.checkpoint.verify import read_manifest
 from eqat_mm.commands.evaluate import bits_per_weight
 from eqat_mm.commands.launchers import free_port
 from eqat_mm.commands.lmms import require_lmms_eval, task_row, tasks_folder
 from eqat_mm.commands.models import model_folder, require_model
-from eqat_mm.commands.runs import discard, seconds_of, settings
-from eqat_mm.errors import ConfigError, TrainingError
-from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.commands.runs import model_fingerprint, noted, seconds_of, settings, slug
+from eqat_mm.errors import TrainingError
+from eqat_mm.quant.spec import GroupSize, QuantSpec
+from eqat_mm.runtime.children import run_child
 from eqat_mm.runtime.files import read_json, write_json
 from eqat_mm.runtime.progress import duration, say
 from eqat_mm.runtime.provenance import provenance
+from eqat_mm.runtime.settings import Count, Filled, Settings
 
 TASK = "easy_vqa"
 FULL_PRECISION = "full precision"
@@ -39,7 +38,7 @@ Bits = Literal[2, 3, 4, 8]
 
 
 @dataclass(frozen=True)
-class VLMLadderJob:
+class VLMLadderJob(Settings):
     """The ladder of stages of a vision-language model.
 
     Settings of the stages are those of the shipped recipes for the model and bit width.
@@ -55,30 +54,18 @@ class VLMLadderJob:
         batch_size: questions per forward.
         output: folder of all runs and of results.json.
         fresh: discard finished rungs in the output folder.
-
-    Raises:
-        ConfigError: no bit width, or a number below 1.
     """
 
     model: str = "demo-llava"
-    bits: tuple[Bits, ...] = (2,)
-    group_size: int = 64
+    bits: Annotated[tuple[Bits, ...], Filled()] = (2,)
+    group_size: GroupSize = 64
     lora: bool = False
-    processes: int = 2
-    questions: int | None = 500
-    questions_full_precision: int | None = 500
-    batch_size: int = 32
+    processes: Count = 2
+    questions: Count | None = 500
+    questions_full_precision: Count | None = 500
+    batch_size: Count = 32
     output: Path = Path("runs/demo-vlm")
     fresh: bool = False
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        if not self.bits:
-            raise ConfigError("--bits", "none", "one or more of 2, 3, 4, 8", "name one: --bits '[2]'")
-        for name in ("processes", "questions", "questions_full_precision", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name}", str(value), "an integer >= 1", f"raise --{name}")
 
 
 @dataclass(frozen=True)
@@ -107,13 +94,12 @@ def vlm_ladder(job: VLMLadderJob) -> list[dict[str, Any]]:
     require_lmms_eval()
     folder = model_folder(job.model)
     require_model(folder)
-    if job.fresh:
-        discard(job.output)
     blind = blind_accuracy()
     rows: list[dict[str, Any]] = []
     for rung in rungs(job, folder):
         say(f"== {rung.stage}, {rung.bits} bits")
-        seconds = _make(rung)
+        if rung.command is not None:
+            run_command(rung.command)
         full = rung.stage == FULL_PRECISION
         found = _ask(rung, job.questions_full_precision if full else job.questions, job)
         rows.append(
@@ -124,7 +110,7 @@ def vlm_ladder(job: VLMLadderJob) -> list[dict[str, Any]]:
                 "questions": found["questions"],
                 "by_type": found["by_type"],
                 "bits_per_weight": bits_per_weight(rung.folder),
-                "seconds": round(seconds, 1),
+                "seconds": round(seconds_of(rung.folder), 1),
             }
         )
         record = {"model": job.model, "group_size": job.group_size, "blind_accuracy": blind, "rows": rows}
@@ -152,7 +138,8 @@ def _root(job: VLMLadderJob, bits: Bits) -> Path:
 def _rung(job: VLMLadderJob, bits: Bits, stage: str, launcher: list[str], name: str, *more: str) -> Rung:
     folder = _root(job, bits) / name
     flags = ["--model", job.model, "--quant.bits", str(bits), "--quant.group_size", str(job.group_size)]
-    return Rung(stage, bits, [*launcher, *flags, "--output", str(folder), *more], folder / "model")
+    anew = ["--overwrite", "true"] if job.fresh else []
+    return Rung(stage, bits, [*launcher, *flags, "--output", str(folder), *more, *anew], folder / "model")
 
 
 def _eqat(command: str) -> list[str]:
@@ -165,44 +152,32 @@ def _deepspeed(processes: int) -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--module", "eqat_mm.cli", "e2e-qp"]
 
 
-def _make(rung: Rung) -> float:
-    """Make the model of a rung; return the seconds it took, also where that was in an earlier start."""
-    if rung.command is None:
-        return 0.0
-    start = time.monotonic()
-    _run(rung.command)
-    return seconds_of(rung.folder, time.monotonic() - start)
-
-
 def _ask(rung: Rung, questions: int | None, job: VLMLadderJob) -> dict[str, Any]:
-    """Return `task_row` of easy_vqa for the model of a rung, as an earlier start has noted it or measured anew.
+    """Return `task_row` of easy_vqa for the model of a rung, as an earlier start has noted it or measured anew."""
+    place = job.output / "eval" / slug(f"{rung.stage} {rung.bits} {questions or 'all'}")
+    decides = {"model": model_fingerprint(rung.folder), "task": TASK, "questions": questions}
 
-    It is measured anew where the checkpoint has been made again since; where none was noted, it is taken for the same.
-    """
-    place = job.output / "eval" / f"{rung.stage.replace(' + ', '-').replace(' ', '-').lower()}-{rung.bits}"
-    noted = place / f"{TASK}-{questions or 'all'}.json"
-    checkpoint = read_manifest(rung.folder).files if is_packed(rung.folder) else None
-    if not noted.is_file() or read_json(noted).get("checkpoint", checkpoint) != checkpoint:
+    def answered() -> dict[str, Any]:
         limit = [] if questions is None else ["--limit", str(questions)]
         model = ["--model", "eqat", "--model_args", f"pretrained={rung.folder}", "--batch_size", str(job.batch_size)]
         task = ["--include_path", str(tasks_folder()), "--tasks", TASK, *limit]
-        discard(place / "lmms-eval")
-        _run([sys.executable, "-m", "lmms_eval", *model, *task, "--output_path", str(place / "lmms-eval")])
-        (file,) = (place / "lmms-eval").rglob("*_results.json")
+        output = place / "lmms-eval" / secrets.token_hex(4)
+        run_command([sys.executable, "-m", "lmms_eval", *model, *task, "--output_path", str(output)])
+        (file,) = output.rglob("*_results.json")
         found = read_json(file)
-        row = task_row(found["results"][TASK], found["n-samples"][TASK])
-        write_json(noted, row | {"checkpoint": checkpoint})
-    return dict(read_json(noted))
+        return task_row(found["results"][TASK], found["n-samples"][TASK])
+
+    return noted(place, "demo-vlm", decides, answered, anew=job.fresh)
 
 
-def _run(words: list[str]) -> None:
+def run_command(words: list[str]) -> None:
     """Run a command in a process of its own, one thread for each core divided among its processes.
 
     Raises:
         TrainingError: it failed; it has said why.
     """
     say(f"$ {shlex.join(words)}")
-    status = subprocess.run(words, check=False, env=_environment(words)).returncode
+    status = run_child(words, _environment(words))
     if status != 0:
         raise TrainingError(
             where=shlex.join(words),

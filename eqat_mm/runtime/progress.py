@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -45,8 +45,18 @@ def say(line: str) -> None:
     """Print one line for the user without tearing a progress bar that is on the screen."""
     if not speaks():
         return
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:  # nobody reads any more, or a log on a full disk: the work goes on
+        silence(sys.stdout)
+
+
+def silence(stream: TextIO) -> None:
+    """Let a stream that nobody reads any more take everything."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def duration(seconds: float) -> str:

@@ -29,12 +29,17 @@ def provenance(command: str, config: dict[str, Any], seed: int) -> dict[str, Any
         "command": command,
         "config": config,
         "seed": seed,
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "revision": _revision(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of this package and of those it computes with; None for one that is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def require_same_config(saved: dict[str, Any], given: dict[str, Any], where: str) -> None:
@@ -43,12 +48,12 @@ def require_same_config(saved: dict[str, Any], given: dict[str, Any], where: str
     Raises:
         ConfigError: names the settings that differ.
     """
-    for key, (started, now), different in _differences(saved, given):
+    for key, (started, now), different in differences(saved, given):
         raise ConfigError(
             where=f"{where}: {different}",
             given=f"{key}={now!r}",
             allowed=f"{key}={started!r}, as the run in this folder was started",
-            do="use the same settings, --overwrite to discard that run, or another --output",
+            do="use the same settings, --overwrite to replace that run, or another --output",
         )
 
 
@@ -62,7 +67,7 @@ def require_same_everywhere(configs: Sequence[dict[str, Any]]) -> None:
         ConfigError: names a process, and the settings that differ.
     """
     for rank, config in enumerate(configs):
-        for key, (first, other), different in _differences(configs[0], config):
+        for key, (first, other), different in differences(configs[0], config):
             raise ConfigError(
                 where=f"process {rank} of {len(configs)}: {different}",
                 given=f"{key}={other!r}",
@@ -71,7 +76,7 @@ def require_same_everywhere(configs: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def _differences(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any], str]]:
+def differences(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any], str]]:
     """Yield each setting that differs, its two values, and the names of all that do."""
     saved, given = _dotted(saved), _dotted(given)
     different = sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key))

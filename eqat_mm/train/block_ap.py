@@ -16,7 +16,6 @@ import torch
 
 from eqat_mm.blocks.arch import Inputs, set_submodule
 from eqat_mm.blocks.source import OpenModel
-from eqat_mm.blocks.spool import require_disk, require_memory
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.checkpoint.verify import Manifest, read_manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
@@ -27,6 +26,9 @@ from eqat_mm.runtime.memory import peak_bytes, release_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.runtime.ranks import ALONE, Ranks
+from eqat_mm.runtime.room import require_disk, require_memory
+from eqat_mm.runtime.settings import Count, Seed, Settings
+from eqat_mm.train.broken_block import require_finite_targets
 from eqat_mm.train.commit import RunState
 from eqat_mm.train.fit import FitConfig, fit_block, split_samples
 from eqat_mm.train.lanes import require_lanes, say_if_unequal
@@ -37,7 +39,7 @@ STAGE = "block-ap"
 
 
 @dataclass(frozen=True)
-class BlockAPConfig:
+class BlockAPConfig(Settings):
     """Block-AP without the model and the data.
 
     Attributes:
@@ -60,8 +62,8 @@ class BlockAPConfig:
     stream_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     commit: Literal["auto", "recompute", "files"] = "auto"
     precision: Precision = "auto"
-    batch_tokens: int = 4096
-    seed: int = 0
+    batch_tokens: Count = 4096
+    seed: Seed = 0
 
     @property
     def commits_streams(self) -> bool:
@@ -97,24 +99,23 @@ def run_block_ap(
         opened: the full-precision model.
         batches: model inputs, one calibration sample each.
         config: settings.
-        folder: run folder; a run of the same settings in it is continued. All ranks see the same one.
+        folder: run folder; what is committed there is taken for this run's. All ranks see the same one.
         device: where blocks are trained.
         source: name of the model, for the manifest.
         provenance: record of the run, for the manifest.
         ranks: processes that share the work; the result does not depend on their number, but for rounding.
 
     Raises:
-        ConfigError: the group size does not divide a layer, the folder holds a run with other settings, or there are
-            more ranks than samples of a batch or of the calibration.
-        ResourceError: not enough disk or memory for the activation streams.
-        TrainingError: a block whose loss stays non-finite.
+        ConfigError: the group size does not divide a layer, or there are more ranks than samples of a batch or of the
+            calibration.
+        CheckpointError: the progress in the folder is damaged.
+        TrainingError: a block that is not finite before it is trained, or whose loss stays so.
     """
     check_groups(opened, config.quant)
     require_lanes(config.fit.batch_size, config.fit.lanes, len(batches), ranks.world)
     say_if_unequal(config.fit.lanes, ranks.world)
-    check_room(opened, batches, config, folder, device, ranks)
-    state = RunState.open(folder, provenance["config"], keeps_streams=config.commits_streams, ranks=ranks)
     writer = CheckpointWriter(folder / "model", opened, config.quant)
+    state = RunState(folder, writer, keeps_streams=config.commits_streams, ranks=ranks)
     mine = [batches[index] for index in ranks.share(len(batches))]
     captured = capture_front(opened, progress(mine, what="capture", unit="sample"), torch.float32)
     walker = BlockWalker(
@@ -128,7 +129,7 @@ def run_block_ap(
         batch_tokens=config.batch_tokens,
         ranks=ranks,
     )
-    state.restore(walker, writer)
+    state.restore(walker)
     release_freed_memory()
     console = _Console(len(walker), state.done, device)
     for step in walker.walk(state.done):
@@ -154,6 +155,7 @@ def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) 
     training, _ = split_samples(len(step.sorts), config.fit)
     grids = initial_grids(walker, step, config.quant, config.start, training)
     target_square = walker.advance_fp(step)
+    require_finite_targets(walker, step, target_square)
     for path, linear in arch.named_linears(step.block):
         set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant))
     release_freed_memory()
@@ -197,10 +199,12 @@ def check_room(
     folder: Path,
     device: torch.device,
     ranks: Ranks = ALONE,
+    written: int = 0,
 ) -> None:
     """Check that there is room for the streams, where they are kept and committed, and for the checkpoint.
 
-    The disk holds those of all ranks, memory those of the ranks of this machine.
+    The disk holds those of all ranks, memory those of the ranks of this machine. `written` bytes
+    of that are on the disk already.
 
     Raises:
         ResourceError: not enough memory, or not enough disk.
@@ -211,7 +215,7 @@ def check_room(
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
     if config.spool == "ram":
         require_memory(2 * stream * ranks.local // ranks.world, "activation streams")
-    require_disk(folder, streams_on_disk(config) * stream + weights * 2, "activation streams and checkpoint")
+    require_disk(folder, streams_on_disk(config) * stream + weights * 2, "activation streams and checkpoint", written)
 
 
 def streams_on_disk(config: BlockAPConfig) -> int:
@@ -235,14 +239,15 @@ class _Console:
     def record(self, step: BlockStep, report: FitReport, target_square: float) -> dict[str, Any]:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        relative = (report.loss_after / target_square) ** 0.5
+        relative = report.relative_error(target_square)
         finished = step.index + 1 - self.first
         eta = (now - self.started) / finished * (self.total - step.index - 1)
         memory = peak_bytes(self.device)
         rate = report.tokens / seconds
         say(
             f"block {step.index + 1:>3}/{self.total}  loss {report.loss_before:.4g} -> {report.loss_after:.4g}"
-            f"  relative error {relative:.3f}  {rate:,.0f} tok/s  {memory / 2**30:.2f} GiB"
+            f"  relative error {'-' if relative is None else f'{relative:.3f}'}"
+            f"  {rate:,.0f} tok/s  {memory / 2**30:.2f} GiB"
             f"  {duration(seconds)}  eta {duration(eta)}"
         )
         return {

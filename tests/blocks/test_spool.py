@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from eqat_mm.blocks import spool
-from eqat_mm.blocks.spool import Stream, require_disk, require_memory
-from eqat_mm.errors import CheckpointError, ResourceError
-from tests.checkpoint.files import assert_four_lines
+from eqat_mm.blocks.spool import Stream
+from eqat_mm.errors import CheckpointError
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -173,36 +169,3 @@ def test_a_new_stream_does_not_continue_an_old_file(tmp_path: Path) -> None:
     value = torch.randn(1, 2, 8)
     assert torch.equal(filled(torch.float32, tmp_path / "fp.bin", [value]).read(0), value)
     assert (tmp_path / "fp.bin").stat().st_size == value.numel() * 4
-
-
-def test_disk_space_is_asked_where_the_folder_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Path] = []
-
-    def disk_usage(path: Path) -> SimpleNamespace:
-        asked.append(path)
-        return SimpleNamespace(free=3 * 2**30)
-
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    require_disk(tmp_path / "not" / "yet", 3 * 2**30, "activation streams")
-    assert asked == [tmp_path]
-
-
-def test_too_little_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
-    with pytest.raises(ResourceError) as caught:
-        require_disk(tmp_path, 2**30 + 2**29, "activation streams")
-    assert "activation streams" in caught.value.where
-    assert caught.value.given == "1.00 GiB free"
-    assert "1.50 GiB" in caught.value.allowed
-
-
-def test_too_little_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "available_bytes", lambda: 2**30)
-    require_memory(2**30, "activation streams")
-    with pytest.raises(ResourceError) as caught:
-        require_memory(2**30 + 2**29, "activation streams")
-    assert_four_lines(caught.value)
-    assert "activation streams" in caught.value.where
-    assert caught.value.given == "1.00 GiB available"
-    assert "1.50 GiB" in caught.value.allowed
-    assert "--spool disk" in caught.value.do

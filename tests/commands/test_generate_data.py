@@ -22,6 +22,7 @@ from eqat_mm.data.record_parts import Part, parts_folder
 from eqat_mm.data.windows import TextWindows, text_windows
 from eqat_mm.errors import ConfigError, EqatError
 from eqat_mm.runtime.files import read_json, sha256_of
+from eqat_mm.runtime.run import Run
 from tests.checkpoint.files import assert_four_lines
 from tests.commands.jobs import rtn_job
 from tests.tiny_llava import save_tiny_llava
@@ -83,8 +84,8 @@ def test_the_file_is_calibration_text(tiny: Tiny, whole: Path) -> None:
 def test_how_it_was_made_is_beside_it(tiny: Tiny, whole: Path) -> None:
     facts = read_json(whole.with_name("texts.jsonl.json"))
     assert facts["command"] == "generate-data"
-    assert facts["config"] == {
-        "model": str(tiny.folder),
+    assert facts["config"]["model"] == str(tiny.folder)
+    assert {name: value for name, value in facts["decides"].items() if name != "inputs"} == {
         "count": COUNT,
         "length": 20,
         "sampling": "paper",
@@ -92,13 +93,14 @@ def test_how_it_was_made_is_beside_it(tiny: Tiny, whole: Path) -> None:
         "min_tokens": 4,
         "max_repeated": 0.5,
         "drop_degenerate": False,
+        "quantized": False,
     }
+    assert facts["decides"]["inputs"].keys() == {"model"}
     assert facts["versions"]["torch"]
-    assert facts["quantized"] is False
     assert facts["texts"] == COUNT
     assert facts["tokens"] == sum(record["tokens"] for record in lines_of(whole))
     assert facts["ended"] == sum(record["ended"] for record in lines_of(whole))
-    assert facts["sha256"] == sha256_of(whole)
+    assert facts["proof"] == sha256_of(whole)
 
 
 def test_parquet_holds_the_same(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
@@ -218,11 +220,11 @@ def test_a_run_killed_while_it_put_the_texts_together(
 ) -> None:
     output = tmp_path / "texts.jsonl"
 
-    def end(_: Path) -> str:
+    def end(_: Run) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sha256_of", end)
+        patch.setattr(Run, "finish", end)
         with pytest.raises(KeyboardInterrupt):
             generate_data(job_of(tiny, output))
     generate_data(job_of(tiny, output))
@@ -278,7 +280,7 @@ def test_a_quantized_model_is_said(tiny: Tiny, tmp_path: Path, capsys: pytest.Ca
     path = generate_data(job_of(tiny, tmp_path / "texts.jsonl", model=str(packed), count=3))
     assert "is quantized" in capsys.readouterr().out
     assert len(lines_of(path)) == 3
-    assert read_json(path.with_name("texts.jsonl.json"))["quantized"] is True
+    assert read_json(path.with_name("texts.jsonl.json"))["decides"]["quantized"] is True
 
 
 # ---- refused ----------------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ def test_a_shard_under_a_launcher(tiny: Tiny, tmp_path: Path, monkeypatch: pytes
 def test_files_of_others_are_not_overwritten(tiny: Tiny, tmp_path: Path) -> None:
     output = tmp_path / "texts.jsonl"
     output.write_text("mine", encoding="utf-8")
-    assert "did not write" in refused(job_of(tiny, output))
+    assert "without the record of a run" in refused(job_of(tiny, output))
     assert output.read_text(encoding="utf-8") == "mine"
     (tmp_path / "folder.jsonl").mkdir()
     assert "a folder" in refused(job_of(tiny, tmp_path / "folder.jsonl", overwrite=True))

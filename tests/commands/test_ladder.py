@@ -69,7 +69,7 @@ def test_rows_say_how_far_each_rung_is_from_full_precision(climbed: tuple[Path, 
 
 def test_every_rung_leaves_a_checkpoint(climbed: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, _ = climbed
-    assert {path.name for path in folder.iterdir()} == {*FOLDERS, "results.json"}
+    assert {path.name for path in folder.iterdir()} == {*FOLDERS, "eval", "results.json"}
     for name, stage in FOLDERS.items():
         assert verify_checkpoint(folder / name / "model").stage == stage
     commands = [record["command"] for record in verify_checkpoint(folder / "e2e-qp" / "model").provenance]

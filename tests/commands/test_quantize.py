@@ -20,7 +20,8 @@ from eqat_mm.cli import main
 from eqat_mm.commands import quantize
 from eqat_mm.commands.quantize import block_ap, rtn
 from eqat_mm.errors import ConfigError
-from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.files import read_json, sha256_of
+from eqat_mm.runtime.sealed import read_sealed
 from tests.checkpoint.files import assert_four_lines, contents, same_weights
 from tests.commands.jobs import SPEC, block_ap_job, rtn_job
 from tests.tiny_model import Tiny, save_tiny
@@ -48,7 +49,11 @@ def test_block_ap_writes_checkpoint_metrics_and_record(tiny: Tiny, finished: Pat
     manifest = verify_checkpoint(finished / "model")
     assert manifest.stage == "block-ap"
     assert manifest.source == str(tiny.folder)
-    assert manifest.provenance == [read_json(finished / "run.json")]
+    record = read_sealed(finished / "run.json")
+    assert record.pop("finished") >= record["started"]
+    assert record.pop("seconds") > 0
+    assert record.pop("proof") == sha256_of(finished / "model" / MANIFEST)
+    assert manifest.provenance == [record]
     assert manifest.provenance[0]["config"]["fit"]["lr_weight"] == 2e-3
 
 
@@ -95,14 +100,15 @@ def test_other_text_is_another_run(tiny: Tiny, finished: Path, tmp_path: Path) -
     job = block_ap_job(tiny, tmp_path / "other", calibration=replace(tiny.windows(12), source=str(text)))
     block_ap(job)
     text.write_text(tiny.text.read_text(encoding="utf-8").replace("w5", "w6"), encoding="utf-8")
-    with pytest.raises(ConfigError, match="data_digest"):
+    with pytest.raises(ConfigError, match=r"inputs\.data"):
         block_ap(job)
 
 
 def test_overwrite_starts_again(tiny: Tiny, finished: Path) -> None:
-    (finished / "left-over").touch()
+    (finished / "notes.txt").touch()
     block_ap(block_ap_job(tiny, finished, seed=1, overwrite=True))
-    assert not (finished / "left-over").exists()
+    names = {"model", "metrics.jsonl", "run.json", "state.json", "notes.txt"}
+    assert {path.name for path in finished.iterdir()} == names
     assert read_manifest(finished / "model").provenance[0]["config"]["seed"] == 1
 
 

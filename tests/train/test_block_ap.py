@@ -15,16 +15,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eqat_mm.blocks import spool
 from eqat_mm.blocks.source import open_model
 from eqat_mm.blocks.spool import Stream
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import Manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError, ConfigError, ResourceError
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime import room
 from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.sealed import read_sealed, write_sealed
 from eqat_mm.train import block_ap, commit, fit
-from eqat_mm.train.block_ap import BlockAPConfig, quantize_block, run_block_ap, streams_on_disk
+from eqat_mm.train.block_ap import BlockAPConfig, check_room, quantize_block, run_block_ap, streams_on_disk
 from eqat_mm.train.fit import FitConfig, fit_block
 from eqat_mm.train.report import FitReport
 from eqat_mm.train.warm_start import WarmStartConfig
@@ -51,8 +52,8 @@ Run = Callable[..., Manifest]
 
 @pytest.fixture
 def run(tiny: Tiny) -> Run:
-    def start(folder: Path, config: BlockAPConfig = CONFIG, settings: dict[str, Any] | None = None) -> Manifest:
-        record = {"config": settings or {"epochs": 1}}
+    def start(folder: Path, config: BlockAPConfig = CONFIG) -> Manifest:
+        record = {"config": {"epochs": 1}}
         opened, batches = open_model(tiny.folder, ARCH), batches_of(tiny)
         return run_block_ap(opened, batches, config, folder, device=CPU, source="tiny", provenance=record)
 
@@ -210,7 +211,7 @@ def test_trained_norms_and_weights_are_computed_with_again(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("kept", KEPT)
-@pytest.mark.parametrize("moment", ["write_json", "append_jsonl"])
+@pytest.mark.parametrize("moment", ["write_sealed", "append_jsonl"])
 def test_a_stop_while_a_block_is_committed(
     run: Run, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, kept: Any
 ) -> None:
@@ -302,8 +303,8 @@ def test_the_disk_holds_what_was_asked_for(
         nonlocal most
         most = max(most, sum(path.stat().st_size for path in folder.glob("*.bin")))
 
-    write, save = Stream.rewritten, commit.write_json
-    monkeypatch.setattr(commit, "write_json", lambda *args: (look(), save(*args)))
+    write, save = Stream.rewritten, commit.write_sealed
+    monkeypatch.setattr(commit, "write_sealed", lambda *args: (look(), save(*args)))
 
     @contextmanager
     def watched(self: Stream, path: Path | None) -> Iterator[None]:
@@ -332,13 +333,95 @@ def test_only_the_committed_streams_are_left(run: Run, tmp_path: Path, monkeypat
     assert {path.name for path in (tmp_path / "streams").iterdir()} == {"fp-00001.bin", "quantized-00001.bin"}
 
 
-def test_a_truncated_shard_is_noticed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def flipped(path: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncated(path: Path) -> None:
+    """Cut the last bytes off a file."""
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize("damage", [flipped, truncated, Path.unlink])
+def test_a_damaged_shard_is_said_and_made_again(
+    run: Run,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_in_block(patch, 2)
+        with pytest.raises(Stopped):
+            run(tmp_path)
+    damage(tmp_path / "model" / "model-00002-of-00004.safetensors")
+    fitted = stop_in_block(monkeypatch, BLOCKS)
+    run(tmp_path)
+    assert fitted == [1, 2]
+    assert "model-00002-of-00004.safetensors is not what was committed" in capsys.readouterr().out
+    assert same_weights(tmp_path / "model", undisturbed / "model")
+
+
+@pytest.mark.parametrize("kept", [("ram", "files"), ("disk", "files")])
+@pytest.mark.parametrize("damage", [flipped, truncated, Path.unlink, "swapped"])
+def test_damaged_streams_are_said_and_computed_again(
+    run: Run,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Any,
+    kept: Any,
+) -> None:
+    config = replace(CONFIG, spool=kept[0], commit=kept[1])
+    stopped_run(run, tmp_path, monkeypatch, config)
+    fp, quantized = (tmp_path / "streams" / f"{name}-00001.bin" for name in ("fp", "quantized"))
+    if damage == "swapped":
+        other = fp.read_bytes()
+        fp.write_bytes(quantized.read_bytes())
+        quantized.write_bytes(other)
+    else:
+        damage(quantized)
+    run(tmp_path, config)
+    assert "no whole streams" in capsys.readouterr().out
+    assert same_weights(tmp_path / "model", undisturbed / "model")
+
+
+STATES = {
+    "truncated": lambda text: text[:100],
+    "empty": lambda _: "",
+    "a list": lambda _: "[]",
+    "no records": lambda _: "{}",
+    "a figure changed": lambda text: text.replace('"steps": 5', '"steps": 6'),
+    "deep": lambda _: "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("damage", STATES.values(), ids=STATES)
+def test_a_damaged_state_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[str], str]
+) -> None:
     stopped_run(run, tmp_path, monkeypatch)
-    (shard,) = (tmp_path / "model").glob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:-4])
-    with pytest.raises(CheckpointError) as raised:
+    state = tmp_path / "state.json"
+    state.write_text(damage(state.read_text(encoding="utf-8")), encoding="utf-8")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"state\.json") as raised:
         run(tmp_path)
     assert_four_lines(raised.value)
+    assert contents(tmp_path) == before
+
+
+def test_the_state_of_another_model_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_run(run, tmp_path, monkeypatch)
+    state = read_sealed(tmp_path / "state.json")
+    many = {"records": state["records"] * 12, "shards": state["shards"] * 12, "streams": {}}
+    write_sealed(tmp_path / "state.json", many)
+    with pytest.raises(CheckpointError, match="a model of 3 blocks"):
+        run(tmp_path)
 
 
 @pytest.mark.parametrize(("device", "auto"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
@@ -365,43 +448,24 @@ def stopped_run(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, config:
             run(folder, config)
 
 
-def test_other_settings_do_not_continue_a_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped_run(run, tmp_path, monkeypatch)
-    before = contents(tmp_path)
-    with pytest.raises(ConfigError) as raised:
-        run(tmp_path, settings={"epochs": 2})
-    assert_four_lines(raised.value)
-    assert raised.value.given == "epochs=2"
-    assert raised.value.allowed.startswith("epochs=1")
-    assert contents(tmp_path) == before
-
-
-def test_an_altered_stream_is_noticed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(CONFIG, commit="files")
-    stopped_run(run, tmp_path, monkeypatch, config)
-    (stream,) = (tmp_path / "streams").glob("fp-*")
-    stream.write_bytes(stream.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match="--overwrite"):
-        run(tmp_path, config)
-
-
-def test_a_full_disk_is_noticed_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noticed_first(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    opened, batches, config = open_model(tiny.folder, ARCH), batches_of(tiny), replace(CONFIG, spool="disk")
     with pytest.raises(ResourceError) as raised:
-        run(tmp_path / "run", replace(CONFIG, spool="disk"))
+        check_room(opened, batches, config, tmp_path / "run", CPU)
     assert_four_lines(raised.value)
-    assert not (tmp_path / "run").exists()
+    check_room(opened, batches, config, tmp_path / "run", CPU, written=2**30)  # by an earlier start
 
 
-def test_too_little_memory_is_noticed_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_noticed_first(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 2 * SAMPLES * LENGTH * HIDDEN * 4
-    monkeypatch.setattr(spool, "available_bytes", lambda: needed - 1)
+    monkeypatch.setattr(room, "available_bytes", lambda: needed - 1)
+    opened, batches = open_model(tiny.folder, ARCH), batches_of(tiny)
     with pytest.raises(ResourceError) as raised:
-        run(tmp_path / "run")
+        check_room(opened, batches, CONFIG, tmp_path, CPU)
     assert_four_lines(raised.value)
-    assert not (tmp_path / "run").exists()
-    run(tmp_path / "bfloat16", replace(CONFIG, stream_dtype="bfloat16"))
-    run(tmp_path / "disk", replace(CONFIG, spool="disk"))
+    check_room(opened, batches, replace(CONFIG, stream_dtype="bfloat16"), tmp_path, CPU)
+    check_room(opened, batches, replace(CONFIG, spool="disk"), tmp_path, CPU)
 
 
 def test_a_group_size_that_does_not_divide_is_noticed_first(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,338 @@
+"""A run: a folder that one job fills.
+
+It knows what decides its result, whether that is there, who works on it, and what in the folder is its own:
+
+    run.json    the record: command, settings, what decides, environment, versions, seconds, whether it is finished
+    run.lock    while a process works on it
+    .replaced   the run that this one takes the place of, until this one is finished
+
+Beside these lie progress and product of the job. The product's last file, its proof, is written when all else is there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from eqat_mm.errors import CheckpointError, ConfigError
+from eqat_mm.runtime.files import UNFINISHED, sha256_of
+from eqat_mm.runtime.lock import LOCK, locked
+from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.provenance import differences, provenance, require_same_config, versions
+from eqat_mm.runtime.room import require_disk
+from eqat_mm.runtime.sealed import read_sealed, write_sealed
+
+RECORD, REPLACED = "run.json", ".replaced"
+_PROGRESS = ("trainer", "streams")
+_KEPT = ("model", "state.json", "metrics.jsonl", "result.json", "lmms-eval")
+"""Names that runs give to what they write; the first go when a run is finished."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run keeps what.
+
+    Attributes:
+        folder: of lock, progress and what is replaced.
+        record: JSON file that says what the run is.
+        proof: file that is written last: with it, the product is whole.
+    """
+
+    folder: Path
+    record: Path
+    proof: Path
+
+    @classmethod
+    def within(cls, folder: Path, proof: str = "model/eqat.json") -> Place:
+        """Return the place of a run that has a folder of its own."""
+        return cls(folder, folder / RECORD, folder / proof)
+
+    @classmethod
+    def beside(cls, file: Path) -> Place:
+        """Return the place of a run that makes one file: its folder is hidden and goes when the run is finished."""
+        return cls(file.with_name(f".{file.name}.parts"), file.with_name(f"{file.name}.json"), file)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the folder holds progress alone."""
+        return self.proof.parent == self.folder.parent
+
+    def progress(self) -> list[Path]:
+        """Return what goes when the run is finished, or begins anew."""
+        if self.hidden:
+            return [path for path in self.folder.glob("*") if path.name not in (LOCK, REPLACED)]
+        return [self.folder / name for name in _PROGRESS]
+
+    def own(self) -> list[Path]:
+        """Return every path that a run writes to, there or not, but for lock and what is replaced."""
+        kept = [self.proof, self.record] if self.hidden else [self.record, *(self.folder / name for name in _KEPT)]
+        return [*kept, *self.progress()]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a job asks for.
+
+    Attributes:
+        command: its name.
+        config: all its settings, for the record.
+        decides: what decides the result, JSON-ready; a run continues only where this is the same.
+        environment: what may differ in a run that continues; it is said then.
+        seed: of the job.
+        inputs: files and folders that it reads, which no run may lie above.
+    """
+
+    command: str
+    config: dict[str, Any]
+    decides: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    inputs: tuple[Path, ...] = ()
+
+
+class Run:
+    """One run, opened by `Run.open`.
+
+    Attributes:
+        place: where it keeps what.
+        finished: its product is there, and is what this job would make.
+    """
+
+    def __init__(self, place: Place, asked: Asked) -> None:
+        self.place, self.asked = place, asked
+        self.finished = False
+        self._alone = True
+        self._record: dict[str, Any] | None = None
+        self._replaces = False
+        self._started = time.monotonic()
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        place: Place,
+        asked: Asked,
+        *,
+        check: Callable[[], object] = lambda: None,
+        overwrite: bool = False,
+        on_change: str = "refuse",
+        first: bool = True,
+        shared: bool = False,
+    ) -> Iterator[Run]:
+        """Take hold of the run in a place, new or not. Nothing is written but the lock.
+
+        Args:
+            place: where it keeps what.
+            asked: what the job asks for.
+            check: raises an `EqatError` where a finished product is damaged.
+            overwrite: a run that is there already is to be replaced.
+            on_change: what a run is that something else decided: `refuse` it, or `replace` it.
+            first: this is the process that writes; the others of a job only read, once the first has begun.
+            shared: several processes work on the run, each on its own progress.
+
+        Raises:
+            ConfigError: another process works on it; something else decided the run that is there; what is there was
+                not written by a run, or holds an input.
+            CheckpointError: its record or its product is damaged.
+        """
+        run = cls(place, asked)
+        run._alone = first and not shared
+        with locked(place.folder, shared=shared) if first else nullcontext():
+            run._find(overwrite=overwrite and first, on_change=on_change)
+            if run.finished and first:
+                run._look_after(check)
+            try:
+                yield run
+            finally:
+                if run._alone and run._record is not None:
+                    run._note_seconds()
+        if place.hidden:
+            run._leave()
+
+    @property
+    def folder(self) -> Path:
+        """Folder of its progress."""
+        return self.place.folder
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is said of the run in the manifest of what it makes."""
+        assert self._record is not None, "the run has not begun"
+        return {name: value for name, value in self._record.items() if name not in ("finished", "seconds", "proof")}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that processes have worked on it."""
+        return float((self._record or {}).get("seconds", 0.0))
+
+    def begin(self) -> None:
+        """Write that the run has begun, or goes on; what it replaces is set aside."""
+        if self._replaces:
+            self._set_aside()
+        elif self._record is None and self.place.record.is_file():  # another process that shares the run began it
+            self._record = read_sealed(self.place.record)
+        self._sweep()
+        if self._record is None:
+            self._record = provenance(self.asked.command, self.asked.config, self.asked.seed)
+            self._record |= {"decides": self.asked.decides, "environment": self.asked.environment, "seconds": 0.0}
+        else:
+            self._go_on(self._record)
+        write_sealed(self.place.record, self._record)
+
+    def finish(self) -> None:
+        """Write that the run is finished; its progress goes, and so does what it replaces."""
+        assert self._record is not None, "the run has not begun"
+        self._note_seconds()
+        self.note(finished=_now(), proof=sha256_of(self.place.proof))
+        self._tidy()
+        self.finished = True
+
+    @property
+    def written(self) -> int:
+        """Bytes that it has written and will not have to write again."""
+        return 0 if self._replaces else sum(map(_size, self.place.own()))
+
+    def note(self, **facts: Any) -> None:
+        """Add facts about the product to the record."""
+        assert self._record is not None, "the run has not begun"
+        self._record |= facts
+        write_sealed(self.place.record, self._record)
+
+    def finished_meanwhile(self) -> bool:
+        """Whether another process that shares the run has finished it."""
+        there = self.place.record.is_file() and not self._replaces
+        return there and "finished" in read_sealed(self.place.record)
+
+    def require_room(self, needed: int, what: str) -> None:
+        """Check that the disk has room for what the run will write.
+
+        Raises:
+            ResourceError: it has not.
+        """
+        require_disk(self.folder, needed, what, self.written)
+
+    def _find(self, *, overwrite: bool, on_change: str) -> None:
+        self._require_apart()
+        if not self.place.record.exists():
+            self._require_no_strangers()
+            return
+        found = read_sealed(self.place.record)
+        changed = found.get("decides") != self.asked.decides
+        if overwrite or (changed and on_change == "replace"):
+            self._replaces = True
+            return
+        self.finished = self.place.proof.is_file()
+        what = "a finished run" if self.finished else "an unfinished run"
+        require_same_config(found.get("decides", {}), self.asked.decides, f"--output {self._name}, {what}")
+        self._record = found
+
+    def _look_after(self, check: Callable[[], object]) -> None:
+        """Check the product of a finished run; do what a process that was killed behind its last file left undone."""
+        assert self._record is not None
+        given = sha256_of(self.place.proof)
+        proof = self._record.get("proof", given)
+        if given != proof:
+            raise CheckpointError(
+                where=str(self.place.proof),
+                given=f"sha256 {given[:16]}...",
+                allowed=f"sha256 {proof[:16]}..., as the run has recorded it",
+                do="the file was altered: make it again with --overwrite, or give another --output",
+            )
+        check()
+        if "finished" not in self._record:
+            self.finish()
+        self._tidy()
+
+    def _go_on(self, record: dict[str, Any]) -> None:
+        before, now = record["environment"] | record["versions"], self.asked.environment | versions()
+        changed = [f"{key} {given} (was {was})" for key, (was, given), _ in differences(before, now)]
+        if changed:
+            say(f"this run goes on with {', '.join(changed)}: numbers may differ in the last bits")
+            record.setdefault("continued", []).append({"started": _now(), "environment": now})
+
+    def _leave(self) -> None:
+        """Remove the hidden folder of a finished run, or one that stayed empty."""
+        if self.finished or self.finished_meanwhile():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _note_seconds(self) -> None:
+        assert self._record is not None
+        now = time.monotonic()
+        self._record["seconds"] = round(self.seconds + now - self._started, 3)
+        self._started = now
+        if not self.finished and self.place.record.is_file():
+            write_sealed(self.place.record, self._record)
+
+    def _set_aside(self) -> None:
+        """Keep a finished run until this one is finished, too; an unfinished one goes."""
+        aside, finished = self.folder / REPLACED, self.place.proof.is_file()
+        if finished:
+            _remove(aside)
+            aside.mkdir()
+            say(f"what is replaced is kept in {aside} until the new run is finished")
+        for path in self.place.own():
+            if path.exists() and finished:
+                path.rename(aside / path.name)
+            else:
+                _remove(path)
+        self._replaces = False
+
+    def _tidy(self) -> None:
+        for path in (self.folder / REPLACED, *self.place.progress()):
+            _remove(path)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove the temporary files that killed processes have left."""
+        for path in self.place.own() if self._alone else ():
+            for left in (*path.parent.glob(f".{path.name}.*partial"), *path.glob(UNFINISHED)):
+                _remove(left)
+
+    def _require_apart(self) -> None:
+        own = [path.resolve() for path in (*self.place.own(), self.folder / REPLACED)]
+        for given in self.asked.inputs:
+            if any(given.resolve().is_relative_to(path) for path in own):
+                raise ConfigError(
+                    where=f"--output {self._name}",
+                    given=f"a place whose files hold {given}, which the job reads",
+                    allowed="a folder of its own",
+                    do="choose another --output: the job reads the one and writes the other",
+                )
+
+    def _require_no_strangers(self) -> None:
+        strangers = [path.name for path in self.place.own() if path.exists()]
+        if strangers:
+            raise ConfigError(
+                where=f"--output {self._name}",
+                given=f"{', '.join(strangers)} without the record of a run ({self.place.record.name})",
+                allowed="a new place, or one where this command was at work before",
+                do="give another --output, or remove by hand what is there",
+            )
+
+    @property
+    def _name(self) -> Path:
+        return self.place.proof if self.place.hidden else self.folder
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

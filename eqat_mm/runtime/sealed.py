@@ -1,0 +1,42 @@
+"""JSON files that notice when they were altered: the object carries the SHA-256 of the rest of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from eqat_mm.errors import CheckpointError
+from eqat_mm.runtime.files import write_json
+
+_SEAL = "sha256"
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object atomically, with its own hash."""
+    write_json(path, value | {_SEAL: _hash(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return the object that `write_sealed` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, or holds anything else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or value.pop(_SEAL, None) != _hash(value):
+            raise ValueError("not as it was written")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            where=str(path),
+            given=f"unreadable ({error})",
+            allowed="the file as this version of eqat-mm wrote it",
+            do="restore it, or give another --output; to begin anew there, remove the run by hand",
+        ) from error
+    return value
+
+
+def _hash(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

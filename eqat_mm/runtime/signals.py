@@ -1,0 +1,87 @@
+"""Being stopped: every way in which a process is asked to end is one exception, and no process is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_LOOK_EVERY = 1.0  # seconds
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks to end, as Ctrl-C does.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise `Stopped` in the body, the first time; what it needs to tidy up, it then does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _stop) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with_launcher() -> None:
+    """End this process, as SIGTERM does, when the launcher that started it is gone, whose other processes are left."""
+    watched = _launchers()
+    if watched:
+        threading.Thread(target=_watch, args=(watched,), daemon=True).start()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_DFL)  # the second time it ends at once
+    raise Stopped(number)
+
+
+def _watch(watched: list[int]) -> None:
+    while _ancestors(len(watched)) == watched:
+        time.sleep(_LOOK_EVERY)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _launchers() -> list[int]:
+    """Return the processes above this one that started it as one of several: DeepSpeed's launcher is two."""
+    parents = _ancestors(2)
+    return parents if len(parents) == 2 and "deepspeed" in _command(parents[1]) else parents[:1]
+
+
+def _ancestors(count: int) -> list[int]:
+    found = [os.getppid()]
+    while len(found) < count and (above := _parent(found[-1])) is not None:
+        found.append(above)
+    return found
+
+
+def _parent(process: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _command(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
