@@ -17,7 +17,7 @@ from torch import Tensor
 from eqat_mm.blocks.arch import Inputs
 from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
-from eqat_mm.errors import CheckpointError, ConfigError
+from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.ranks import ALONE, Ranks
 from eqat_mm.train import block_ap, commit, fit, lanes
 from eqat_mm.train.block_ap import BlockAPConfig, run_block_ap
@@ -278,15 +278,19 @@ def test_files_of_the_same_number_of_ranks_are_taken_up(
 def test_that_files_are_of_another_number_is_said(run: Runs, stopped: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(CONFIG, commit="files")
     run(stopped(2, config), 1, config)
-    assert "no streams of 1 process(es)" in capsys.readouterr().out
+    assert "no whole streams of 1 process(es)" in capsys.readouterr().out
 
 
-def test_a_missing_part_is_noticed(run: Runs, stopped: Any) -> None:
+def test_a_missing_part_is_said_and_computed_again(
+    run: Runs, stopped: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = replace(CONFIG, commit="files")
     folder = stopped(2, config)
     (folder / "streams" / "2-of-2" / "fp-00002.bin").unlink()
-    with pytest.raises(CheckpointError, match="--overwrite"):
-        run(folder, 2, config)
+    run(folder, 2, config)
+    assert "no whole streams of 2 process(es)" in capsys.readouterr().out
+    run(tmp_path / "undisturbed", 2, config)
+    assert same_weights(folder / "model", tmp_path / "undisturbed" / "model")
 
 
 # ---- refused --------------------------------------------------------------------------------------
