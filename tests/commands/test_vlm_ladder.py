@@ -20,6 +20,7 @@ from eqat_mm.commands.quantize import BlockAPJob
 from eqat_mm.commands.tune import E2EQPJob
 from eqat_mm.commands.vlm_ladder import VLMLadderJob, rungs, table, vlm_ladder
 from eqat_mm.errors import ConfigError, TrainingError
+from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_json
 from tests.checkpoint.files import assert_four_lines
 
@@ -115,14 +116,15 @@ def test_a_checkpoint_that_was_made_again_is_asked_again(job: VLMLadderJob, ran:
     folder = job.output / "w2g64" / "block-ap" / "model"
 
     def asked_after_making(digest: str) -> list[str]:
-        Manifest("llava", {}, "block-ap", job.model, {"model.safetensors": digest}, []).write(folder)
+        files = {"model.safetensors": digest * 64}
+        Manifest("llava", QuantSpec().as_dict(), "block-ap", job.model, files, [{"config": {}}]).write(folder)
         ran.clear()
         vlm_ladder(job)
         return [words[words.index("--model_args") + 1] for words in ran if "lmms_eval" in words]
 
-    assert len(asked_after_making("first")) == 9
-    assert asked_after_making("first") == []
-    assert asked_after_making("second") == [f"pretrained={folder}"]
+    assert len(asked_after_making("1")) == 9
+    assert asked_after_making("1") == []
+    assert asked_after_making("2") == [f"pretrained={folder}"]
 
 
 def test_another_number_of_questions_is_asked_anew(job: VLMLadderJob, ran: list[list[str]]) -> None:
