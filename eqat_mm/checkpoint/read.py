@@ -16,18 +16,19 @@ from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.attention import quantize_keys_and_values
 from eqat_mm.blocks.source import OpenModel, release
 from eqat_mm.checkpoint.adapters import load_adapters
-from eqat_mm.checkpoint.build import empty_packed, insert_packed, require_described, require_layers, skeleton
+from eqat_mm.checkpoint.build import empty_packed, insert_packed, require_described, skeleton
 from eqat_mm.checkpoint.layout import BYTES, SCALE_SUFFIX, format_of
 from eqat_mm.checkpoint.match import needless, require_match, wanted_tensors
 from eqat_mm.checkpoint.origin import Origin
 from eqat_mm.checkpoint.pretrained import as_packed
 from eqat_mm.checkpoint.source import PackedSource, packed_names
-from eqat_mm.checkpoint.verify import ADAPTER, CONFIG, checkpoint_folder, read_manifest, read_object, verify_checkpoint
+from eqat_mm.checkpoint.verify import ADAPTER, CONFIG, checkpoint_folder, read_manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import require_kernels
+from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
 
 
@@ -60,8 +61,7 @@ def load(
     dtype = unquantized_dtype(dtype, device)
     require_kernels(device)
     manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
-    raw = read_object(folder / CONFIG)
-    require_layers(folder, raw)
+    raw = read_json_object(folder / CONFIG)
     model = skeleton(folder, manifest)
     source = PackedSource(folder, packed_names(model))
     shards = source.shards()

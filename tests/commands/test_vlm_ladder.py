@@ -27,6 +27,11 @@ from tests.checkpoint.files import assert_four_lines
 STAGES = ["full precision", "round-to-nearest", "Block-AP", "Block-AP + LoRA", "Block-AP + E2E-QP"]
 
 
+def manifest(digest: str) -> Manifest:
+    """Of a checkpoint whose weights have a SHA-256 of one digit."""
+    return Manifest("llava", QuantSpec().as_dict(), "any", "tiny", {"model.safetensors": digest * 64}, [{"config": {}}])
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> VLMLadderJob:
     return VLMLadderJob(model=str(tmp_path / "model"), bits=(4, 2), lora=True, output=tmp_path / "runs", questions=20)
@@ -45,7 +50,7 @@ def ran(job: VLMLadderJob, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if "--output" in words:
             folder = Path(words[words.index("--output") + 1]) / "model"
             if not folder.is_dir():
-                Manifest("llava", {}, "any", job.model, {"model.safetensors": "first"}, []).write(folder)
+                manifest("0").write(folder)
         if "lmms_eval" in words:
             place = Path(words[words.index("--output_path") + 1])
             asked = int(words[words.index("--limit") + 1]) if "--limit" in words else 9673
@@ -116,8 +121,7 @@ def test_a_checkpoint_that_was_made_again_is_asked_again(job: VLMLadderJob, ran:
     folder = job.output / "w2g64" / "block-ap" / "model"
 
     def asked_after_making(digest: str) -> list[str]:
-        files = {"model.safetensors": digest * 64}
-        Manifest("llava", QuantSpec().as_dict(), "block-ap", job.model, files, [{"config": {}}]).write(folder)
+        manifest(digest).write(folder)
         ran.clear()
         vlm_ladder(job)
         return [words[words.index("--model_args") + 1] for words in ran if "lmms_eval" in words]
