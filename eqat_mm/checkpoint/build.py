@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eqat_mm.blocks.arch import set_submodule
+from eqat_mm.blocks.config import read_config, read_generation_config, refused
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX, described
 from eqat_mm.checkpoint.verify import CONFIG, MANIFEST, Manifest, weight_map
 from eqat_mm.errors import CheckpointError
@@ -22,52 +23,19 @@ from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 
 
-def require_layers(folder: Path, config: Mapping[str, Any]) -> None:
-    """Check that config.json has no more layers or experts than tensors are stored: building them would take for ever.
-
-    Raises:
-        CheckpointError: names the field.
-    """
-    stored = len(weight_map(folder))
-    for field, value in _fields(config):
-        if any(word in field for word in ("layer", "expert")) and type(value) is int and value > stored:
-            raise CheckpointError(
-                where=f"{folder / CONFIG}: {field}",
-                given=f"{value}",
-                allowed=f"at most {stored}, the number of stored tensors",
-                do="the file was altered: copy or make the checkpoint again",
-            )
-
-
-def _fields(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    inner = [pair for value in config.values() if isinstance(value, dict) for pair in _fields(value)]
-    return [*config.items(), *inner]
-
-
 def skeleton(folder: Path, manifest: Manifest) -> PreTrainedModel:
     """Return the model of config.json with all parameters on the meta device.
 
     Raises:
-        CheckpointError: transformers builds none.
+        CheckpointError: transformers builds none, or config.json has more layers than tensors are stored.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        vision = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        mapped = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+    config = read_config(folder, len(weight_map(folder)))
+    vision = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    mapped = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+    with refused(folder / CONFIG, "configuration"), init_empty_weights(include_buffers=False):
         auto = getattr(transformers, manifest.auto_class or mapped)
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # configurations fail in as many ways as there are models
-        raise CheckpointError(
-            where=f"{folder / CONFIG}, or generation_config.json",
-            given=f"no model can be built ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})",
-            allowed="the files of a model that this version of transformers knows",
-            do="copy or make the checkpoint again, or update transformers if the model is a new one",
-        ) from error
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    model.generation_config = read_generation_config(folder) or model.generation_config
     return model
 
 

@@ -16,18 +16,19 @@ from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.attention import quantize_keys_and_values
 from eqat_mm.blocks.source import OpenModel, release
 from eqat_mm.checkpoint.adapters import load_adapters
-from eqat_mm.checkpoint.build import empty_packed, insert_packed, require_described, require_layers, skeleton
-from eqat_mm.checkpoint.layout import BYTES, SCALE_SUFFIX, SHAPE_SUFFIX, format_of
+from eqat_mm.checkpoint.build import empty_packed, insert_packed, require_described, skeleton
+from eqat_mm.checkpoint.layout import BYTES, SCALE_SUFFIX, format_of
 from eqat_mm.checkpoint.match import needless, require_match, wanted_tensors
 from eqat_mm.checkpoint.origin import Origin
 from eqat_mm.checkpoint.pretrained import as_packed
 from eqat_mm.checkpoint.source import PackedSource, packed_names
-from eqat_mm.checkpoint.verify import ADAPTER, CONFIG, checkpoint_folder, read_manifest, read_object, verify_checkpoint
+from eqat_mm.checkpoint.verify import ADAPTER, CONFIG, checkpoint_folder, read_manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import require_kernels
+from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
 
 
@@ -60,8 +61,7 @@ def load(
     dtype = unquantized_dtype(dtype, device)
     require_kernels(device)
     manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
-    raw = read_object(folder / CONFIG)
-    require_layers(folder, raw)
+    raw = read_json_object(folder / CONFIG)
     model = skeleton(folder, manifest)
     source = PackedSource(folder, packed_names(model))
     shards = source.shards()
@@ -136,7 +136,7 @@ def _fill(model: nn.Module, source: PackedSource, leave: set[str], dtype: torch.
     """Give every tensor of a module its stored value, but those to `leave`; packed linears compute in float32.
 
     Raises:
-        CheckpointError: step sizes that are not finite, or a packed weight that says it has another shape.
+        CheckpointError: a tensor that is not finite, or a packed weight that says it has another shape.
     """
     for path, module in model.named_modules():
         kept = torch.float32 if isinstance(module, PackedLinear) else dtype
@@ -145,23 +145,19 @@ def _fill(model: nn.Module, source: PackedSource, leave: set[str], dtype: torch.
             if name in leave or not (tensor.is_meta or name in source):
                 continue
             value = source.read(name)
-            if isinstance(module, PackedLinear):
-                _require_sense(name, value, module, str(source.folder))
+            if isinstance(module, PackedLinear) and leaf == "weight_shape":
+                _require_shape(name, value, module, str(source.folder))
             value = value.to(device, kept if value.is_floating_point() else value.dtype)
             setattr(
                 module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
             )
 
 
-def _require_sense(name: str, value: Tensor, linear: PackedLinear, where: str) -> None:
+def _require_shape(name: str, value: Tensor, linear: PackedLinear, where: str) -> None:
     shape = [linear.layout.out_features, linear.layout.in_features]
-    if name.endswith(SCALE_SUFFIX) and not value.isfinite().all():
-        given, allowed = f"{name}: step sizes that are not finite", "finite step sizes"
-    elif name.endswith(SHAPE_SUFFIX) and value.tolist() != shape:
+    if value.tolist() != shape:
         given, allowed = f"{name} {value.tolist()}", f"{shape}, the shape of the packed weight"
-    else:
-        return
-    raise CheckpointError(where, given, allowed, "copy or make the checkpoint again")
+        raise CheckpointError(where, given, allowed, "copy or make the checkpoint again")
 
 
 def _freeze_all_but_step_sizes(model: nn.Module) -> None:

@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eqat_mm.blocks.source import INDEX
+from eqat_mm.blocks.stored import INDEX, stored_in
 from eqat_mm.checkpoint.companions import DECIDING, files_like
-from eqat_mm.checkpoint.shards import headers_of
 from eqat_mm.checkpoint.verify import ADAPTER, CONFIG, Manifest
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.files import sha256_of, write_json
@@ -27,7 +26,7 @@ def seal(
         leftover.unlink()
     weights, total = {}, 0
     for path in shards:
-        weights.update(dict.fromkeys(headers_of(path), path.name))
+        weights.update({one.name: path.name for one in stored_in(path)})
         total += path.stat().st_size
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weights})
     write_json(folder / CONFIG, config)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eqat_mm.blocks.source import open_safetensors
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import atomic_path
@@ -43,17 +42,6 @@ class Header(NamedTuple):
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
-
-
-def headers_of(path: Path) -> dict[str, Header]:
-    """Return what a safetensors file says of its tensors, by the names in the file.
-
-    Raises:
-        CheckpointError: the file is truncated or not safetensors.
-    """
-    with open_safetensors(path) as reader:
-        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118  it is no mapping
-        return {name: Header(DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
 
 
 def save_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eqat_mm.blocks.source import WeightSource, module_names
 from eqat_mm.checkpoint.layout import PACKED_LEAVES, from_bytes
-from eqat_mm.checkpoint.shards import Header, headers_of
+from eqat_mm.checkpoint.shards import DTYPES, Header
 from eqat_mm.errors import CheckpointError
 
 
@@ -30,18 +30,16 @@ class PackedSource(WeightSource):
         Raises:
             CheckpointError: two tensors in the files have one name in the model.
         """
-        headers = {path: headers_of(path) for path in dict.fromkeys(path for path, _ in self._where.values())}
-        found: dict[str, dict[str, tuple[str, Header]]] = {path.name: {} for path in headers}
-        for name, (path, stored) in self._where.items():
-            found[path.name][stored] = (name, headers[path][stored])
-        for path, stored_in in headers.items():
-            for twice in stored_in.keys() - found[path.name].keys():
+        found: dict[str, dict[str, tuple[str, Header]]] = {one.path.name: {} for one in self.stored}
+        for name, (one, *others) in self.by_name.items():
+            if others:
                 raise CheckpointError(
-                    where=str(path),
-                    given=f"{twice}, a second tensor for one place in the model",
+                    where=str(others[0].path),
+                    given=f"{others[0].name}, a second tensor for one place in the model",
                     allowed="one tensor for every weight",
                     do="copy or make the checkpoint again",
                 )
+            found[one.path.name][one.name] = (name, Header(DTYPES.get(one.dtype), one.shape))
         return found
 
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from eqat_mm.blocks.source import INDEX
+from eqat_mm.blocks.stored import INDEX, SINGLE
 from eqat_mm.checkpoint.companions import DECIDING, files_like
 from eqat_mm.errors import CheckpointError, EqatError
 from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.files import read_json, sha256_of, write_json
+from eqat_mm.runtime.files import read_json, read_json_object, sha256_of, write_json
 
 MANIFEST = "eqat.json"
 CONFIG = "config.json"
@@ -146,39 +146,23 @@ def weight_map(folder: Path) -> dict[str, str]:
     """Return the shard of every stored tensor, as the index has it.
 
     Raises:
-        CheckpointError: no index, or a broken one.
+        CheckpointError: no index, a broken one, or a single file of weights beside it.
     """
     path = folder / INDEX
-    found = read_object(path).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(_is_local(name) for name in found.values()):
+    found = read_json_object(path).get("weight_map")
+    if isinstance(found, dict) and found and all(_is_local(name) for name in found.values()):
+        others = files_like(folder, [SINGLE]) if SINGLE not in found.values() else []
+        given = f"{others[0]} beside it, which others would read in its place" if others else ""
+    else:
+        given = "no table of file names"
+    if given:
         raise CheckpointError(
             where=f"{path}: weight_map",
-            given="nothing" if not found else f"{type(found).__name__} that is no table of file names",
-            allowed="for every tensor the name of a file in this folder",
-            do="the file was truncated or altered: copy or make the checkpoint again",
+            given=given,
+            allowed="for every tensor the name of a file in this folder, and no other weights",
+            do="take away what was put there later; else copy or make the checkpoint again",
         )
-    return found
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        CheckpointError: no such file, not JSON, or not an object.
-    """
-    try:
-        value = read_json(path)
-        given = f"a {type(value).__name__}"
-    except (OSError, ValueError, RecursionError) as error:
-        value, given = None, f"unreadable ({_short(error)})"
-    if isinstance(value, dict):
-        return value
-    raise CheckpointError(
-        where=str(path),
-        given=given,
-        allowed="a JSON object",
-        do="the file is missing, truncated or altered: copy or make the checkpoint again",
-    )
+    return dict(found or {})
 
 
 def _must_be_listed(folder: Path, manifest: Manifest) -> set[str]:

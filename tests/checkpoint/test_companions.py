@@ -20,18 +20,30 @@ from tests.checkpoint.foreign import foreign
 from tests.tiny_model import word_tokenizer
 
 
-def test_all_chat_templates_come_along_and_a_leftover_adapter_does_not(tmp_path: Path) -> None:
+def test_all_chat_templates_come_along(tmp_path: Path) -> None:
     full, packed = tmp_path / "full", tmp_path / "model"
     save_llama(full)
     tokenizer = word_tokenizer()
     tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
     tokenizer.save_pretrained(full)
-    (full / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}')
-    (full / "adapter_model.safetensors").write_bytes(b"x")
     run_rtn(open_model(full, arch_for("llama")), QuantSpec(), tmp_path, source="tiny", provenance={})
     assert transformers.AutoTokenizer.from_pretrained(packed).chat_template == tokenizer.chat_template
-    assert not list(packed.glob("adapter*"))
     assert foreign(packed).config.hidden_size == 64
+
+
+def test_a_leftover_adapter_and_other_files_stay_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "trainer_state.json",
+        "notes.txt",
+        "a.py",
+        "LICENSE",
+    ):
+        (tmp_path / "source" / name).write_text("x")
+    copy_companions(tmp_path / "source", tmp_path / "copy")
+    assert contents(tmp_path / "copy") == {"LICENSE": b"x"}
 
 
 def test_links_out_of_the_folder_and_what_is_no_file(tmp_path: Path) -> None:

@@ -60,6 +60,12 @@ def test_a_file_that_was_put_there_later(folder: Path, name: str) -> None:
     assert name in refused(folder).given
 
 
+def test_a_single_file_of_weights_beside_the_index(folder: Path) -> None:
+    """transformers would read it, the index counts here: two answers to one question."""
+    shutil.copyfile(folder / "model-00001-of-00003.safetensors", folder / "model.safetensors")
+    assert "model.safetensors beside it" in refused(folder).given
+
+
 def test_other_files_may_lie_beside(folder: Path) -> None:
     for name in ("README.md", ".gitattributes", "notes.txt"):
         (folder / name).write_text("mine")

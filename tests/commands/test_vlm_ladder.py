@@ -20,10 +20,16 @@ from eqat_mm.commands.quantize import BlockAPJob
 from eqat_mm.commands.tune import E2EQPJob
 from eqat_mm.commands.vlm_ladder import VLMLadderJob, rungs, table, vlm_ladder
 from eqat_mm.errors import ConfigError, TrainingError
+from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_json
 from tests.checkpoint.files import assert_four_lines
 
 STAGES = ["full precision", "round-to-nearest", "Block-AP", "Block-AP + LoRA", "Block-AP + E2E-QP"]
+
+
+def manifest(digest: str) -> Manifest:
+    """Of a checkpoint whose weights have a SHA-256 of one digit."""
+    return Manifest("llava", QuantSpec().as_dict(), "any", "tiny", {"model.safetensors": digest * 64}, [{"config": {}}])
 
 
 @pytest.fixture
@@ -44,7 +50,7 @@ def ran(job: VLMLadderJob, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if "--output" in words:
             folder = Path(words[words.index("--output") + 1]) / "model"
             if not folder.is_dir():
-                Manifest("llava", {}, "any", job.model, {"model.safetensors": "first"}, []).write(folder)
+                manifest("0").write(folder)
         if "lmms_eval" in words:
             place = Path(words[words.index("--output_path") + 1])
             asked = int(words[words.index("--limit") + 1]) if "--limit" in words else 9673
@@ -115,14 +121,14 @@ def test_a_checkpoint_that_was_made_again_is_asked_again(job: VLMLadderJob, ran:
     folder = job.output / "w2g64" / "block-ap" / "model"
 
     def asked_after_making(digest: str) -> list[str]:
-        Manifest("llava", {}, "block-ap", job.model, {"model.safetensors": digest}, []).write(folder)
+        manifest(digest).write(folder)
         ran.clear()
         vlm_ladder(job)
         return [words[words.index("--model_args") + 1] for words in ran if "lmms_eval" in words]
 
-    assert len(asked_after_making("first")) == 9
-    assert asked_after_making("first") == []
-    assert asked_after_making("second") == [f"pretrained={folder}"]
+    assert len(asked_after_making("1")) == 9
+    assert asked_after_making("1") == []
+    assert asked_after_making("2") == [f"pretrained={folder}"]
 
 
 def test_another_number_of_questions_is_asked_anew(job: VLMLadderJob, ran: list[list[str]]) -> None:
