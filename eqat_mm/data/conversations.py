@@ -15,6 +15,7 @@ Sources
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ def read_records(source: str, image_folder: Path | None = None) -> Records:
         DataError: no such file, not UTF-8, not JSON, not a list, no records, or no such image folder.
         ConfigError: an optional package that this source needs is not installed.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     is_hub = source.startswith(HUB_PREFIX)
     folder = image_folder or (Path() if is_hub else path.parent)
     if not folder.is_dir():

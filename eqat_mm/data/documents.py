@@ -18,6 +18,7 @@ set in which nothing else is left is an error.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from eqat_mm.data.assets import fetch_asset
@@ -49,7 +50,7 @@ def load_documents(source: str) -> list[str]:
         return _read_demo(fetch_asset(_DEMO))
     if source.startswith(HUB_PREFIX):
         return _read_hub(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     files = _files_below(path) if path.is_dir() else [path]
     return [document for file in files for document in read_text_file(file)]
 
