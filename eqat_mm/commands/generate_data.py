@@ -226,7 +226,7 @@ def _require_context(folder: Path, length: int) -> None:
 def _shard(job: GenerateDataJob) -> tuple[int, int]:
     """Return which share this process has, from 1, of how many."""
     launched = int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
-    found = re.fullmatch(r"(\d+)/(\d+)", job.shard or f"{launched[0]}/{launched[1]}")
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", job.shard or f"{launched[0]}/{launched[1]}")
     shard, shards = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= shard <= shards:
         raise ConfigError("--shard", repr(job.shard), "1/N to N/N for N processes", "write 1/4 for the first of four")

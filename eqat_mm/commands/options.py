@@ -182,7 +182,7 @@ def built(kind: type[Job], values: Namespace, under: str = "") -> Job:
 def _at_home(value: Any, name: str) -> Any:
     """Return the value of an option: of a path with `~` replaced, of a model with a name to call its runs by."""
     if isinstance(value, Path):
-        return value.expanduser() if is_text(str(value)) else value
+        return Path(os.path.expanduser(value)) if is_text(str(value)) else value
     if name not in ("model", "reference") or not isinstance(value, str) or not is_text(value):
         return value
     value = os.path.expanduser(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from contextlib import suppress
 from importlib.resources import files
@@ -45,7 +46,7 @@ def _file_named(option: str, name: str, shipped: dict[str, Path], allowed: str) 
     if name in shipped and not Path(name).is_file():
         return shipped[name]
     with suppress(OSError):  # a name too long for a file
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # pathlib's raises where there is no such user
         if path.is_file():
             return path
     near = difflib.get_close_matches(name, shipped, n=1)

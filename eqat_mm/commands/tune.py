@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,7 @@ def _require_instructions(config: ImageTextData) -> None:
     Raises:
         DataError: one of them is missing.
     """
-    file = Path(config.source).expanduser()
+    file = Path(os.path.expanduser(config.source))
     if file.name not in _INSTRUCTIONS:
         return
     if not file.is_file():

@@ -25,7 +25,8 @@ from eqat_mm.runtime.settings import Count, Length, Seed, Settings, Share
 _DOCUMENTS_PER_BATCH = 64
 _CHARACTERS_PER_BATCH = 2**20
 _DOCUMENTS_WITHOUT_BAR = 1024
-_LARGEST_SHARE = 1 / 8
+_FEW_DOCUMENTS = 8
+_MOST_PER_DOCUMENT = 4
 _MOST_PER_TOKEN = 8
 """Characters, more than a token has on the average."""
 
@@ -83,8 +84,8 @@ def pack_windows(
     """Pack documents, in an order shuffled by `seed`, into full windows of tokens.
 
     Every document is followed by the end-of-sequence token; the tokenizer adds nothing else. With `count`, only as many
-    documents are tokenised as it takes. Where fewer documents than windows would do, or one would fill more than an
-    eighth of them, each gives one window in turn.
+    documents are tokenised as it takes. Where one would fill several windows and an eighth of all, or they would fill
+    more than four each, every document gives one window in turn.
 
     Args:
         tokenizer: with an end-of-sequence token.
@@ -121,10 +122,10 @@ def pack_windows(
 
 
 def _few_decide(pieces: list[Tensor], length: int, count: int) -> bool:
-    """Whether the documents that fill `count` windows are fewer than these, or one of them fills many."""
+    """Whether of the documents that fill `count` windows one fills several and an eighth of them, or all fill many."""
     missing = count * length - sum(map(len, pieces[:-1]))
     largest = max([min(missing, len(pieces[-1])), *map(len, pieces[:-1])])
-    return len(pieces) < count or largest > max(length, _LARGEST_SHARE * count * length)
+    return largest >= length * max(2, count / _FEW_DOCUMENTS) or len(pieces) < count / _MOST_PER_DOCUMENT
 
 
 def _in_turn(tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int, count: int, end: int) -> Tensor:

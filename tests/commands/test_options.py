@@ -195,6 +195,7 @@ def assert_a_job_or_four_lines(command: str, argv: list[str]) -> None:
 @example(("block-ap", ["--fit.epochs", "[" * 50_000]))
 @example(("block-ap", ["--model", "\udcff"]))
 @example(("block-ap", ["--config", "x" * 400]))
+@example(("generate", ["--config", "~no-such-user/x", "--image", "~no-such-user/x"]))
 @example(("llm-qat", ["--bits", "-".join(["9" * 5000] * 3)]))
 def test_any_flags_make_a_job_or_four_lines(line: tuple[str, list[str]]) -> None:
     assert_a_job_or_four_lines(*line)

@@ -112,7 +112,7 @@ def test_e2e_qp_says_what_it_needs_before_it_asks_for_data(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     roomy(monkeypatch)
-    with pytest.raises(CheckpointError), pytest.warns(UserWarning, match="not for llava-1.5-13b"):
+    with pytest.raises(CheckpointError):
         e2e_qp(E2EQPJob(model="llava-1.5-13b"))
     assert "plan of E2E-QP, text: RAM " in capsys.readouterr().out
 
