@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.quant.spec import QuantSpec
@@ -29,6 +28,7 @@ from tests.commands.launching import (
 )
 from tests.tiny_llava import save_tiny_llava
 from tests.tolerances import assert_close
+from tests.train.cases import save_conversations
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
@@ -43,26 +43,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launchers")
     save_tiny_llava(folder / "llava", dtype=torch.float32)
     rtn(RTNJob(model=str(folder / "llava"), output=folder / "rtn", quant=QuantSpec(2, 32)))
-    draw = torch.Generator().manual_seed(0)
-
-    def words(most: int) -> str:
-        count = int(torch.randint(1, most, (), generator=draw))
-        return " ".join(f"w{word}" for word in torch.randint(5, 60, (count,), generator=draw).tolist())
-
-    records = []
-    for index in range(SAMPLES):
-        about_image = index % 4 > 0
-        turns = [
-            {"from": "human", "value": f"<image>\n{words(8)}" if about_image else words(8)},
-            {"from": "gpt", "value": words(6)},
-        ]
-        record: dict[str, Any] = {"id": str(index), "conversations": turns}
-        if about_image:
-            colour = tuple(torch.randint(0, 255, (3,), generator=draw).tolist())
-            Image.new("RGB", (16, 16), colour).save(folder / f"{index}.png")
-            record["image"] = f"{index}.png"
-        records.append(record)
-    (folder / "mixed.json").write_text(json.dumps(records), encoding="utf-8")
+    save_conversations(folder / "mixed.json", SAMPLES)
+    records = json.loads((folder / "mixed.json").read_text(encoding="utf-8"))
     images = [record for record in records if "image" in record]
     (folder / "images.json").write_text(json.dumps(images), encoding="utf-8")
     return folder
