@@ -153,7 +153,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
             function(job)
     except EqatError as error:
         return _refused(error)
-    except OSError as error:
+    except Exception as error:
         if (explained := explained_system_error(error)) is None:
             raise
         return _refused(explained)
