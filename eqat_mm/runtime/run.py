@@ -70,9 +70,12 @@ class Place:
         return [self.folder / name for name in _PROGRESS]
 
     def own(self) -> list[Path]:
-        """Return every path that a run writes to, there or not, but for lock and what is replaced."""
-        kept = [self.proof, self.record] if self.hidden else [self.record, *(self.folder / name for name in _KEPT)]
-        return [*kept, *self.progress()]
+        """Return every path that a run writes to, there or not, but for lock and what is replaced; the record last.
+
+        Where they go one by one, what a kill leaves is known to be a run's, and an unfinished one.
+        """
+        kept = [self.proof] if self.hidden else [self.folder / name for name in _KEPT]
+        return [*kept, *self.progress(), self.record]
 
 
 @dataclass(frozen=True)
