@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command with its own arguments, those of a launcher left out; returns the exit status."""
+    from eqat_mm.runtime.progress import silence
     from eqat_mm.runtime.signals import end_with_launcher, stoppable
 
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]  # deepspeed adds it
@@ -153,6 +154,9 @@ def run_command(name: str, argv: Sequence[str]) -> int:
             function(job)
     except EqatError as error:
         return _refused(error)
+    except BrokenPipeError:  # whoever reads what it writes has seen enough
+        silence(sys.stdout)
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if (explained := explained_system_error(error)) is None:
             raise

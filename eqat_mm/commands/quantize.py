@@ -13,7 +13,7 @@ from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.preflight import announce_block_ap
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import asked, default_output, opened_run, settled
+from eqat_mm.commands.runs import asked, default_output, opened_run, settings, settled
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
@@ -84,7 +84,7 @@ def block_ap(job: BlockAPJob) -> Path:
 
 
 def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
-    require_same(ranks, {"job": str(replace(job, device="auto"))})
+    require_same(ranks, settings(replace(job, device="auto")))
     fit, count = job.fit, job.calibration.count
     ranks.from_first(lambda: require_lanes(fit.batch_size, fit.lanes, count, ranks.world))
     if ranks.rank == 0:

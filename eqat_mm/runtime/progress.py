@@ -49,10 +49,11 @@ def say(line: str) -> None:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
     except OSError:  # nobody reads any more, or a log on a full disk: the work goes on
-        _silence(sys.stdout)
+        silence(sys.stdout)
 
 
-def _silence(stream: TextIO) -> None:
+def silence(stream: TextIO) -> None:
+    """Let a stream that nobody reads any more take everything."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
