@@ -23,8 +23,7 @@ FOUR_OF_SIX: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "logging_steps":
 """Steps that end within an epoch of six."""
 _TIMES = ("started", "finished", "seconds", "continued", "tokens_per_second", "peak_bytes")
 _ENVIRONMENT = ("environment", "revision", "output", "proof", "sha256", "provenance", "versions", "overwrite")
-_OF_THE_TRAINER = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
-_VOLATILE = {*_TIMES, *_ENVIRONMENT, *_OF_THE_TRAINER}
+_VOLATILE = {*_TIMES, *_ENVIRONMENT}
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,8 @@ def _content(path: Path) -> Any:
     if path.name in ("run.json", "state.json", "eqat.json", "results.json", "result.json", "texts.jsonl.json"):
         return _steady(json.loads(path.read_text()))
     if path.name == "metrics.jsonl":
-        return [_steady(json.loads(line)) for line in path.read_text().splitlines()]
+        records = map(json.loads, path.read_text().splitlines())
+        return [_steady(record) for record in records if "train_runtime" not in record]
     return path.read_bytes()
 
 

@@ -152,8 +152,12 @@ def _work(words: list[str], said: str, fault: Fault, watched: str, cwd: str) -> 
         if fault.dies_of_large_files:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     _watch(Path(said) / "operations", watched, fault.before_operation)
+    import torch
+
     from eqat_mm.cli import main
     from eqat_mm.runtime import room
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # read once, before the fork
 
     if fault.sees_space:
         room.shutil.disk_usage = lambda _: type("Usage", (), {"free": 2**50})  # type: ignore[attr-defined, misc]
