@@ -10,9 +10,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from eqat_mm import __version__
 from eqat_mm.errors import ConfigError, EqatError, explained_system_error
@@ -148,7 +149,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     try:
         with stoppable():
             if name not in COMMANDS:
-                raise ConfigError(f"eqat {name}", repr(name), ", ".join(COMMANDS), "choose one of these commands")
+                raise _unknown_command(name)
             job_class, function = COMMANDS[name].load()
             job = parse_job(name, job_class, argv)
             function(job)
@@ -184,30 +185,35 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
     """Return the job that recipes and flags describe.
 
     Raises:
-        ConfigError: unknown option, or a value of the wrong type.
+        ConfigError: unknown option, or a value that is not allowed.
         SystemExit: after --help or --print_config.
     """
+    from eqat_mm.commands.options import parsed, spelled_out, with_ranges
     from eqat_mm.commands.recipes import recipe_path
     from eqat_mm.runtime.progress import say
 
-    argv = _spelled_out(argv, job_class)
+    argv = spelled_out(name, job_class, argv)
     recipe = COMMANDS[name].recipe or _tuned_recipe(COMMANDS[name].settings_of or name, argv, job_class)
     parser = ArgumentParser(
         prog=f"eqat {name}",
         description=COMMANDS[name].help,
         exit_on_error=False,
+        allow_abbrev=False,
         default_config_files=[] if recipe is None else [str(recipe_path(recipe))],
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file or name of a shipped recipe")
     parser.add_class_arguments(job_class)
-    try:
-        parsed = parser.parse_args(_with_recipe_paths(argv))
-        values: Namespace = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise _config_error(name, error) from error
+    with_ranges(parser, job_class)
+    job = parsed(parser, name, job_class, argv)
     if recipe is not None and COMMANDS[name].recipe is COMMANDS[name].settings_of is None:
         say(f"settings: recipe {recipe}")
-    return job_class(**{key: value for key, value in vars(values).items() if key != "config"})
+    return job
+
+
+def _unknown_command(name: str) -> ConfigError:
+    near = get_close_matches(name, COMMANDS, n=1)
+    do = f"did you mean {near[0]}?" if near else "choose one of these commands"
+    return ConfigError(f"eqat {ascii(name)[1:-1]}", ascii(name), ", ".join(COMMANDS), do)
 
 
 def _tuned_recipe(name: str, argv: Sequence[str], job_class: type[Any]) -> str | None:
@@ -232,55 +238,6 @@ def _flags_of_spec(job_class: type[Any]) -> tuple[str, str]:
     """Return the flags of bits and group size."""
     nested = any(field.name == "quant" for field in fields(job_class))
     return ("--quant.bits", "--quant.group_size") if nested else ("--bits", "--group_size")
-
-
-def _spelled_out(argv: Sequence[str], job_class: type[Any]) -> list[str]:
-    """Spell out what users may abbreviate.
-
-    A first word without dashes is the model; `--overwrite` means `--overwrite true`, and `--train-projector`
-    `--trains scales+projector`.
-    """
-    if argv and not argv[0].startswith("-") and "model" in {field.name for field in fields(job_class)}:
-        argv = ["--model", *argv]
-    flags = {f"--{field.name}" for field in fields(job_class) if isinstance(field.default, bool)}
-    result: list[str] = []
-    for position, argument in enumerate(argv):
-        if argument == "--train-projector":
-            result += ["--trains", "scales+projector"]
-            continue
-        result.append(argument)
-        if argument in flags and (position + 1 == len(argv) or argv[position + 1].startswith("-")):
-            result.append("true")
-    return result
-
-
-def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
-    """Replace the names of shipped recipes after --config by their paths."""
-    from eqat_mm.commands.recipes import recipe_path
-
-    result: list[str] = []
-    for argument in argv:
-        if result and result[-1] == "--config":
-            argument = str(recipe_path(argument))
-        elif argument.startswith("--config="):
-            argument = f"--config={recipe_path(argument.removeprefix('--config='))}"
-        result.append(argument)
-    return result
-
-
-def _config_error(name: str, error: ArgumentError) -> EqatError:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, EqatError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    message = " ".join(str(error).split())
-    return ConfigError(
-        where=f"eqat {name}",
-        given=message,
-        allowed=f"the options of `eqat {name} --help`",
-        do=f"correct it; `eqat {name} --print_config` shows every option with its value",
-    )
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:

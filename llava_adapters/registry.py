@@ -14,7 +14,7 @@ from typing import Any
 
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import AdapterError, CheckpointError
-from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.files import read_json_object
 from llava_adapters import llama, llava, llava_next, mistral
 from llava_adapters.original import refuse_original_folder, refuse_original_repository
 
@@ -103,7 +103,7 @@ def arch_of_folder(folder: Path, adapter: str | None = None) -> Arch:
             allowed="a Hugging Face model folder",
             do="check the path",
         )
-    return arch_of_config(read_json(folder / "config.json"), folder / "config.json", adapter)
+    return arch_of_config(read_json_object(folder / "config.json"), folder / "config.json", adapter)
 
 
 def arch_of_config(config: dict[str, Any], path: Path, adapter: str | None = None) -> Arch:

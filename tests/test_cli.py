@@ -7,14 +7,16 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from eqat_mm import __version__
 from eqat_mm.cli import COMMANDS, main, parse_job
+from eqat_mm.commands.options import names_of
 from eqat_mm.commands.recipes import recipes
+from eqat_mm.runtime.settings import limits_in
 from tests.tiny_model import Tiny, save_tiny
 
 NAMES = sorted(COMMANDS)
@@ -172,6 +174,8 @@ def test_a_flag_needs_no_value(argv: list[str], overwrite: bool) -> None:
 
 def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, "blockap")
+    assert "did you mean block-ap?" in said
+    assert "choose one of these" in refusal(capsys, "xyz")
     assert "'blockap'" in said
     assert all(name in said for name in NAMES)
 
@@ -207,8 +211,8 @@ def test_a_value_of_the_wrong_type(
     [
         ("block-ap", ["--quant.bits", "5"], "2, 3, 4, 8"),
         ("block-ap", ["--quant.group_size", "48"], "32, 64, 128, 256, -1"),
-        ("eval", ["--data.held_out_fraction", "1.5"], "between 0 and 1"),
-        ("e2e-qp", ["--data.length", "0"], "1 or more"),
+        ("eval", ["--data.held_out_fraction", "1.5"], "above 0, below 1"),
+        ("e2e-qp", ["--data.length", "1"], "2 or more"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -218,6 +222,85 @@ def test_a_value_out_of_its_range(
     assert allowed in refusal(capsys, command, *argv)
 
 
+IMPOSSIBLE = {
+    "block-ap": (
+        *(
+            "fit.epochs -3",
+            "fit.batch_size 0",
+            "fit.lanes 0",
+            "fit.lr_weight -1",
+            "fit.lr_scale .nan",
+            "fit.lr_norm -1",
+        ),
+        *("fit.lr_zero_point 1e400", "fit.lr_floor 7", "fit.lr_floor -1", "fit.warmup 5", "fit.warmup -1"),
+        *("fit.beta2 2", "fit.beta2 1", "fit.weight_decay -1", "fit.clip_norm 0", "fit.clip_norm -1"),
+        *("fit.validation_samples -5", "fit.patience -1", "fit.patience 0", "fit.max_skipped -1", "fit.max_retries -1"),
+        *("start.samples 0", "start.samples -1", "start.correction_damping 0", "batch_tokens -1", "batch_tokens 0"),
+        *("seed -1", "calibration.count 0", "calibration.length 1", "calibration.seed -1", "calibration.split_seed -1"),
+        *("calibration.held_out_fraction 0", "calibration.count 99999999999999999999", "quant.bits 0"),
+    ),
+    "e2e-qp": (
+        *("max_steps 0", "max_steps -1", "max_steps -5", "batch_size 0", "accumulation 0", "accumulation -1"),
+        *("logging_steps 0", "logging_steps -1", "save_steps -5", "learning_rate -1", "learning_rate 0", "lr_floor 2"),
+        *("lr_floor -1", "warmup_steps -1", "seed -1", "seed 4294967296", "epochs 0", "epochs -1", "epochs .inf"),
+        *("clip_norm 0", "lr_projector 0", "lora.rank 0", "lora.alpha -1", "lora.learning_rate 0", "data.length 1"),
+        *("conversations.count 0", "conversations.max_length 0", "conversations.text_warmup_steps -1"),
+    ),
+    "llm-qat": ("max_steps -1", "smooth 2", "smooth -1", "smooth_samples 0", "group_size 7", "bits 4-8", "bits 5-8-8"),
+    "eval": ("batch_size 0", "limit 0", "data.count 0"),
+    "generate": ("max_new_tokens 0", "temperature -1", "top_p 0", "top_p 1.5", "seed -1"),
+    "generate-data": ("count 0", "length 1", "batch_size 0", "min_tokens -1", "max_repeated 2", "seed -1"),
+    "demo": ("batch_size 0", "e2e_qp.max_steps 0", "block_ap.fit.epochs -1", "data.count 0"),
+    "demo-vlm": (
+        "processes 0",
+        "questions 0",
+        "questions_full_precision -1",
+        "batch_size 0",
+        "group_size 3",
+        "bits []",
+    ),
+    "llm-qat-table": ("smooth 2", "batch_size 0", "train.batch_size 0", "bits []", "bits [4-8-9]"),
+    "plan": ("gpus 0", "ram -1", "disk .nan", "conversations 0", "llm_qat.smooth 2", "evaluation.count 0"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, option) for command, options in IMPOSSIBLE.items() for option in options]
+)
+def test_a_number_that_cannot_be(capsys: pytest.CaptureFixture[str], command: str, option: str) -> None:
+    name, value = option.split()
+    assert f"--{name}" in refusal(capsys, command, f"--{name}", value).splitlines()[1]
+
+
+def test_a_warm_up_longer_than_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, "e2e-qp", "--warmup_steps", "100", "--max_steps", "2")
+    assert "100, in a run of 2 steps" in said
+    assert job_of("e2e-qp", "--warmup_steps", "2", "--max_steps", "2").warmup_steps == 2
+    assert job_of("llm-qat", "--warmup_steps", "2", "--max_steps", "0").trains is False
+
+
+def test_training_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = [word for name in ("weight", "scale", "norm") for word in (f"--fit.lr_{name}", "0")]
+    assert "nothing would be trained" in refusal(capsys, "block-ap", *rates)
+    assert job_of("block-ap", *rates, "--fit.epochs", "0").fit.epochs == 0
+
+
+@pytest.mark.parametrize("command", NAMES)
+def test_every_number_of_every_job_has_a_range(command: str) -> None:
+    without = [
+        name
+        for name, hint in names_of(COMMANDS[command].load()[0])
+        if {int, float} & set(_kinds(hint)) and not list(limits_in(hint))
+    ]
+    assert without == []
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types that a field is made of, such as float and None."""
+    inner = [kind for part in get_args(hint) if not isinstance(part, str) for kind in _kinds(part)]
+    return [hint, *inner]
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -225,10 +308,16 @@ def test_a_value_out_of_its_range(
         ("fit: {epoch: 3}\n", "epoch"),
         ("fit: {epochs: three}\n", "epochs"),
         ("quant: {bits: 5}\n", "2, 3, 4, 8"),
+        ("fit: .nan\n", "fit"),
+        ("fit:\n", "fit"),
+        ("fit: {lr_weight: .nan}\n", "fit.lr_weight"),
         ("fit: {epochs: 3\n", "config"),
         ("just words\n", "config"),
     ],
-    ids=["unknown key", "unknown nested key", "wrong type", "out of range", "not YAML", "no mapping"],
+    ids=[
+        *("unknown key", "unknown nested key", "wrong type", "out of range", "no settings", "nothing", "not a number"),
+        *("not YAML", "no mapping"),
+    ],
 )
 def test_a_recipe_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, named: str) -> None:
     file = tmp_path / "recipe.yaml"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
 
+from eqat_mm.blocks.config import read_config, refused
+from eqat_mm.blocks.source import CheckedFolder, check_folder
+from eqat_mm.blocks.weights import WeightSource, is_finite
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST
 from eqat_mm.errors import CheckpointError
@@ -19,9 +23,25 @@ def is_packed(folder: Path) -> bool:
 
 
 def takes_images(folder: Path) -> bool:
-    """Whether the folder holds a vision-language model, by its configuration."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    """Whether the folder holds a vision-language model, by its configuration.
+
+    Raises:
+        CheckpointError: config.json is missing or broken.
+    """
+    return type(read_config(folder)) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def check_full_precision(folder: Path) -> CheckedFolder:
+    """Check that transformers would read a whole full-precision model in the folder, and nothing else.
+
+    Raises:
+        CheckpointError: a broken file, or something that `check_stored` refuses.
+    """
+    return check_folder(folder, _auto_class(folder), merges=True)
+
+
+def _auto_class(folder: Path) -> Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"]:
+    return "AutoModelForImageTextToText" if takes_images(folder) else "AutoModelForCausalLM"
 
 
 def load_for_inference(
@@ -35,34 +55,56 @@ def load_for_inference(
         dtype: of what is not quantized; `auto` as in `unquantized_dtype`.
 
     Raises:
-        CheckpointError: a packed model is damaged.
+        CheckpointError: a packed model is damaged; a full-precision one is not whole, quantized already or not finite.
     """
     if is_packed(folder):
         return load(folder, dtype=dtype, device=device)
-    auto = transformers.AutoModelForImageTextToText if takes_images(folder) else transformers.AutoModelForCausalLM
-    kept = unquantized_dtype(dtype, device)
-    model: transformers.PreTrainedModel = auto.from_pretrained(folder, dtype=kept)
+    checked, kept = check_full_precision(folder), unquantized_dtype(dtype, device)
+    auto = getattr(transformers, _auto_class(folder))
+    with refused(folder, "model"):
+        model: transformers.PreTrainedModel = auto.from_pretrained(folder, config=checked.config, dtype=kept)
+    _require_finite(model, checked.source)
     torch.nn.Module.to(model, device)
     model.eval()
     model.requires_grad_(False)
     return model
 
 
+def _require_finite(model: transformers.PreTrainedModel, source: WeightSource) -> None:
+    """Check what was read from a folder, without reading it a second time.
+
+    Raises:
+        CheckpointError: a tensor is not finite, in the files or in the dtype that it was read to.
+    """
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter):
+            if name in source:
+                source.read(name)
+            raise CheckpointError(
+                where=f"{source.folder}: {name}",
+                given=f"values that are not finite as {str(parameter.dtype).removeprefix('torch.')}",
+                allowed="weights within the range of the dtype they are read to",
+                do="choose a dtype of wider range: --dtype bfloat16 or float32",
+            )
+
+
 def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is that of another model.
     """
-    try:
-        tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    with refused(folder, "tokenizer", do="put the files of the model's tokenizer beside the weights, all of them"):
+        auto = transformers.AutoTokenizer
+        tokenizer: transformers.PreTrainedTokenizerBase = auto.from_pretrained(folder, trust_remote_code=False)
+    rows = getattr(read_config(folder).get_text_config(decoder=True), "vocab_size", tokenizer.vocab_size)
+    if tokenizer.vocab_size > rows:
         raise CheckpointError(
             where=str(folder),
-            given=f"no usable tokenizer ({' '.join(str(error).split())[:200]})",
-            allowed="a model folder with the files of its tokenizer",
-            do="put the tokenizer's files beside the weights",
-        ) from error
+            given=f"a tokenizer of {tokenizer.vocab_size} tokens for a model that knows {rows}",
+            allowed=f"up to {rows} tokens, special ones that were added apart",
+            do="put the tokenizer's files of this model beside the weights",
+        )
     return tokenizer
 
 
@@ -72,16 +114,9 @@ def load_processor(folder: Path) -> transformers.ProcessorMixin:
     Raises:
         CheckpointError: there is none, or a package that it needs is not installed.
     """
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(folder)
-        found = f"a text-only {type(processor).__name__}"
-    except (OSError, ValueError, ImportError) as error:
-        processor, found = None, " ".join(str(error).split())[:200]
-    if isinstance(processor, transformers.ProcessorMixin):
-        return processor
-    raise CheckpointError(
-        where=str(folder),
-        given=f"no usable processor ({found})",
-        allowed="the folder of a vision-language model, with the files of its tokenizer and its image processor",
-        do="put the processor's files beside the weights, and install what reads images: pip install 'eqat-mm[vlm]'",
-    )
+    do = "put the processor's files beside the weights, and install what reads images: pip install 'eqat-mm[vlm]'"
+    with refused(folder, "processor", do=do):
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(processor, transformers.ProcessorMixin):
+            raise TypeError(f"a text-only {type(processor).__name__}")
+    return processor

@@ -9,11 +9,12 @@ from eqat_mm.commands.models import model_folder
 from eqat_mm.data.assets import ASSETS, asset_cache, fetch_asset
 from eqat_mm.data.easy_vqa import easy_vqa_folder
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.settings import Settings
 from llava_adapters.registry import ALIASES
 
 
 @dataclass(frozen=True)
-class AssetsJob:
+class AssetsJob(Settings):
     """List the pinned assets and model aliases, or fetch some.
 
     Attributes:

@@ -16,13 +16,14 @@ from eqat_mm.checkpoint.adapters import adapter_bits
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
-from eqat_mm.commands.models import load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Decided, Precision, arithmetic, autocast
 from eqat_mm.runtime.progress import duration, say
+from eqat_mm.runtime.settings import Count, Settings
 
 _STORED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """What a checkpoint holds of a quantized linear, bias apart."""
@@ -31,7 +32,7 @@ HEADINGS = f"{'bits/weight':>12}{'perplexity':>14}{'KL':>9}{'top-1':>8}{'time':>
 
 
 @dataclass(frozen=True)
-class EvalJob:
+class EvalJob(Settings):
     """Perplexity on held-out text, with KL and top-1 agreement against a reference; or the score on tasks of lmms-eval.
 
     Attributes:
@@ -51,8 +52,8 @@ class EvalJob:
     reference: str | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
     tasks: str | None = None
-    limit: int | None = None
-    batch_size: int = 4
+    limit: Count | None = None
+    batch_size: Count = 4
     dtype: Precision = "auto"
     precision: Precision | None = None
     device: str = "auto"
@@ -66,7 +67,7 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
         EqatError: any bad input.
     """
     folder = model_folder(job.model)
-    require_model(folder)
+    require_weights(folder)
     device = best_device(job.device)
     result = {"model": job.model, "bits_per_weight": bits_per_weight(folder), **_measure(job, folder, device)}
     if job.output is not None:
@@ -99,8 +100,10 @@ def _check_choice(job: EvalJob) -> None:
 
 
 def _perplexity(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
-    windows = text_windows(load_tokenizer(folder), job.data)
     reference = None if job.reference is None else model_folder(job.reference)
+    if reference is not None:
+        require_weights(reference)
+    windows = text_windows(load_tokenizer(folder), job.data)
     bench = Bench(reference, windows, job.batch_size, job.precision, device, job.dtype)
     return bench.measure(folder).as_dict() | {"precision": bench.precision}
 

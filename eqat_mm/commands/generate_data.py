@@ -13,7 +13,7 @@ import transformers
 
 from eqat_eval.repetition import repetition
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.commands.models import load_model, model_folder, require_model
+from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.commands.runs import asked
 from eqat_mm.data.generated import GeneratedTokens, Sampling, generate_tokens
 from eqat_mm.data.record_parts import (
@@ -32,12 +32,13 @@ from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.runtime.run import Place, Run
+from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Length, Seed, Settings
 
 _COMMAND = "generate-data"
 
 
 @dataclass(frozen=True)
-class GenerateDataJob:
+class GenerateDataJob(Settings):
     """Let a model write its own training text.
 
     Attributes:
@@ -59,14 +60,14 @@ class GenerateDataJob:
 
     model: str = "smollm2-135m"
     output: Path | None = None
-    count: int = 512
-    length: int = 1024
+    count: Count = 512
+    length: Length = 1024
     sampling: Sampling = "paper"
-    seed: int = 0
-    batch_size: int = 16
+    seed: Seed = 0
+    batch_size: Count = 16
     shard: str | None = None
-    min_tokens: int = 16
-    max_repeated: float = 0.5
+    min_tokens: CountOrZero = 16
+    max_repeated: Fraction = 0.5
     drop_degenerate: bool = False
     device: str = "auto"
     overwrite: bool = False
@@ -78,12 +79,11 @@ def generate_data(job: GenerateDataJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
-    _require_sizes(job)
     output = job.output or Path("runs") / f"{Path(job.model).name}-generated.jsonl"
     _require_suffix(output)
     shard, shards = _shard(job)
     folder = model_folder(job.model)
-    require_model(folder)
+    require_weights(folder)
     tokenizer = load_tokenizer(folder)
     _require_context(folder, job.length + len(start_of(tokenizer)))
     wanted = asked(_COMMAND, job, best_device(job.device), {"model": folder}, quantized=is_quantized(folder))
@@ -96,7 +96,7 @@ def generate_data(job: GenerateDataJob) -> Path:
             if run.finished_meanwhile():
                 return output
             run.begin()
-        written = read_parts(run.folder)
+        written = read_parts(run.folder, job.count)
         mine = [index for index in range(job.count) if index % shards == shard - 1 and index not in written]
         _write(job, output, model, tokenizer, mine)
         _finish(job, run)
@@ -168,7 +168,7 @@ def _finish(job: GenerateDataJob, run: Run) -> None:
     with locked(run.folder):
         if run.finished_meanwhile():
             return
-        records = read_parts(run.folder)
+        records = read_parts(run.folder, job.count)
         if len(records) < job.count:
             say(f"{len(records):,} of {job.count:,} texts; whoever writes the last of them writes {run.place.proof}")
             return
@@ -201,15 +201,6 @@ def _put_together(job: GenerateDataJob, run: Run, records: list[Record]) -> None
         f"{counts['looped']:,} loop, {counts['ended_early']:,} end before {job.min_tokens} tokens, "
         f"{counts['dropped']:,} were dropped"
     )
-
-
-def _require_sizes(job: GenerateDataJob) -> None:
-    for name, least in (("count", 1), ("length", 2), ("batch_size", 1), ("min_tokens", 0)):
-        value = getattr(job, name)
-        if value < least:
-            raise ConfigError(f"--{name}", str(value), f"an integer of {least} or more", f"raise --{name}")
-    if not 0 <= job.max_repeated <= 1:
-        raise ConfigError("--max_repeated", str(job.max_repeated), "a share, 0 to 1", "use 0.5")
 
 
 def _require_suffix(output: Path) -> None:

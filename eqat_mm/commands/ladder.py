@@ -13,7 +13,7 @@ from typing import Any
 
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
-from eqat_mm.commands.models import model_folder, require_model
+from eqat_mm.commands.models import model_folder, require_weights
 from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, rtn
 from eqat_mm.commands.runs import (
     default_output,
@@ -31,10 +31,11 @@ from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import provenance
+from eqat_mm.runtime.settings import Count, Settings
 
 
 @dataclass(frozen=True)
-class LadderJob:
+class LadderJob(Settings):
     """The ladder of stages of one model.
 
     Attributes:
@@ -52,7 +53,7 @@ class LadderJob:
     e2e_qp: E2EQPJob = field(default_factory=E2EQPJob)
     e2e_qp_only: E2EQPJob | None = field(default_factory=E2EQPJob)
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
-    batch_size: int = 4
+    batch_size: Count = 4
     precision: Precision = "auto"
     output: Path | None = None
     fresh: bool = False
@@ -92,7 +93,7 @@ class _Rungs:
         self.job, self.model = job, job.block_ap.model
         self.root = job.output or default_output(self.model, job.block_ap.quant)
         folder = model_folder(self.model)
-        require_model(folder)
+        require_weights(folder)
         device = best_device(job.block_ap.device)
         windows = text_windows(load_tokenizer(folder), job.data)
         self.bench = Bench(folder, windows, job.batch_size, job.precision, device)

@@ -6,7 +6,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +13,8 @@ import torch
 import transformers
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from eqat_mm.commands.recipes import deepspeed_path
+from eqat_mm.commands.deepspeed_file import DeepSpeedFile
 from eqat_mm.commands.runs import asked, opened_run, settled
-from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import launched
 from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
@@ -37,27 +35,6 @@ def free_port() -> int:
     return port
 
 
-def deepspeed_settings(name: str | None) -> Path | None:
-    """Return the file with DeepSpeed's settings, where a job names one and a launcher started this process.
-
-    Raises:
-        ConfigError: an unknown name, or DeepSpeed is not installed.
-    """
-    if name is None:
-        return None
-    path = deepspeed_path(name)
-    if not launched():
-        return None
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            where=f"--deepspeed {name}",
-            given="DeepSpeed is not installed",
-            allowed="an environment with it",
-            do="pip install 'eqat-mm[deepspeed]', or leave --deepspeed out",
-        )
-    return path
-
-
 @contextmanager
 def training_run(
     job: Job,
@@ -65,7 +42,7 @@ def training_run(
     command: str,
     inputs: dict[str, Path | str],
     device: torch.device,
-    deepspeed: Path | None,
+    deepspeed: DeepSpeedFile | None,
     room: int,
 ) -> Iterator[tuple[Job, transformers.TrainingArguments, Run]]:
     """Begin or continue a run, the first process before the others.

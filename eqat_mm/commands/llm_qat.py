@@ -11,12 +11,13 @@ from torch import Tensor
 
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.commands.launchers import deepspeed_settings, training_run, whole_models
-from eqat_mm.commands.models import load_model, require_weights
+from eqat_mm.commands.deepspeed_file import deepspeed_settings
+from eqat_mm.commands.launchers import training_run, whole_models
+from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import open_full_precision
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
-from eqat_mm.runtime.device import best_device
+from eqat_mm.runtime.device import best_device, processes
 from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
@@ -56,14 +57,17 @@ def llm_qat(job: LLMQATJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    deepspeed = deepspeed_settings(job)
     opened = _checked(job)
     stage = STAGE if job.trains else ROUNDED
     folder = job.output or _default_output(job)
-    device, deepspeed = best_device(job.device), deepspeed_settings(job.deepspeed)
+    device = best_device(job.device)
     windows = text_windows(load_tokenizer(opened.folder), job.data) if job.reads_text else None
     inputs: dict[str, Path | str] = {"model": opened.folder}
     if windows is not None:
         inputs["data"] = digest_of(windows)
+    if windows is not None and job.trains:
+        job.check_warmup_of(len(windows), processes())
     room = _room(opened, job)
     with training_run(job, Place.within(folder), stage, inputs, device, deepspeed, room) as (job, arguments, run):
         if not run.finished:
@@ -105,11 +109,10 @@ def _checked(job: LLMQATJob) -> OpenModel:
     Raises:
         EqatError: there is none, or it does not fit the settings.
     """
+    opened = open_full_precision(job.model, job.adapter)
     if job.trains:
         warn_without_recipe(job.model, job.recipe_for, "llm-qat", job.bits)
-    opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.spec)
-    require_weights(opened.folder)
     return opened
 
 

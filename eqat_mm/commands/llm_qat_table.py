@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
@@ -31,6 +31,7 @@ from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import provenance
+from eqat_mm.runtime.settings import Count, Filled, Fraction, Settings
 
 SETTINGS = ("4-8-4", "4-8-8", "8-8-4", "8-8-8", "4-8-16", "4-4-16")
 QUICK_SETTINGS = ("4-8-4", "8-8-8")
@@ -39,7 +40,7 @@ QUICK_WINDOWS = 4
 
 
 @dataclass(frozen=True)
-class LLMQATTableJob:
+class LLMQATTableJob(Settings):
     """The table of LLM-QAT of one model.
 
     Attributes:
@@ -56,15 +57,20 @@ class LLMQATTableJob:
     """
 
     train: LLMQATJob = field(default_factory=LLMQATJob)
-    bits: tuple[str, ...] = SETTINGS
+    bits: Annotated[tuple[str, ...], Filled()] = SETTINGS
     generated: Path | None = None
-    smooth: float = 0.5
+    smooth: Fraction = 0.5
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
-    batch_size: int = 4
+    batch_size: Count = 4
     precision: Precision = "float32"
     output: Path | None = None
     quick: bool = False
     fresh: bool = False
+
+    def check_together(self) -> None:
+        """Check every setting W-A-KV."""
+        for bits in self.bits:
+            BitWidths.parse(bits)
 
 
 def llm_qat_table(job: LLMQATTableJob) -> list[dict[str, Any]]:
@@ -88,7 +94,7 @@ def _quick(job: LLMQATTableJob) -> LLMQATTableJob:
     return replace(
         job,
         bits=tuple(bits for bits in QUICK_SETTINGS if bits in job.bits) or job.bits[:1],
-        train=replace(job.train, max_steps=steps, save_steps=0),
+        train=replace(job.train, max_steps=steps, save_steps=0, warmup_steps=min(steps, job.train.warmup_steps)),
         data=replace(job.data, count=min(QUICK_WINDOWS, job.data.count or QUICK_WINDOWS)),
     )
 

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.resources
 import importlib.util
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,13 +92,13 @@ def task_row(metrics: Mapping[str, Any], questions: Mapping[str, int] | None) ->
     """Return what is reported of one task.
 
     Args:
-        metrics: as lmms-eval names them, `metric,filter`.
+        metrics: as lmms-eval names them, `metric,filter`; one over no question is NaN, and left out.
         questions: its counts; None for a group of tasks.
     """
     values = {
         name.split(",")[0]: value
         for name, value in metrics.items()
-        if "," in name and "_stderr" not in name and isinstance(value, int | float)
+        if "," in name and "_stderr" not in name and isinstance(value, int | float) and math.isfinite(value)
     }
     prefix = f"{SCORE}_"
     return {

@@ -10,12 +10,13 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from eqat_mm.blocks.source import WeightSource, weight_files
-from eqat_mm.checkpoint.folders import is_packed, load_for_inference
+from eqat_mm.blocks.source import CheckedFolder, WeightSource, say_left_over
+from eqat_mm.checkpoint.folders import check_full_precision, is_packed, load_for_inference
 from eqat_mm.data.smollm2 import smollm2_folder
 from eqat_mm.errors import CheckpointError, DataError
-from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.precision import Precision
+from eqat_mm.runtime.progress import progress
 from llava_adapters import resolve_alias
 from llava_adapters.original import refuse_original_folder
 
@@ -72,9 +73,9 @@ def load_model(
 
     Raises:
         CheckpointError: the folder is not a model, or is damaged.
+        AdapterError: a LLaVA in its original layout.
     """
-    if not is_packed(folder):
-        require_weights(folder)
+    require_model(folder)
     return load_for_inference(folder, device, dtype)
 
 
@@ -92,16 +93,45 @@ def require_model(folder: Path) -> None:
             allowed="a Hugging Face model folder, or one written by `eqat block-ap` or `eqat e2e-qp`",
             do="check the path; an interrupted run is finished by starting the same command again",
         )
-    refuse_original_folder(folder, read_json(folder / "config.json"))
+    refuse_original_folder(folder, read_json_object(folder / "config.json"))
 
 
-def require_weights(folder: Path) -> None:
-    """Check that the folder is a model folder whose weight files can be opened.
+def require_weights(folder: Path) -> CheckedFolder | None:
+    """Check that the folder holds a whole model that can be read, before any work is done with it.
+
+    Returns:
+        What was found out about a full-precision model, None of a packed one, whose hashes are checked as it is loaded.
 
     Raises:
-        CheckpointError: no config.json, or a weight file is missing or truncated.
+        CheckpointError: a broken file; in full precision, something that `check_stored` refuses.
         AdapterError: a LLaVA in its original layout.
     """
     require_model(folder)
-    for path in weight_files(folder):
-        WeightSource.names_of(path)
+    if is_packed(folder):
+        return None
+    checked = check_full_precision(folder)
+    say_left_over(checked.left_over)
+    return checked
+
+
+def require_finite(source: WeightSource) -> None:
+    """Read every tensor once, before a run begins that would come to some of them only hours later.
+
+    Raises:
+        CheckpointError: one is not finite.
+    """
+    names = source.names()
+    for name in progress(names, what="check weights", total=len(names), unit="tensor"):
+        source.read(name)
+
+
+def require_teacher(folder: Path) -> Path:
+    """Check a model that teaches, values too: it is loaded only when the run has begun; return its folder.
+
+    Raises:
+        EqatError: as `require_weights` and `require_finite`.
+    """
+    checked = require_weights(folder)
+    if checked is not None:
+        require_finite(checked.source)
+    return folder

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from eqat_mm.blocks.config import MOST_LAYERS, refused, require_layers
 from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.recipes import fitting_recipe, recipes
 from eqat_mm.data.image_text import ImageTextData
@@ -27,8 +28,9 @@ from eqat_mm.plan.shape import ModelShape, shape_of_config
 from eqat_mm.plan.table import details, summary
 from eqat_mm.plan.verdict import Verdict, judge, with_ram_and_disk
 from eqat_mm.runtime.device import best_device
-from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.settings import Count, PositiveOrZero
 from eqat_mm.train.block_ap import BlockAPConfig
 from eqat_mm.train.e2e_qp import E2EQPConfig
 from eqat_mm.train.llm_qat import LLMQATConfig
@@ -59,14 +61,14 @@ class PlanJob(BlockAPConfig):
 
     model: str = "llama-2-7b"
     gpu: str | None = None
-    gpus: int = 1
-    ram: float | None = None
-    disk: float | None = None
+    gpus: Count = 1
+    ram: PositiveOrZero | None = None
+    disk: PositiveOrZero | None = None
     output: Path = Path("runs")
     calibration: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
     e2e_qp: E2EQPConfig | None = None
     data: TextWindows | None = None
-    conversations: int = CONVERSATIONS
+    conversations: Count = CONVERSATIONS
     llm_qat: LLMQATConfig = field(default_factory=LLMQATConfig)
     evaluation: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
     adapter: str | None = None
@@ -95,8 +97,11 @@ def model_shape(model: str, adapter: str | None = None) -> ModelShape:
     config, path = None if Path(model).exists() else shipped_config(model), Path(f"{model}.json")
     if config is None:
         path = _config_file(model)
-        config = read_json(path)
-    return shape_of_config(config, arch_of_config(config, path, adapter))
+        config = read_json_object(path)
+    require_layers(config, path, MOST_LAYERS)
+    arch = arch_of_config(config, path, adapter)
+    with refused(path, "configuration"):
+        return shape_of_config(config, arch)
 
 
 def _config_file(model: str) -> Path:

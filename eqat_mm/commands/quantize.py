@@ -10,7 +10,7 @@ import torch
 
 from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
-from eqat_mm.commands.models import model_folder, require_model
+from eqat_mm.commands.models import model_folder, require_finite, require_model
 from eqat_mm.commands.preflight import announce_block_ap
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import asked, default_output, opened_run, settings, settled
@@ -23,6 +23,7 @@ from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import require_same_everywhere
 from eqat_mm.runtime.ranks import Ranks, launched_ranks, own_device
 from eqat_mm.runtime.run import Place, Run
+from eqat_mm.runtime.settings import Settings
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap
 from eqat_mm.train.lanes import require_lanes
 from eqat_mm.train.rtn import run_rtn
@@ -54,7 +55,7 @@ class BlockAPJob(BlockAPConfig):
 
 
 @dataclass(frozen=True)
-class RTNJob:
+class RTNJob(Settings):
     """Round-to-nearest of a model on min-max grids: no calibration, no training.
 
     Attributes:
@@ -87,9 +88,9 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     require_same(ranks, settings(replace(job, device="auto")))
     fit, count = job.fit, job.calibration.count
     ranks.from_first(lambda: require_lanes(fit.batch_size, fit.lanes, count, ranks.world))
+    opened = open_full_precision(job.model, job.adapter)
     if ranks.rank == 0:
         warn_without_recipe(job.model, job.recipe_for, "block-ap")
-    opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.quant)
     windows = text_windows(load_tokenizer(opened.folder), job.calibration)
     batches = [{"input_ids": window.unsqueeze(0)} for window in windows]
@@ -156,7 +157,7 @@ def open_full_precision(model: str, adapter: str | None) -> OpenModel:
     """Open the model that a user names, on the meta device.
 
     Raises:
-        EqatError: there is none, no adapter fits it, or it is quantized already.
+        EqatError: there is none, no adapter fits it, it is quantized already, not whole or not finite.
     """
     folder = model_folder(model)
     require_model(folder)
@@ -167,4 +168,6 @@ def open_full_precision(model: str, adapter: str | None) -> OpenModel:
             allowed="a full-precision model",
             do="name the model it was made from",
         )
-    return open_model(folder, arch_of_folder(folder, adapter))
+    opened = open_model(folder, arch_of_folder(folder, adapter))
+    require_finite(opened.source)
+    return opened

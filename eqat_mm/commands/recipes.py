@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.settings import shown
 
 
 def recipes() -> dict[str, Path]:
@@ -39,15 +42,18 @@ def _shipped(folder: str, pattern: str) -> dict[str, Path]:
 
 
 def _file_named(option: str, name: str, shipped: dict[str, Path], allowed: str) -> Path:
-    if Path(name).is_file():
-        return Path(name)
-    if name in shipped:
+    if name in shipped and not Path(name).is_file():
         return shipped[name]
+    with suppress(OSError):  # a name too long for a file
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+    near = difflib.get_close_matches(name, shipped, n=1)
     raise ConfigError(
         where=option,
-        given=repr(name),
+        given=shown(name),
         allowed=allowed + ", ".join(shipped),
-        do="check the path, or choose one of these",
+        do=f"did you mean {near[0]}?" if near else "check the path, or choose one of these",
     )
 
 
@@ -59,7 +65,7 @@ def fitting_recipe(command: str, model: str, bits: str, group_size: str | None =
     fitting: dict[int, str] = {}
     for name, path in recipes().items():
         if name.endswith(f"-{command}"):
-            settings = yaml.safe_load(path.read_text())
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             quant = settings.get("quant", settings)  # LLM-QAT names its bits, such as 4-8-4, at the top
             if model in (settings.get("recipe_for") or ()) and str(quant["bits"]) == bits:
                 fitting.setdefault(quant.get("group_size", -1), name)

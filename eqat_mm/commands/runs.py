@@ -43,6 +43,8 @@ _HARMLESS = (
     "commit",
     "shard",
     "on_bad_sample",
+    "max_skipped",
+    "check",
 )
 """Settings that may change while a run goes on: they decide its course, not its result, but for the last bits."""
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")

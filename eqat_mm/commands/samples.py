@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer
 from eqat_mm.data.batching import Collator, SampleOrder
 from eqat_mm.data.image_text import ImageTextData, image_text_data
+from eqat_mm.data.processors import fit_processor
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.train.end_to_end import Sample, WindowDataset
 
@@ -44,19 +45,26 @@ def text_samples(folder: Path, config: TextWindows) -> Samples:
     return Samples(WindowDataset(windows), None, None, digest_of(windows))
 
 
-def image_text_samples(folder: Path, config: ImageTextData, step: int) -> Samples:
+def problems_of(output: Path) -> Path:
+    """Return the file beside a run folder in which the run's bad samples are listed."""
+    return output.with_name(f"{output.name}.problems.jsonl")
+
+
+def image_text_samples(folder: Path, config: ImageTextData, step: int, problems: Path) -> Samples:
     """Return checked conversations, with the processor of the model in `folder`.
 
     Args:
         folder: of the model.
         config: which conversations.
         step: samples in one optimizer step, over all processes and accumulated forwards.
+        problems: file in which bad samples are listed.
 
     Raises:
-        EqatError: unreadable data, bad samples, or a model without a processor.
+        EqatError: unreadable data, bad samples, or a model without a processor, or with another model's.
     """
     processor = load_processor(folder)
-    data = image_text_data(processor, config)
+    fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
+    data = image_text_data(processor, config, problems)
     order = SampleOrder(
         data.lengths, data.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
     )

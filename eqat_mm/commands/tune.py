@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +13,20 @@ from eqat_mm.checkpoint.adapters import add_adapters, require_peft
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.launchers import deepspeed_settings, training_run, whole_models
-from eqat_mm.commands.models import load_model, model_folder, require_weights
+from eqat_mm.commands.deepspeed_file import DeepSpeedFile, deepspeed_settings
+from eqat_mm.commands.launchers import training_run, whole_models
+from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import default_output
-from eqat_mm.commands.samples import Samples, image_text_samples, text_samples
+from eqat_mm.commands.samples import Samples, image_text_samples, problems_of, text_samples
 from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.data.problems import say_late
 from eqat_mm.data.windows import TextWindows
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.device import best_device
-from eqat_mm.runtime.files import read_json, write_jsonl
+from eqat_mm.runtime.device import best_device, processes
+from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.run import Place
@@ -73,24 +74,25 @@ def e2e_qp(job: E2EQPJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
-    warn_without_recipe(job.model, job.recipe_for, STAGE)
+    deepspeed = deepspeed_settings(job)
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
     stage = STAGE if "scales" in job.trains else job.trains.partition("+")[0]
     folder, device = job.output or runs / stage, best_device(job.device)
     announce_e2e_qp(base, job.model, job.quant, job, job.conversations or job.data, device, folder)
     _require_block_ap(base, job)
-    deepspeed = deepspeed_settings(job.deepspeed)
+    warn_without_recipe(job.model, job.recipe_for, STAGE)
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
-    samples = _samples(base, job)
+    inputs: dict[str, Path | str] = {"quantized": base}
+    if job.loss == "kl":
+        inputs["model"] = require_teacher(model_folder(job.model))
+    samples = _samples(base, job, folder)
+    job.check_warmup_of(len(samples.dataset), processes())  # type: ignore[arg-type]
     if deepspeed is not None:
         _require_images_everywhere(deepspeed, samples)
     verify_checkpoint(base)
-    inputs: dict[str, Path | str] = {"quantized": base, "data": samples.digest}
-    if job.loss == "kl":
-        inputs["model"] = model_folder(job.model)
-        require_weights(model_folder(job.model))
+    inputs["data"] = samples.digest
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
     with training_run(job, Place.within(folder), STAGE, inputs, device, deepspeed, room) as (job, arguments, run):
         if not run.finished:
@@ -99,6 +101,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
                 write_jsonl(folder / "metrics.jsonl", log)
                 save_like(model, folder / "model", base, stage, run.record)
                 run.finish()
+                say_late(problems_of(folder))
                 say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
 
@@ -122,12 +125,12 @@ def _adapts(job: E2EQPJob) -> bool:
     return "lora" in job.trains.split("+")
 
 
-def _samples(base: Path, job: E2EQPJob) -> Samples:
+def _samples(base: Path, job: E2EQPJob, folder: Path) -> Samples:
     if job.conversations is None:
         return text_samples(base, job.data)
     _require_instructions(job.conversations)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return image_text_samples(base, job.conversations, job.batch_size * job.accumulation * processes)
+    step = job.batch_size * job.accumulation * processes()
+    return image_text_samples(base, job.conversations, step, problems_of(folder))
 
 
 def _require_instructions(config: ImageTextData) -> None:
@@ -156,17 +159,16 @@ def _require_instructions(config: ImageTextData) -> None:
         )
 
 
-def _require_images_everywhere(deepspeed: Path, samples: Samples) -> None:
+def _require_images_everywhere(deepspeed: DeepSpeedFile, samples: Samples) -> None:
     """Check that under ZeRO-3 every process needs the same parameters at the same time.
 
     Raises:
         ConfigError: some samples have images and some have not.
     """
-    stage = read_json(deepspeed).get("zero_optimization", {}).get("stage", 0)
     texts, total = samples.without_images, len(samples.dataset)  # type: ignore[arg-type]
-    if stage == 3 and 0 < texts < total:
+    if deepspeed.stage == 3 and 0 < texts < total:
         raise ConfigError(
-            where=f"--deepspeed {deepspeed.stem} (ZeRO-3)",
+            where=f"--deepspeed {deepspeed.name} (ZeRO-3)",
             given=f"{texts} of {total} samples without images",
             allowed="images in every sample: ZeRO-3 gathers the vision tower on all processes at once, or waits",
             do="use --deepspeed zero-2, or leave the samples without images out",

@@ -16,19 +16,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from eqat_mm.commands.evaluate import bits_per_weight
 from eqat_mm.commands.launchers import free_port
 from eqat_mm.commands.lmms import require_lmms_eval, task_row, tasks_folder
 from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.runs import model_fingerprint, noted, seconds_of, settings, slug
-from eqat_mm.errors import ConfigError, TrainingError
-from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.errors import TrainingError
+from eqat_mm.quant.spec import GroupSize, QuantSpec
 from eqat_mm.runtime.children import run_child
 from eqat_mm.runtime.files import read_json, write_json
 from eqat_mm.runtime.progress import duration, say
 from eqat_mm.runtime.provenance import provenance
+from eqat_mm.runtime.settings import Count, Filled, Settings
 
 TASK = "easy_vqa"
 FULL_PRECISION = "full precision"
@@ -37,7 +38,7 @@ Bits = Literal[2, 3, 4, 8]
 
 
 @dataclass(frozen=True)
-class VLMLadderJob:
+class VLMLadderJob(Settings):
     """The ladder of stages of a vision-language model.
 
     Settings of the stages are those of the shipped recipes for the model and bit width.
@@ -53,30 +54,18 @@ class VLMLadderJob:
         batch_size: questions per forward.
         output: folder of all runs and of results.json.
         fresh: discard finished rungs in the output folder.
-
-    Raises:
-        ConfigError: no bit width, or a number below 1.
     """
 
     model: str = "demo-llava"
-    bits: tuple[Bits, ...] = (2,)
-    group_size: int = 64
+    bits: Annotated[tuple[Bits, ...], Filled()] = (2,)
+    group_size: GroupSize = 64
     lora: bool = False
-    processes: int = 2
-    questions: int | None = 500
-    questions_full_precision: int | None = 500
-    batch_size: int = 32
+    processes: Count = 2
+    questions: Count | None = 500
+    questions_full_precision: Count | None = 500
+    batch_size: Count = 32
     output: Path = Path("runs/demo-vlm")
     fresh: bool = False
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        if not self.bits:
-            raise ConfigError("--bits", "none", "one or more of 2, 3, 4, 8", "name one: --bits '[2]'")
-        for name in ("processes", "questions", "questions_full_precision", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name}", str(value), "an integer >= 1", f"raise --{name}")
 
 
 @dataclass(frozen=True)

@@ -117,13 +117,13 @@ def is_finished(folder: Path, origin: str) -> bool:
     """Whether `folder` was published by `building` with this origin and has lost nothing since."""
     try:
         recorded = read_json(folder / RECORD)
-    except (OSError, ValueError):
+        if recorded["origin"] != origin:
+            return False
+        present = _record(folder, origin)
+        # More is fine: a system or a user may add files, and fetching again would delete them.
+        return bool(present["files"] >= recorded["files"] and present["bytes"] >= recorded["bytes"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # no record, or not as it was written
         return False
-    if recorded.get("origin") != origin:
-        return False
-    present = _record(folder, origin)
-    # More is fine: a system or a user may add files, and fetching again would delete them.
-    return bool(present["files"] >= recorded["files"] and present["bytes"] >= recorded["bytes"])
 
 
 @contextmanager

@@ -101,9 +101,8 @@ class Collator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, padding_side: str | None = None) -> None:
         # Where there is no padding token any will do: it is masked and not predicted.
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        assert isinstance(padding, int)
-        self._padding = padding
+        known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(token, int))
+        self._fill = {"input_ids": next(known, 0), "labels": IGNORED}
         self._side = padding_side or tokenizer.padding_side
         assert self._side in ("left", "right")
 
@@ -111,23 +110,22 @@ class Collator:
         """Return one batch.
 
         Args:
-            samples: `input_ids` and `labels`, int64 [T_i]; other tensors belong to images, [images_i, ...].
+            samples: rows of tokens, [T_i]: `input_ids`, `labels` where they are to be learned, and others; what is no
+                row belongs to images, [images_i, ...].
 
         Returns:
-            `input_ids`, `attention_mask`, `labels`: int64 [samples, T]. Other tensors [images, ...], where any sample
-            has them: those of all samples in order, their second axis (LLaVA-NeXT's tiles) filled up with zeros.
+            Rows [samples, T], `attention_mask` among them. Other tensors [images, ...], where any sample has them:
+            those of all samples in order, their second axis (LLaVA-NeXT's tiles) filled up with zeros.
         """
-        ids = [sample["input_ids"] for sample in samples]
-        batch = {
-            "input_ids": self._padded(ids, self._padding),
-            "attention_mask": self._padded([torch.ones_like(row) for row in ids], 0),
-            "labels": self._padded([sample["labels"] for sample in samples], IGNORED),
-        }
-        names = dict.fromkeys(name for sample in samples for name in sample if name not in batch)
-        return batch | {name: _joined([sample[name] for sample in samples if name in sample]) for name in names}
+        samples = [{"attention_mask": torch.ones_like(sample["input_ids"])} | sample for sample in samples]
+        names = dict.fromkeys(name for sample in samples for name in sample)
+        return {name: self._together(name, [sample[name] for sample in samples if name in sample]) for name in names}
 
-    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=self._side)
+    def _together(self, name: str, tensors: list[Tensor]) -> Tensor:
+        if tensors[0].dim() > 1:
+            return _joined(tensors)
+        fill = self._fill.get(name, 0)
+        return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=self._side)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqat_mm.data.conversations import IMAGE, Conversation, Turn
+from eqat_mm.data.conversations import Conversation, Turn
 from eqat_mm.data.problems import BadSample
+from eqat_mm.data.prompt import Renderer
 from eqat_mm.errors import ConfigError
 
 IGNORED = -100
@@ -45,6 +46,7 @@ class Chat:
         _require_processor(processor)
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        self._renderer = Renderer(processor)
         self._ends = _turn_ends(processor)
         self._counts: dict[Size, int] = {}
 
@@ -54,7 +56,7 @@ class Chat:
         Raises:
             BadSample: the template refuses it, or loses an image.
         """
-        text = self._apply([_message(turn) for turn in conversation.turns])
+        text = self._rendered(conversation.turns)
         spoken = text.rstrip()
         if spoken.endswith(conversation.turns[-1].text):
             text = spoken + self.tokenizer.eos_token
@@ -69,11 +71,10 @@ class Chat:
         Raises:
             BadSample: the template does not put each answer, as it is, behind the prompt for generation.
         """
-        messages = [_message(turn) for turn in conversation.turns]
         found = []
         for position, (role, answer) in enumerate(conversation.turns):
             if role == "assistant":
-                prompt = self._apply(messages[:position], add_generation_prompt=True)
+                prompt = self._rendered(conversation.turns[:position], answering=True)
                 start = len(text) - len(text[len(prompt) :].lstrip())
                 if not text.startswith(prompt) or not text.startswith(answer, start):
                     raise BadSample(f"the chat template does not put the answer {answer!r:.60} behind its prompt")
@@ -87,9 +88,7 @@ class Chat:
             texts: with one image token per image.
             sizes: of the images of each text.
         """
-        if not texts:
-            return []
-        ids = self.tokenizer(texts, verbose=False, return_attention_mask=False, **self._options(texts[0]))["input_ids"]
+        ids = self._renderer.ids(texts)
         images = [sum(self._image_tokens(size) - 1 for size in each) for each in sizes]
         return [len(row) + more for row, more in zip(ids, images, strict=True)]
 
@@ -108,16 +107,9 @@ class Chat:
             BadSample: as for `text` and `answers`.
         """
         text = self.text(conversation)
-        inputs = self.processor(
-            text=[text],
-            images=images or None,
-            return_tensors="pt",
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-            **self._options(text),
-        )
-        ids, offsets = inputs["input_ids"][0], inputs["offset_mapping"][0]
-        expanded = inputs["text_replacement_offsets"][0]
+        more = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        inputs = self._renderer.inputs(text, images, **more)
+        ids, offsets, expanded = (inputs[name] for name in ("input_ids", "offset_mapping", "text_replacement_offsets"))
         answers = [(_moved(start, expanded), _moved(end, expanded)) for start, end in self.answers(conversation, text)]
         names = self.processor.image_processor.model_input_names if images else ()
         sample = {"input_ids": ids, "labels": self._labels(ids, offsets, answers)}
@@ -129,19 +121,11 @@ class Chat:
             self._counts[size] = counted["num_image_tokens"][0]
         return self._counts[size]
 
-    def _apply(self, messages: list[dict[str, Any]], **options: bool) -> str:
-        import jinja2
-
+    def _rendered(self, turns: Sequence[Turn], *, answering: bool = False) -> str:
         try:
-            text: str = self.processor.apply_chat_template(messages, **options)
-        except jinja2.TemplateError as error:
-            raise BadSample(f"the chat template refuses it: {error}") from error
-        return text
-
-    def _options(self, text: str) -> dict[str, bool]:
-        # As in the processor's own apply_chat_template: a template may have written the first special token itself.
-        begin = self.tokenizer.bos_token
-        return {"add_special_tokens": begin is None or not text.startswith(begin)}
+            return self._renderer.text(turns, answering=answering)
+        except ConfigError as error:
+            raise BadSample(f"the chat template refuses it: {error.given}") from error
 
     def _labels(self, ids: Tensor, offsets: Tensor, answers: list[tuple[int, int]]) -> Tensor:
         """Return the ids of answers and ends of turns, and -100 elsewhere.
@@ -178,17 +162,6 @@ def _turn_ends(processor: Any) -> set[int]:
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     others = {processor.image_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
     return (special | set(tokenizer.all_special_ids)) - others
-
-
-def _message(turn: Turn) -> dict[str, Any]:
-    """Return a turn as transformers' templates take it: pieces of text and images, in their order."""
-    content: list[dict[str, str]] = []
-    for number, piece in enumerate(turn.text.split(IMAGE)):
-        if number:
-            content.append({"type": "image"})
-        if piece.strip():
-            content.append({"type": "text", "text": piece.strip()})
-    return {"role": turn.role, "content": content}
 
 
 def _moved(character: int, expanded: list[dict[str, Any]]) -> int:

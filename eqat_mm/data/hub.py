@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from eqat_mm.data.text_files import package_missing
+from eqat_mm.data.user_files import printable, told
 from eqat_mm.errors import DataError
 
 HUB_PREFIX = "hf:"
@@ -28,10 +29,10 @@ def load_hub(source: str) -> Any:
     name, config, split = _parse(source)
     try:
         return datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # its readers raise what they like
         raise DataError(
-            source,
-            f"the data set cannot be loaded: {error}",
+            printable(source),
+            f"the data set cannot be loaded: {told(error)}",
             "a data set, configuration and split that the hub or the local cache has",
             "check the three names and the network, or give a local file",
         ) from error

@@ -4,11 +4,14 @@ All problems of a source are found before the first step and reported together, 
 
 - the format: unknown speaker, turns out of order, empty answer, `<image>` that does not match the images;
 - images: outside the image folder, missing, or unreadable as far as `images.image_size` looks: the header, and the
-  checksums of PNG files. Pixels are decoded when the sample is used; what breaks only then is an error that names the
-  record;
+  checksums of PNG files. With `check: decode` their pixels, too;
 - the chat template: it refuses the conversation, or loses an image. Whether it lets answers be told from the rest is
   tried on one sample of each number of turns, and again whenever a sample is used;
 - the length: more tokens than `max_length`, those of the images counted. Nothing is cut.
+
+What breaks only when a sample is used, as a JPEG file that was cut off, is an error that names the record, or with
+`on_bad_sample: skip` the next good sample of its kind (with images, or without) stands in for it. Which one follows
+from the files alone: all processes and a continued run take the same, and the number of steps stays what it was.
 
 The same pass gives every sample's length, by which `batching.SampleOrder` makes batches.
 """
@@ -17,30 +20,37 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from eqat_mm.data.chat import Chat, Size
+from eqat_mm.data.chat import Chat
 from eqat_mm.data.conversations import Conversation, Records, read_records
 from eqat_mm.data.easy_vqa import EASY_VQA, easy_vqa_folder
-from eqat_mm.data.images import image_size, read_image
-from eqat_mm.data.problems import BadSample, OnBadSample, report
+from eqat_mm.data.images import decoded_size, image_size, read_image
+from eqat_mm.data.inspection import Inspector, check_samples, require_short
+from eqat_mm.data.problems import (
+    BadSample,
+    LateProblems,
+    OnBadSample,
+    Problem,
+    Tolerance,
+    refusals,
+    report,
+)
 from eqat_mm.data.text_files import package_missing
-from eqat_mm.errors import ConfigError, DataError
-from eqat_mm.runtime.progress import progress
+from eqat_mm.errors import DataError
 from eqat_mm.runtime.seeding import generator
-
-_PER_BATCH = 256
+from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Seed, Settings
 
 
 @dataclass(frozen=True)
-class ImageTextData:
+class ImageTextData(Settings, option="conversations"):
     """Which conversations about images, and how they are checked and ordered.
 
     Attributes:
@@ -49,33 +59,23 @@ class ImageTextData:
         image_folder: what the records' image paths are relative to. Default: the folder of the source file.
         count: number of records, drawn at random; None takes all.
         max_length: most tokens of a sample, those of its images counted. Longer ones are bad samples.
+        check: how images are checked before training: `header`, or `decode`, which takes as long as reading them all.
         on_bad_sample: `error` stops before training, `skip` leaves bad samples out and says how many.
+        max_skipped: largest share of the samples that `skip` may leave out; up to ten may always be.
         text_warmup_steps: optimizer steps at the beginning over which the share of samples without images falls from
             all to none; after that, samples come as they are drawn. 0: no warm-up.
         seed: which records are drawn, and their order.
-
-    Raises:
-        ConfigError: a value outside its range.
     """
 
     source: str = EASY_VQA
     image_folder: Path | None = None
-    count: int | None = None
-    max_length: int = 2048
+    count: Count | None = None
+    max_length: Count = 2048
+    check: Literal["header", "decode"] = "header"
     on_bad_sample: OnBadSample = "error"
-    text_warmup_steps: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        if self.on_bad_sample not in ("error", "skip"):
-            raise ConfigError("ImageTextData.on_bad_sample", repr(self.on_bad_sample), "error or skip", "pick one")
-        for name, least in (("count", 1), ("max_length", 1), ("text_warmup_steps", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(
-                    f"ImageTextData.{name}", str(value), f"an integer of {least} or more", f"raise {name}"
-                )
+    max_skipped: Fraction = 0.1
+    text_warmup_steps: CountOrZero = 0
+    seed: Seed = 0
 
 
 class ImageTextDataset(Dataset[dict[str, Tensor]]):
@@ -85,16 +85,22 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
         chat: the model's processor.
         conversations: the samples.
         lengths: tokens of each sample.
+        max_length: most tokens of a sample.
+        late: takes note of samples that turn out to be bad.
 
     Attributes:
         lengths: tokens of each sample.
         text_only: for each sample, whether it has no image.
     """
 
-    def __init__(self, chat: Chat, conversations: list[Conversation], lengths: list[int]) -> None:
+    def __init__(
+        self, chat: Chat, conversations: list[Conversation], lengths: list[int], max_length: int, late: LateProblems
+    ) -> None:
         assert len(conversations) == len(lengths)
         self._chat = chat
         self._conversations = conversations
+        self._max_length = max_length
+        self._late = late
         self.lengths = lengths
         self.text_only = [not conversation.images for conversation in conversations]
 
@@ -105,19 +111,27 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
         """Return `input_ids` and `labels`, int64 [T], and the tensors of the images, first axis images.
 
         Raises:
-            DataError: an image that could be opened cannot be decoded.
+            DataError: the sample cannot be used after all, and no other may stand in for it.
         """
-        conversation = self._conversations[index]
-        try:
-            images = [read_image(source) for source in conversation.images]
-            return self._chat.encode(conversation, images)
-        except BadSample as error:
-            raise DataError(
-                conversation.where,
-                str(error),
-                "what was there when the samples were checked",
-                "mend the file, or remove the record",
-            ) from error
+        for candidate in chain(range(index, len(self)), range(index)):
+            if self.text_only[candidate] == self.text_only[index]:
+                try:
+                    return self._encoded(self._conversations[candidate])
+                except BadSample as error:
+                    self._late.add(Problem.of(self._conversations[candidate].where, error))
+        raise DataError(
+            self._conversations[index].where,
+            f"no sample {'without' if self.text_only[index] else 'with'} images can be used any more",
+            "what was there when the samples were checked",
+            "make the files readable again",
+        )
+
+    def _encoded(self, conversation: Conversation) -> dict[str, Tensor]:
+        images = [read_image(source) for source in conversation.images]
+        with refusals():
+            sample = self._chat.encode(conversation, images)
+        require_short(len(sample["input_ids"]), self._max_length)
+        return sample
 
     def digest(self) -> str:
         """Return a hash of turns, image names and lengths, by which a changed source is noticed."""
@@ -127,12 +141,13 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
         return hashed.hexdigest()
 
 
-def image_text_data(processor: Any, config: ImageTextData) -> ImageTextDataset:
+def image_text_data(processor: Any, config: ImageTextData, problems: Path | None = None) -> ImageTextDataset:
     """Read and check the samples that `config` names.
 
     Args:
         processor: the model's transformers processor.
         config: which samples.
+        problems: file in which bad samples are listed, those found later, too; one of before is replaced.
 
     Raises:
         DataError: an unreadable source, bad samples, or fewer records than `count`.
@@ -145,9 +160,12 @@ def image_text_data(processor: Any, config: ImageTextData) -> ImageTextDataset:
     source = str(easy_vqa_folder() / "train.json") if config.source == EASY_VQA else config.source
     records = read_records(source, config.image_folder)
     chosen = _draw(records, config)
-    conversations, lengths, problems = _check(chat, records, chosen, config.max_length)
-    report(records.source, problems, len(chosen), config.on_bad_sample)
-    return ImageTextDataset(chat, conversations, lengths)
+    look = {"header": image_size, "decode": decoded_size}[config.check]
+    conversations, lengths, bad = check_samples(Inspector(chat, records, config.max_length, look), chosen)
+    tolerance = Tolerance(config.on_bad_sample, config.max_skipped, problems)
+    report(records.source, bad, len(chosen), tolerance)
+    late = LateProblems(records.source, len(conversations), tolerance)
+    return ImageTextDataset(chat, conversations, lengths, config.max_length, late)
 
 
 def _draw(records: Records, config: ImageTextData) -> list[int]:
@@ -163,54 +181,3 @@ def _draw(records: Records, config: ImageTextData) -> list[int]:
         )
     order = torch.randperm(len(records), generator=generator(config.seed, "image-text records"))
     return sorted(order[: config.count].tolist())
-
-
-def _check(
-    chat: Chat, records: Records, chosen: list[int], max_length: int
-) -> tuple[list[Conversation], list[int], list[str]]:
-    """Return the good samples, their lengths in tokens, and a line for each bad one."""
-    conversations: list[Conversation] = []
-    lengths: list[int] = []
-    problems: dict[int, str] = {}
-    inspector = _Inspector(chat, records)
-    for start in progress(range(0, len(chosen), _PER_BATCH), what="check samples", unit="batch"):
-        good: list[tuple[int, _Inspected]] = []
-        for index in chosen[start : start + _PER_BATCH]:
-            try:
-                good.append((index, inspector.inspect(index)))
-            except BadSample as problem:
-                problems[index] = str(problem)
-        counted = chat.lengths([sample.text for _, sample in good], [sample.sizes for _, sample in good])
-        for (index, sample), length in zip(good, counted, strict=True):
-            if length > max_length:
-                problems[index] = f"{length:,} tokens, more than max_length ({max_length:,})"
-            else:
-                conversations.append(sample.conversation)
-                lengths.append(length)
-    return conversations, lengths, [f"{records.where(index)}: {problems[index]}" for index in sorted(problems)]
-
-
-class _Inspected(NamedTuple):
-    conversation: Conversation
-    text: str
-    sizes: list[Size]
-
-
-class _Inspector:
-    """Checks one record after the other for all but its length."""
-
-    def __init__(self, chat: Chat, records: Records) -> None:
-        self._chat = chat
-        self._records = records
-        self._size_of = lru_cache(maxsize=None)(image_size)  # published sets ask many questions about one image
-        self._seen: set[int] = set()
-
-    def inspect(self, index: int) -> _Inspected:
-        conversation = self._records.conversation(index)
-        sizes = [self._size_of(image) for image in conversation.images]
-        text = self._chat.text(conversation)
-        turns = len(conversation.turns)
-        if turns not in self._seen:  # a matter of the template, hardly of the words
-            self._chat.answers(conversation, text)
-            self._seen.add(turns)
-        return _Inspected(conversation, text, sizes)

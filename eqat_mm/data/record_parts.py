@@ -3,11 +3,13 @@
 Each process appends to a file of its own in a hidden folder beside the output, one JSON object a line; whoever writes
 the last record puts them together. A process that is killed leaves at most half a line, which does not count. Records
 are known by their `index`; which process wrote one does not matter, so a run may go on with more or fewer processes.
+Every line carries a checksum of its record: one that was altered, or that something else wrote, is refused by name.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from eqat_mm.data.text_files import package_missing
+from eqat_mm.data.user_files import require_file, shown
+from eqat_mm.errors import DataError
 from eqat_mm.runtime.files import append_jsonl, atomic_path, write_jsonl
 
 Record = dict[str, Any]
+
+_CHECKSUM = "checksum"
 
 SUFFIXES = (".jsonl", ".parquet")
 """Types of file that records can be put into."""
@@ -44,13 +50,29 @@ class Part:
 
     def add(self, record: Record) -> None:
         """Append a record, which has an `index`."""
-        append_jsonl(self._path, record)
+        append_jsonl(self._path, record | {_CHECKSUM: _checksum(record)})
 
 
-def read_parts(folder: Path) -> dict[int, Record]:
-    """Return the records of all parts by index, in ascending order; half lines are left out."""
-    records = (record for path in sorted(folder.glob("*.jsonl")) for record in _whole_lines(path))
-    return dict(sorted((record["index"], record) for record in records))
+def read_parts(folder: Path, count: int) -> dict[int, Record]:
+    """Return the records of all parts by index, in ascending order; half lines are left out.
+
+    Args:
+        folder: of all parts.
+        count: number of records in all; an index is below.
+
+    Raises:
+        DataError: a line is not as it was written, has an index that cannot be, or tells of an index something else
+            than another line does.
+    """
+    records: dict[int, Record] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for where, record in _whole_lines(path):
+            index = record["index"]
+            if not isinstance(index, int) or not 0 <= index < count:
+                raise _altered(where, f"a record with index {shown(index)}", f"0 to {count - 1:,}")
+            if records.setdefault(index, record) != record:
+                raise _altered(where, f"another record {index} than before", "one record of each index")
+    return dict(sorted(records.items()))
 
 
 def write_records(path: Path, records: list[Record]) -> None:
@@ -94,12 +116,26 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _whole_lines(path: Path) -> Iterator[Record]:
+def _whole_lines(path: Path) -> Iterator[tuple[str, Record]]:
+    require_file(path, "the part of a process")
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
-            except ValueError:  # cut within the line, or within a character
+            except (ValueError, RecursionError):  # cut within the line, or within a character
                 continue
-            if isinstance(record, dict):
-                yield record
+            where = f"{path}, line {number}"
+            if not isinstance(record, dict) or "index" not in record:
+                raise _altered(where, "no record", "records as they were written")
+            if record.pop(_CHECKSUM, None) != _checksum(record):
+                raise _altered(where, "a record that is not as it was written", "one that fits its checksum")
+            yield where, record
+
+
+def _checksum(record: Record) -> str:
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _altered(where: str, given: str, allowed: str) -> DataError:
+    return DataError(where, given, allowed, "remove this line, and its record is written again; or use --overwrite")

@@ -19,7 +19,7 @@ class Vocabulary:
     """What a model may write.
 
     Attributes:
-        start: what the tokenizer puts before every text: its beginning-of-text token, or nothing.
+        start: what the tokenizer puts before every text: its beginning-of-text token, mostly, or nothing.
         first: the tokens that a text may begin with, in ascending order.
         allowed: bool [V], the tokens that may follow, those that end a text among them.
         ends: the tokens that end a text, and are no part of it.
@@ -68,9 +68,20 @@ def vocabulary_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def start_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return what a tokenizer puts before every text: its beginning-of-text token, or nothing."""
-    before = list(tokenizer("")["input_ids"])[:1]
-    return tuple(token for token in before if token == tokenizer.bos_token_id)
+    """Return what a tokenizer puts before every text: its beginning-of-text token, mostly, or nothing."""
+    text = _known_text(tokenizer)
+    whole, bare = (list(tokenizer(text, add_special_tokens=adds)["input_ids"]) for adds in (True, False))
+    places = [number for number in range(len(whole)) if bare and whole[number : number + len(bare)] == bare]
+    if places:
+        return tuple(whole[: places[0]])
+    return tuple(token for token in whole[:1] if token == tokenizer.bos_token_id)
+
+
+def _known_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of some token; a tokenizer without an unknown one refuses words it does not have."""
+    added = tokenizer.added_tokens_decoder
+    texts = (str(tokenizer.decode([token])) for token in range(len(tokenizer)) if token not in added)
+    return next((text for text in texts if text.strip()), "")
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, token_ids: tuple[int, ...]) -> str:

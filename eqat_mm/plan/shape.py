@@ -102,7 +102,9 @@ def shape_of_config(config: dict[str, Any], arch: Arch) -> ModelShape:
     """
     fields = {name: value for name, value in config.items() if name not in ("model_type", "quantization_config")}
     built = transformers.AutoConfig.for_model(config["model_type"], **fields)
-    return shape_of(empty_model(built, arch), arch)
+    with torch.device("meta"):  # nothing is computed, whatever sizes the file says
+        model = empty_model(built, arch)
+    return shape_of(model, arch)
 
 
 def shape_of(model: nn.Module, arch: Arch) -> ModelShape:

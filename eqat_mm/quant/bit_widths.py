@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from eqat_mm.errors import ConfigError
-from eqat_mm.quant.spec import BITS
+from eqat_mm.quant.spec import WeightBits
+from eqat_mm.runtime.settings import OneOf, Settings
 
 UNQUANTIZED = 16
 """Stands for activations or a KV cache that stay in floating point."""
 
-ACTIVATION_BITS = (4, 6, 8, UNQUANTIZED)
-KV_CACHE_BITS = (4, 8, UNQUANTIZED)
-
 
 @dataclass(frozen=True)
-class BitWidths:
+class BitWidths(Settings):
     """A setting W-A-KV (LLM-QAT, arXiv 2305.17888).
 
     Attributes:
@@ -24,25 +23,10 @@ class BitWidths:
         kv_cache: of keys and values: 4, 8, or 16 for floating point.
     """
 
-    weights: int
-    activations: int = UNQUANTIZED
-    kv_cache: int = UNQUANTIZED
-
-    def __post_init__(self) -> None:
-        """Check every width.
-
-        Raises:
-            ConfigError: one that is not allowed.
-        """
-        allowed = {"weights": BITS, "activations": ACTIVATION_BITS, "kv_cache": KV_CACHE_BITS}
-        for part, widths in allowed.items():
-            if getattr(self, part) not in widths:
-                raise ConfigError(
-                    where=f"bits {self.name}: {part}",
-                    given=str(getattr(self, part)),
-                    allowed=", ".join(map(str, widths)),
-                    do="write weights-activations-cache, for example 4-8-4; 16 leaves activations or cache as they are",
-                )
+    option: ClassVar[str] = "bits, "
+    weights: WeightBits
+    activations: Annotated[int, OneOf((4, 6, 8, UNQUANTIZED))] = UNQUANTIZED
+    kv_cache: Annotated[int, OneOf((4, 8, UNQUANTIZED))] = UNQUANTIZED
 
     @classmethod
     def parse(cls, text: str) -> BitWidths:
@@ -52,7 +36,7 @@ class BitWidths:
             ConfigError: not three numbers with hyphens between them, or a width that is not allowed.
         """
         parts = text.split("-")
-        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        if len(parts) != 3 or not all(part.isdecimal() and len(part) < 3 for part in parts):
             raise ConfigError(
                 where="--bits",
                 given=repr(text),

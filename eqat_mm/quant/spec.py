@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.settings import OneOf, Settings
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256, -1)
 
+WeightBits = Annotated[int, OneOf(BITS)]
+GroupSize = Annotated[int, OneOf(GROUP_SIZES)]
+
 
 @dataclass(frozen=True)
-class QuantSpec:
+class QuantSpec(Settings, option="quant"):
     """Uniform group-wise weight quantization (EfficientQAT, eqs. 1 and 2).
 
     Attributes:
@@ -25,30 +29,10 @@ class QuantSpec:
         scale_dtype: 16-bit float in which step sizes are stored.
     """
 
-    bits: int = 2
-    group_size: int = 64
+    bits: WeightBits = 2
+    group_size: GroupSize = 64
     symmetric: bool = False
     scale_dtype: Literal["bfloat16", "float16"] = "bfloat16"
-
-    def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            ConfigError: a value outside the allowed ones.
-        """
-        self._require("bits", BITS)
-        self._require("group_size", GROUP_SIZES)
-        self._require("scale_dtype", ("bfloat16", "float16"))
-
-    def _require(self, field: str, allowed: tuple[Any, ...]) -> None:
-        given = getattr(self, field)
-        if given not in allowed:
-            raise ConfigError(
-                where=f"quant.{field}",
-                given=repr(given),
-                allowed=", ".join(map(str, allowed)),
-                do=f"set --quant.{field} to one of the allowed values",
-            )
 
     @property
     def top(self) -> int:

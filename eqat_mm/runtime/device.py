@@ -29,6 +29,11 @@ def launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
+def processes() -> int:
+    """Return how many processes a launcher started, 1 where there is none."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _chosen(device: str, gpus: int) -> torch.device:
     numbered = [f"cuda:{index}" for index in range(gpus)]
     if device == "auto" and not gpus:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from eqat_mm.errors import CheckpointError
+
 UNFINISHED = ".*.partial"
 """Pattern of the temporary names: what a killed process left behind."""
 
@@ -116,3 +118,24 @@ def fsync(path: Path) -> None:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a model folder that holds an object.
+
+    Raises:
+        CheckpointError: it cannot be read, is not JSON in UTF-8, is nested too deep, or holds something else.
+    """
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError("no such file")
+        value = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        given = f"unreadable JSON ({type(error).__name__}: {error})"
+    else:
+        if isinstance(value, dict):
+            return value
+        given = f"{type(value).__name__} in place of an object"
+    raise CheckpointError(
+        where=str(path), given=given, allowed="a JSON object, {...}, in UTF-8", do="download or make the file again"
+    )

@@ -27,6 +27,8 @@ from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.runtime.ranks import ALONE, Ranks
 from eqat_mm.runtime.room import require_disk, require_memory
+from eqat_mm.runtime.settings import Count, Seed, Settings
+from eqat_mm.train.broken_block import require_finite_targets
 from eqat_mm.train.commit import RunState
 from eqat_mm.train.fit import FitConfig, fit_block, split_samples
 from eqat_mm.train.lanes import require_lanes, say_if_unequal
@@ -37,7 +39,7 @@ STAGE = "block-ap"
 
 
 @dataclass(frozen=True)
-class BlockAPConfig:
+class BlockAPConfig(Settings):
     """Block-AP without the model and the data.
 
     Attributes:
@@ -60,8 +62,8 @@ class BlockAPConfig:
     stream_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     commit: Literal["auto", "recompute", "files"] = "auto"
     precision: Precision = "auto"
-    batch_tokens: int = 4096
-    seed: int = 0
+    batch_tokens: Count = 4096
+    seed: Seed = 0
 
     @property
     def commits_streams(self) -> bool:
@@ -107,7 +109,7 @@ def run_block_ap(
         ConfigError: the group size does not divide a layer, or there are more ranks than samples of a batch or of the
             calibration.
         CheckpointError: the progress in the folder is damaged.
-        TrainingError: a block whose loss stays non-finite.
+        TrainingError: a block that is not finite before it is trained, or whose loss stays so.
     """
     check_groups(opened, config.quant)
     require_lanes(config.fit.batch_size, config.fit.lanes, len(batches), ranks.world)
@@ -153,6 +155,7 @@ def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) 
     training, _ = split_samples(len(step.sorts), config.fit)
     grids = initial_grids(walker, step, config.quant, config.start, training)
     target_square = walker.advance_fp(step)
+    require_finite_targets(walker, step, target_square)
     for path, linear in arch.named_linears(step.block):
         set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant))
     release_freed_memory()
@@ -236,14 +239,15 @@ class _Console:
     def record(self, step: BlockStep, report: FitReport, target_square: float) -> dict[str, Any]:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        relative = (report.loss_after / target_square) ** 0.5
+        relative = report.relative_error(target_square)
         finished = step.index + 1 - self.first
         eta = (now - self.started) / finished * (self.total - step.index - 1)
         memory = peak_bytes(self.device)
         rate = report.tokens / seconds
         say(
             f"block {step.index + 1:>3}/{self.total}  loss {report.loss_before:.4g} -> {report.loss_after:.4g}"
-            f"  relative error {relative:.3f}  {rate:,.0f} tok/s  {memory / 2**30:.2f} GiB"
+            f"  relative error {'-' if relative is None else f'{relative:.3f}'}"
+            f"  {rate:,.0f} tok/s  {memory / 2**30:.2f} GiB"
             f"  {duration(seconds)}  eta {duration(eta)}"
         )
         return {

@@ -20,6 +20,7 @@ from eqat_mm.errors import ConfigError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import resolve
+from eqat_mm.runtime.settings import Positive
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
 from eqat_mm.train.lora import LoRA
 from eqat_mm.train.recompute import recompute_where_it_pays
@@ -45,7 +46,7 @@ class E2EQPConfig(EndToEndConfig):
 
     trains: Trained = "scales"
     loss: Literal["cross-entropy", "kl"] = "cross-entropy"
-    lr_projector: float | None = None
+    lr_projector: Positive | None = None
     lora: LoRA = field(default_factory=LoRA)
 
 
@@ -119,7 +120,8 @@ def run_e2e_qp(
 
     Raises:
         ConfigError: a projector is to be trained and there is none.
-        TrainingError: a trained parameter or the loss is not finite at the end.
+        ConfigError: the last checkpoint is of another number of processes, or of another kind of run.
+        TrainingError: the model or the data are not finite, or too many steps were not.
     """
     keep_freed_memory()
     recompute_where_it_pays(config.gradient_checkpointing, model, arguments)
@@ -134,8 +136,9 @@ def run_e2e_qp(
         order=order,
         projector=projector if "projector" in config.trains else None,
         precision=resolve(config.precision, arguments.device),
+        stage="E2E-QP",
     )
-    log = run_trainer(trainer, "E2E-QP")
+    log = run_trainer(trainer)
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.round_scales()

@@ -1,7 +1,8 @@
 """What the end-to-end trainers share: E2E-QP, which trains step sizes, and LLM-QAT, which trains weights.
 
-The trainer is transformers' own `Trainer`; only the loss and the optimizer's parameters differ, so resuming, schedules,
-logging, accumulation, checkpoint rotation and DeepSpeed are those.
+The trainer is transformers' own `Trainer` with another loss and other parameters in the optimizer; schedules, logging,
+accumulation and DeepSpeed are those. What a killed run continues from is ours (`train.resumable`), and so is what
+happens to steps that are not finite (`train.guarded`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from eqat_mm.data.batching import SampleOrder
-from eqat_mm.errors import TrainingError
+from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.precision import Decided, Precision, autocast
 from eqat_mm.runtime.progress import interactive
+from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, Seed, Settings
+from eqat_mm.train.guarded import GuardedTrainer
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 from eqat_mm.train.parallel import keep_precision, make_whole, placed, use_one_device
 
@@ -28,7 +31,7 @@ Sample = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class EndToEndConfig:
+class EndToEndConfig(Settings):
     """How a whole model is trained, whatever is trained of it.
 
     Attributes:
@@ -50,23 +53,47 @@ class EndToEndConfig:
         seed: of the order of the data.
     """
 
-    learning_rate: float = 2e-5
-    lr_floor: float = 0.05
-    warmup_steps: int = 0
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 2
-    accumulation: int = 16
-    clip_norm: float = 1.0
+    learning_rate: Positive = 2e-5
+    lr_floor: Fraction = 0.05
+    warmup_steps: CountOrZero = 0
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
+    batch_size: Count = 2
+    accumulation: Count = 16
+    clip_norm: Positive = 1.0
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     precision: Precision = "auto"
     deepspeed: str | None = None
-    logging_steps: int = 8
-    save_steps: int = 100
-    seed: int = 0
+    logging_steps: Count = 8
+    save_steps: CountOrZero = 100
+    seed: Seed = 0
+
+    def check_together(self) -> None:
+        """Check that the learning rate has risen before the run ends."""
+        if self.max_steps:
+            self._check_warmup(self.max_steps)
+
+    def check_warmup_of(self, samples: int, processes: int) -> None:
+        """Check that the learning rate has risen before a run on so many samples ends.
+
+        Raises:
+            ConfigError: it has not.
+        """
+        if self.max_steps is None:
+            forwards = math.ceil(samples / (self.batch_size * processes))
+            self._check_warmup(math.ceil(self.epochs * math.ceil(forwards / self.accumulation)))
+
+    def _check_warmup(self, steps: int) -> None:
+        if self.warmup_steps > steps:
+            raise ConfigError(
+                where="--warmup_steps",
+                given=f"{self.warmup_steps}, in a run of {steps} steps",
+                allowed=f"an integer, 0 to {steps}",
+                do="lower --warmup_steps, or train longer with --max_steps or --epochs",
+            )
 
 
-class EndToEndTrainer(transformers.Trainer):
+class EndToEndTrainer(GuardedTrainer):
     """`Trainer` of some parameters of a model, on labels or on a teacher's predictions.
 
     Args:
@@ -75,6 +102,7 @@ class EndToEndTrainer(transformers.Trainer):
             divided among the processes as what is trained is; otherwise each has the whole.
         order: of the samples; None shuffles them.
         precision: of matrix products.
+        stage: name of the method, for messages.
         **kwargs: as for `transformers.Trainer`; `args` from `training_arguments`.
     """
 
@@ -85,10 +113,11 @@ class EndToEndTrainer(transformers.Trainer):
         teacher: nn.Module | None = None,
         order: SampleOrder | None = None,
         precision: Decided = "float32",
+        stage: str = "training",
         **kwargs: Any,
     ) -> None:
         keep_precision(kwargs["args"], precision)
-        super().__init__(**kwargs)
+        super().__init__(stage=stage, teacher=None, **kwargs)
         self.groups = groups
         self.order = order
         self.teacher = None if teacher is None else placed(teacher.eval().requires_grad_(False), self.args, precision)
@@ -127,6 +156,7 @@ class EndToEndTrainer(transformers.Trainer):
             loss = kl_divergence(outputs.logits, wanted, labels, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)  # gradients then tell all processes
         return (loss, outputs) if return_outputs else loss
 
     def around_forward(self, inputs: Sample) -> AbstractContextManager[None]:
@@ -161,23 +191,28 @@ class WindowDataset(Dataset[Sample]):
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
-def run_trainer(trainer: EndToEndTrainer, stage: str) -> list[dict[str, Any]]:
-    """Train, from the last complete checkpoint in the Trainer's folder where there is one.
+def run_trainer(trainer: EndToEndTrainer) -> list[dict[str, Any]]:
+    """Train, from the last whole checkpoint in the Trainer's folder where there is one; a finished run is only loaded.
 
     Args:
         trainer: ready to train; every process gets the whole parameters at the end.
-        stage: name of the method, for messages.
 
     Returns:
         The Trainer's log, one record per line.
 
     Raises:
-        TrainingError: a trained parameter or the loss is not finite at the end.
+        ConfigError: the checkpoint is of another number of processes, or of another kind of run.
+        TrainingError: the model or the data are not finite, or too many steps were not.
     """
     assert isinstance(trainer.model, nn.Module)
-    result = trainer.train(resume_from_checkpoint=_last_checkpoint(Path(str(trainer.args.output_dir))))
-    make_whole(trainer.model)
-    _require_finite(trainer.model, result.training_loss, stage, trainer.args.learning_rate)
+    path, facts = trainer.last_checkpoint() or (None, None)
+    if path is not None and facts is not None and facts.step >= facts.total:
+        trainer.take_over(path)
+    else:
+        trainer.train(resume_from_checkpoint=None if path is None else str(path))
+        make_whole(trainer.model)
+    trainer.require_steps()
+    trainer.require_finite()
     return list(trainer.state.log_history)
 
 
@@ -222,21 +257,3 @@ def train_only(model: nn.Module, groups: list[dict[str, Any]]) -> None:
     for parameter in (parameter for group in groups for parameter in group["params"]):
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the last checkpoint of the Trainer that is complete, if any: its state is what it writes last."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-def _require_finite(model: nn.Module, loss: float, stage: str, learning_rate: float) -> None:
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    broken = [name for name, parameter in trained if not parameter.isfinite().all()]
-    if broken or not math.isfinite(loss):
-        raise TrainingError(
-            where=stage + (f", {broken[0]}" if broken else ""),
-            given=f"training loss {loss}, {len(broken)} of {len(trained)} trained tensors not finite",
-            allowed="finite numbers",
-            do=f"lower --learning_rate (now {learning_rate:g}), or train with --precision float32",
-        )

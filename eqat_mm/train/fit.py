@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from eqat_mm.blocks.parts import Part
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.data.order import EpochOrder
-from eqat_mm.errors import TrainingError
+from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.fake_linear import fake_quant_linears, project
 from eqat_mm.runtime.progress import progress, say
 from eqat_mm.runtime.seeding import derive_seed, generator
+from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Settings, Share
+from eqat_mm.train.broken_block import broken_block, samples_that_are_not_finite
 from eqat_mm.train.lanes import dealt
 from eqat_mm.train.losses import BlockLoss, block_loss
 from eqat_mm.train.report import Diverged, FitReport, Outcomes
@@ -24,7 +26,7 @@ from eqat_mm.train.schedule import cosine_factor
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class FitConfig(Settings, option="fit"):
     """How one block is trained. The defaults are the paper's, for models of 7B parameters and up.
 
     Attributes:
@@ -36,7 +38,8 @@ class FitConfig:
         lanes: samples are dealt to so many lanes, and every step takes as many from each. Set it to the number of
             processes, or a multiple, and each has an equal part of every step; at 1 the one with most samples of a
             step keeps the others waiting. It decides the order of samples; the number of processes does not.
-        lr_weight: peak learning rate of W (paper: 2e-5 at 2 bits, 1e-5 at 3 and 4).
+        lr_weight: peak learning rate of W (paper: 2e-5 at 2 bits, 1e-5 at 3 and 4). What has a rate of 0
+            is not trained, here and below.
         lr_scale: peak learning rate of the step sizes s.
         lr_zero_point: peak learning rate of the zero points z; null takes `lr_scale`.
         lr_norm: peak learning rate of the block's norms; null takes `lr_weight`.
@@ -52,22 +55,33 @@ class FitConfig:
     """
 
     loss: BlockLoss = "mse"
-    epochs: int = 2
-    batch_size: int = 2
-    lanes: int = 1
-    lr_weight: float = 2e-5
-    lr_scale: float = 1e-4
-    lr_zero_point: float | None = None
-    lr_norm: float | None = None
-    lr_floor: float = 0.05
-    warmup: float = 0.0
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    validation_samples: int = 64
-    patience: int | None = None
-    max_skipped: int = 8
-    max_retries: int = 3
+    epochs: CountOrZero = 2
+    batch_size: Count = 2
+    lanes: Count = 1
+    lr_weight: PositiveOrZero = 2e-5
+    lr_scale: PositiveOrZero = 1e-4
+    lr_zero_point: PositiveOrZero | None = None
+    lr_norm: PositiveOrZero | None = None
+    lr_floor: Fraction = 0.05
+    warmup: Fraction = 0.0
+    beta2: Share = 0.999
+    weight_decay: PositiveOrZero = 0.0
+    clip_norm: Positive | None = 1.0
+    validation_samples: CountOrZero = 64
+    patience: Count | None = None
+    max_skipped: CountOrZero = 8
+    max_retries: CountOrZero = 3
+
+    def check_together(self) -> None:
+        """Check that something is trained."""
+        rates = (self.lr_weight, self.lr_scale, self.lr_zero_point, self.lr_norm)
+        if self.epochs and not any(rates):
+            raise ConfigError(
+                where="--fit.lr_weight, --fit.lr_scale, --fit.lr_zero_point, --fit.lr_norm",
+                given="0: nothing would be trained",
+                allowed="one of them above 0",
+                do="raise one, or set --fit.epochs to 0 to leave blocks at their initialisation",
+            )
 
 
 def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: int) -> FitReport:
@@ -77,13 +91,14 @@ def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: 
 
     A step whose loss or gradient is not finite is skipped; after `max_skipped` of them the block goes back to
     its best weights and continues with half the learning rates. Losses are looked at every
-    `report.READ_EVERY` steps and at the end of an epoch, so that may come as many steps late.
+    `report.READ_EVERY` steps and at the end of an epoch, so that may come as many steps late. Where there was no step
+    to blame, weights or samples are: that ends training at once.
 
     Several ranks take the steps of one: each its part of every batch, gradients summed. All come here at once, with the
     same block.
 
     Raises:
-        TrainingError: still not finite after `max_retries` rollbacks.
+        TrainingError: not finite before the first step, or still after `max_retries` rollbacks.
     """
     fit = _BlockFit(walker, step, config, seed)
     for retry in range(config.max_retries + 1):
@@ -91,11 +106,14 @@ def fit_block(walker: BlockWalker, step: BlockStep, config: FitConfig, *, seed: 
         try:
             fit.run(factor)
         except Diverged:
+            fit.require_sound_block()
             fit.report.retries += 1
             fit.restore_best()
             say(f"{step.name}: {fit.report.skipped} non-finite losses; back to the best weights, lr x {factor / 2:g}")
         else:
             fit.restore_best()
+            if fit.report.skipped:
+                say(f"{step.name}: {fit.report.skipped} steps were skipped, their loss or gradient was not finite")
             return fit.report
     raise TrainingError(
         where=f"{step.name}, optimizer step {fit.report.steps}",
@@ -117,9 +135,12 @@ class _BlockFit:
         self.training, self.validation = split_samples(len(step.sorts), config)
         self.parameters = trainable_parameters(step.block, config)
         self.linears = fake_quant_linears(step.block)
-        self.report = FitReport(loss_before=self.evaluate())
-        self.report.loss_after = self.report.loss_before
+        before = self.evaluate()
+        if not math.isfinite(before):
+            raise broken_block(walker, step, f"a loss of {before} before the first step")
+        self.report = FitReport(loss_before=before, loss_after=before)
         self.best = [parameter.detach().clone() for parameter in self._all()]
+        self.looked = False
 
     def run(self, lr_factor: float) -> None:
         """Train all epochs with learning rates times `lr_factor`; raise `Diverged` if it cannot."""
@@ -142,9 +163,20 @@ class _BlockFit:
                 taken += 1
                 outcomes.add(self._step(optimizer, part, hidden, target), sum(part.tokens))
             self.report.training.append(outcomes.mean())
+            if self.report.skipped:
+                self.require_sound_block()
             stale = 0 if self._validate() else stale + 1
             if config.patience is not None and stale >= config.patience:
                 return
+
+    def require_sound_block(self) -> None:
+        """Look for what is to blame for skipped steps, once: no step at all was taken, or samples are not finite."""
+        seen = f"{self.report.skipped} losses or gradients that are not finite"
+        if not self.report.steps:
+            raise broken_block(self.walker, self.step, f"{seen} before the first step")
+        if not self.looked and samples_that_are_not_finite(self.walker, self.step):
+            raise broken_block(self.walker, self.step, seen)
+        self.looked = True
 
     def restore_best(self) -> None:
         """Put the best weights back."""
@@ -213,8 +245,11 @@ class _BlockFit:
 
     def _validate(self) -> bool:
         loss = self.evaluate()
-        self.report.validation.append(loss)
-        better = math.isfinite(loss) and not loss >= self.report.loss_after
+        finite = math.isfinite(loss)
+        self.report.validation.append(loss if finite else None)
+        if not finite:
+            say(f"{self.step.name}: a validation loss of {loss}; the weights of this epoch do not count")
+        better = finite and loss < self.report.loss_after
         if better:
             self.report.loss_after = loss
             self._keep()

@@ -26,10 +26,11 @@ from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.convert import to_dynamic_fake, to_dynamic_packed
 from eqat_mm.quant.dynamic_linear import DynamicFakeLinear
-from eqat_mm.quant.smooth import require_strength, smooth
-from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.quant.smooth import smooth
+from eqat_mm.quant.spec import GroupSize, QuantSpec
 from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import resolve
+from eqat_mm.runtime.settings import Count, CountOrZero, Fraction
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
 from eqat_mm.train.recompute import recompute_where_it_pays
 
@@ -42,33 +43,29 @@ ROUNDED = "round-to-nearest"
 class LLMQATConfig(EndToEndConfig):
     """LLM-QAT without the model and the data. The defaults are the paper's, for 7B parameters and up.
 
-    `max_steps: 0` trains nothing: the model is rounded to nearest.
-
     Attributes:
         bits: of weights, activations and KV cache, for example 4-8-4; 16 leaves activations or cache as they are.
         group_size: consecutive input channels of a weight that share a step size; -1 for all (paper).
         loss: `logits` (paper) learns the full-precision model's softmax, `labels` the next token.
         smooth: strength of SmoothQuant, 0 to 1, before anything is quantized; null leaves it out.
         smooth_samples: windows of the data for the statistics of SmoothQuant.
+        max_steps: optimizer steps; overrides `epochs` where it is given. 0 trains nothing: the model is rounded to
+            nearest.
     """
 
     bits: str = "4-8-8"
-    group_size: int = -1
+    group_size: GroupSize = -1
     loss: Literal["logits", "labels"] = "logits"
-    smooth: float | None = None
-    smooth_samples: int = 32
-    batch_size: int = 1
-    accumulation: int = 8
+    smooth: Fraction | None = None
+    smooth_samples: Count = 32
+    max_steps: CountOrZero | None = None
+    batch_size: Count = 1
+    accumulation: Count = 8
 
-    def __post_init__(self) -> None:
-        """Check bits, group size and strength.
-
-        Raises:
-            ConfigError: one that is not allowed.
-        """
-        QuantSpec(self.widths.weights, self.group_size, symmetric=True)
-        if self.smooth is not None:
-            require_strength(self.smooth)
+    def check_together(self) -> None:
+        """Check the bits, too."""
+        super().check_together()
+        BitWidths.parse(self.bits)
 
     @property
     def trains(self) -> bool:
@@ -146,7 +143,8 @@ def run_llm_qat(
         The Trainer's log, one record per line.
 
     Raises:
-        TrainingError: a trained parameter or the loss is not finite at the end.
+        ConfigError: the last checkpoint is of another number of processes, or of another kind of run.
+        TrainingError: the model or the data are not finite, or too many steps were not.
     """
     if not config.trains:
         return []
@@ -159,8 +157,9 @@ def run_llm_qat(
         train_dataset=data,
         teacher=teacher,
         precision=resolve(config.precision, arguments.device),
+        stage="LLM-QAT",
     )
-    return run_trainer(trainer, "LLM-QAT")
+    return run_trainer(trainer)
 
 
 def trainable_groups(model: transformers.PreTrainedModel) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.training_args import ParallelMode
 
 from eqat_mm.runtime.precision import Decided
@@ -59,13 +59,40 @@ def placed(teacher: nn.Module, arguments: transformers.TrainingArguments, precis
     return engine  # type: ignore[no-any-return]
 
 
+def kind_of(arguments: transformers.TrainingArguments) -> str:
+    """Return how a run holds its state, in words: what one kind has saved another cannot read."""
+    plugin = arguments.deepspeed_plugin
+    if plugin is None:
+        return "without DeepSpeed"
+    division = plugin.deepspeed_config.get("zero_optimization", {})
+    places = {division.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")} - {"none"}
+    return " with offload to ".join([f"ZeRO-{plugin.zero_stage}", *sorted(places)])
+
+
+def shape_of(parameter: nn.Parameter) -> list[int]:
+    """Return the shape of a whole parameter, of which ZeRO-3 may leave a part here."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def here(value: Tensor) -> Tensor:
+    """Return what this process has of a tensor, of which ZeRO-3 may have left a part."""
+    part: Tensor = getattr(value, "ds_tensor", value)
+    return part
+
+
 @torch.no_grad()
+def whole(parameter: nn.Parameter) -> Tensor:
+    """Return the whole of a parameter, of which ZeRO-3 may leave a part here; all processes ask at once."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
 def make_whole(model: nn.Module) -> None:
     """Give every process the whole parameters, which ZeRO-3 leaves in parts."""
     for parameter in model.parameters():
         if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter]):
-                whole = parameter.detach().clone()
-            parameter.data = whole
+            parameter.data = whole(parameter)

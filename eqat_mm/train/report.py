@@ -19,22 +19,26 @@ class FitReport:
     Attributes:
         loss_before: validation loss at initialisation.
         loss_after: validation loss of the kept weights.
-        validation: validation loss after each epoch.
-        training: mean training loss of each epoch.
+        validation: validation loss after each epoch; None where it was not finite.
+        training: mean training loss of each epoch; None where every step was skipped.
         steps: optimizer steps.
         tokens: tokens trained on.
         skipped: steps with a non-finite loss.
         retries: rollbacks.
     """
 
-    loss_before: float = math.nan
-    loss_after: float = math.nan
-    validation: list[float] = field(default_factory=list)
-    training: list[float] = field(default_factory=list)
+    loss_before: float
+    loss_after: float
+    validation: list[float | None] = field(default_factory=list)
+    training: list[float | None] = field(default_factory=list)
     steps: int = 0
     tokens: int = 0
     skipped: int = 0
     retries: int = 0
+
+    def relative_error(self, target_square: float) -> float | None:
+        """Return the error of the kept weights, relative to targets of this mean square; None where all are 0."""
+        return (self.loss_after / target_square) ** 0.5 if target_square else None
 
 
 class Diverged(Exception):
@@ -62,11 +66,11 @@ class Outcomes:
         if len(self._unread) == READ_EVERY:
             self._read()
 
-    def mean(self) -> float:
-        """Return the mean of all finite losses since the last call; raise `Diverged` as `add` does."""
+    def mean(self) -> float | None:
+        """Return the mean of all finite losses since the last call, if any; raise `Diverged` as `add` does."""
         self._read()
         losses, self._losses = self._losses, []
-        return sum(losses) / max(1, len(losses))
+        return sum(losses) / len(losses) if losses else None
 
     def _read(self) -> None:
         unread, self._unread = self._unread, []

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.blocks.capture import BlockCall
@@ -30,11 +31,17 @@ from eqat_mm.quant.gptq import damp
 from eqat_mm.quant.grid import dequantize, quantize
 from eqat_mm.quant.init import Grid, Init, initial_grid
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.settings import Count, Positive, Settings
+from eqat_mm.train.broken_block import broken_block
 from eqat_mm.train.losses import token_weights
+
+MORE_DAMPING = (0.0, 0.5, 5.0)
+"""Damping in addition, tried in turn, where statistics cannot be inverted."""
 
 
 @dataclass(frozen=True)
-class WarmStartConfig:
+class WarmStartConfig(Settings, option="start"):
     """How a block's grids are initialised.
 
     Attributes:
@@ -45,8 +52,8 @@ class WarmStartConfig:
     """
 
     init: Init = "minmax"
-    samples: int = 64
-    correction_damping: float = 0.05
+    samples: Count = 64
+    correction_damping: Positive = 0.05
 
 
 @torch.no_grad()
@@ -60,6 +67,7 @@ def initial_grids(
 
     Raises:
         ConfigError: the group size does not divide a layer.
+        TrainingError: statistics that cannot be used, however much they are damped.
     """
     arch = walker.opened.arch
     if config.init == "minmax":
@@ -74,15 +82,39 @@ def initial_grids(
         for path in stage:
             linear = working.get_submodule(path)
             assert isinstance(linear, nn.Linear)
-            weight: Tensor = linear.weight
-            if config.init in ("gptq", "refined"):
-                weight = weight + seen.correction(weight, config.correction_damping)
-            grid = initial_grid(weight, spec, layer=f"{step.name}.{path}", init=config.init, hessian=seen.hessian_II)
+            try:
+                weight, grid = _grid_of(linear.weight, seen, spec, config, f"{step.name}.{path}")
+            except LinAlgError as error:
+                seen_there = f"{path}: statistics of its inputs that cannot be inverted"
+                raise broken_block(walker, step, seen_there) from error
             start = weight if grid.weight is None else grid.weight
             codes = quantize(start, grid.scale, grid.zero_point, spec)
             linear.weight = nn.Parameter(dequantize(codes, grid.scale, grid.zero_point), requires_grad=False)
             grids[path] = grid
     return grids
+
+
+def _grid_of(
+    weight: Tensor, seen: _Statistics, spec: QuantSpec, config: WarmStartConfig, layer: str
+) -> tuple[Tensor, Grid]:
+    """Return the weight that a layer is rounded from, and its grid; damp the statistics until they can be inverted."""
+    for more in MORE_DAMPING:
+        try:
+            return _grid_at(weight, seen, spec, config, layer, more)
+        except LinAlgError:
+            if more == MORE_DAMPING[-1] or not seen.hessian_II.isfinite().all():
+                raise
+        say(f"{layer}: its statistics cannot be inverted as they are, they are damped more")
+    raise AssertionError("unreachable")
+
+
+def _grid_at(
+    weight: Tensor, seen: _Statistics, spec: QuantSpec, config: WarmStartConfig, layer: str, more: float
+) -> tuple[Tensor, Grid]:
+    if config.init in ("gptq", "refined"):
+        weight = weight + seen.correction(weight, config.correction_damping + more)
+    hessian = damp(seen.hessian_II, more) if more else seen.hessian_II
+    return weight, initial_grid(weight, spec, layer=layer, init=config.init, hessian=hessian)
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Text from a model, with the sampling the caller asked for and nothing the checkpoint adds to it.
 
-`generation_config.json` of many chat models sets top-k, temperature and a repetition penalty. Here
-they are switched off unless asked for: a penalty would hide the very loops we look for.
+A penalty that `generation_config.json` sets would hide the very loops we look for: see `eqat_eval.decoding`.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from eqat_eval.decoding import decoding, generated
 from eqat_eval.graphed_decode import CudaGraph, decode, uses_graph
 from eqat_eval.inference import inference
-from eqat_eval.prompts import encode_image_prompt, encode_prompt
+from eqat_eval.prompts import encode_prompt
 from eqat_eval.repetition import Repetition, repetition
-from eqat_eval.windows import check_positive
-from eqat_mm.blocks.attention import new_cache
-from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.errors import DataError
 from eqat_mm.runtime.progress import progress
 from eqat_mm.runtime.seeding import derive_seed
 
@@ -119,14 +117,13 @@ def generate_text(
         cuda_graph: replay a decode step from a CUDA graph; `auto` on a GPU, where the model can.
 
     Raises:
-        ConfigError: an option out of range, or `chat` with a tokenizer that has no chat template.
+        ConfigError: an option out of range, or `chat` without a chat template, or one that refuses the prompt.
         DataError: a prompt without a token.
+        CheckpointError: the model's predictions are not finite.
     """
-    prompt_1T = encode_prompt(tokenizer, prompt, chat=chat)
-    inputs = {"input_ids": prompt_1T, "attention_mask": torch.ones_like(prompt_1T)}
-    sampling = sampling_arguments(temperature, top_p)
-    graph = uses_graph(model, cuda_graph)
-    return _continued(model, tokenizer, inputs, max_new_tokens, sampling, seed=seed, stream=stream, graph=graph)
+    inputs = encode_prompt(tokenizer, prompt, chat=chat)
+    settings = decoding(model, tokenizer, max_new_tokens, temperature=temperature, top_p=top_p)
+    return _continued(model, tokenizer, inputs, settings, seed=seed, stream=stream, graph=uses_graph(model, cuda_graph))
 
 
 def generate_about_images(
@@ -148,7 +145,8 @@ def generate_about_images(
         model: a vision-language model.
         processor: its processor, with a chat template.
         prompt: the user's message.
-        images: what it is about, in mode RGB; they come before the message. None: a message in words alone.
+        images: what it is about, in mode RGB; they come where the message has `<image>`, or before it. None: a message
+            in words alone.
         max_new_tokens: upper bound; generation ends earlier at an end-of-text token.
         temperature: 0 for greedy decoding, above 0 for sampling.
         top_p: sample from the smallest set of tokens with this total probability; 1 for all.
@@ -157,52 +155,41 @@ def generate_about_images(
         cuda_graph: replay a decode step from a CUDA graph; `auto` on a GPU, where the model can.
 
     Raises:
-        ConfigError: an option out of range, or a processor without a chat template.
+        ConfigError: an option out of range, or no chat template, or one that refuses the prompt.
+        DataError: a prompt with more or fewer `<image>` than images.
+        CheckpointError: the model's predictions are not finite.
     """
-    inputs = encode_image_prompt(processor, prompt, images)
-    sampling = sampling_arguments(temperature, top_p)
-    graph, tokenizer = uses_graph(model, cuda_graph), processor.tokenizer
-    return _continued(model, tokenizer, inputs, max_new_tokens, sampling, seed=seed, stream=stream, graph=graph)
+    tokenizer = processor.tokenizer
+    inputs = encode_prompt(processor, prompt, images, chat=True)
+    settings = decoding(model, tokenizer, max_new_tokens, temperature=temperature, top_p=top_p)
+    return _continued(model, tokenizer, inputs, settings, seed=seed, stream=stream, graph=uses_graph(model, cuda_graph))
 
 
 def _continued(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: dict[str, Tensor],
-    max_new_tokens: int,
-    sampling: dict[str, Any],
+    settings: GenerationConfig,
     *,
     seed: int,
     stream: bool,
     graph: bool,
 ) -> GeneratedText:
     """Continue one encoded prompt; `inputs` is what the model's forward takes, batch of one."""
-    check_positive("max_new_tokens", max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    write = _decoded if graph else _generated
+    write = _decoded if graph else generated
     started = time.perf_counter()
     with inference(model), _seeded(derive_seed(seed, "generation")):
-        tokens_1T = write(model, inputs, max_new_tokens, sampling, ending_arguments(model, tokenizer), streamer)
+        tokens_1T = write(model, inputs, settings, streamer)
     new = tuple(tokens_1T[0, inputs["input_ids"].shape[1] :].tolist())
     seconds = time.perf_counter() - started
     return GeneratedText(str(tokenizer.decode(list(new), skip_special_tokens=True)), new, seconds)
 
 
-def _generated(
-    model: Any, inputs: dict[str, Tensor], count: int, sampling: dict[str, Any], ending: dict[str, Any], streamer: Any
-) -> Tensor:
-    """Return prompt and answer by transformers' `generate`, a mixin that its types do not show."""
-    settings = {"max_new_tokens": count, "streamer": streamer, "past_key_values": new_cache(model)}
-    tokens_1T: Tensor = model.generate(**inputs, **settings, **sampling, **ending)
-    return tokens_1T
-
-
-def _decoded(
-    model: Any, inputs: dict[str, Tensor], count: int, sampling: dict[str, Any], ending: dict[str, Any], streamer: Any
-) -> Tensor:
-    options = {name: sampling[name] for name in ("temperature", "top_p")}
-    return decode(model, inputs, count, streamer=streamer, **options, **ending)
+def _decoded(model: Any, inputs: dict[str, Tensor], settings: GenerationConfig, streamer: Any) -> Tensor:
+    names = ("max_new_tokens", "temperature", "top_p", "eos_token_id", "pad_token_id")
+    return decode(model, inputs, **{name: getattr(settings, name) for name in names}, streamer=streamer)
 
 
 def judge_generation(
@@ -221,7 +208,7 @@ def judge_generation(
     Each prompt samples with its own seed, derived from `seed` and its place in the list.
 
     Raises:
-        ConfigError: as in `generate_text`.
+        ConfigError, CheckpointError: as in `generate_text`.
         DataError: no prompts, or one without a token.
     """
     if not prompts:
@@ -259,39 +246,6 @@ def _mean(samples: tuple[GeneratedText, ...]) -> GenerationJudgement:
 def _mean_of_known(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
-
-
-def sampling_arguments(temperature: float, top_p: float) -> dict[str, Any]:
-    """Return arguments of `generate` that leave nothing to the model's own generation config.
-
-    Greedy decoding wants the sampling options absent: None, or transformers warns about them.
-    """
-    if not (temperature >= 0.0 and 0.0 < top_p <= 1.0):
-        raise ConfigError(
-            where="sampling",
-            given=f"temperature={temperature}, top_p={top_p}",
-            allowed="temperature >= 0 (0 is greedy) and 0 < top_p <= 1",
-            do="correct the option that is out of range",
-        )
-    greedy = temperature == 0.0
-    return {
-        "do_sample": not greedy,
-        "temperature": None if greedy else temperature,
-        "top_p": None if greedy else top_p,
-        "top_k": None if greedy else 0,
-        "num_beams": 1,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-    }
-
-
-def ending_arguments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return end and padding ids: the model's own end ids (a chat model has several), or the tokenizer's."""
-    config = model.generation_config
-    end = config.eos_token_id if config is not None else None
-    end = tokenizer.eos_token_id if end is None else end
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return {"eos_token_id": end, "pad_token_id": pad}
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from transformers import LogitsProcessorList, StaticCache, TemperatureLogitsWarp
 from transformers.cache_utils import StaticLayer
 from transformers.generation.streamers import BaseStreamer
 
+from eqat_eval.finite import not_finite, predicts
 from eqat_mm.blocks.attention import kv_cache_bits
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
@@ -104,6 +105,9 @@ def decode(
 
     Returns:
         Prompts and answers, [B, P + new tokens].
+
+    Raises:
+        CheckpointError: the model's predictions are not finite.
     """
     choice = _Choice(temperature, top_p, eos_token_id, pad_token_id)
     with _device_of(model):
@@ -111,6 +115,8 @@ def decode(
         logits_BV, tokens = step.first_logits, [inputs["input_ids"]]
         _put(streamer, tokens[0])
         for left in reversed(range(max_new_tokens)):
+            if not predicts(logits_BV):
+                raise not_finite(model, "predictions of the next token that are not finite")
             token_B = choice(logits_BV)
             tokens.append(token_B[:, None])
             _put(streamer, token_B)

@@ -6,19 +6,26 @@ Axes: B samples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from torch import Tensor
 
-from eqat_eval.generation import ending_arguments, sampling_arguments
+from eqat_eval.decoding import decoding, generated
+from eqat_eval.finite import not_finite
 from eqat_eval.inference import inference
 from eqat_eval.windows import check_positive
 from eqat_mm.checkpoint.folders import load_for_inference, load_processor
+from eqat_mm.data.batching import Collator
+from eqat_mm.data.conversations import Turn
+from eqat_mm.data.processors import fit_processor
+from eqat_mm.data.prompt import Renderer
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
@@ -35,8 +42,9 @@ _DTYPES: dict[str, torch.dtype | Precision] = {
 class EqatVLM(lmms):  # type: ignore[misc]
     """A vision-language model behind lmms-eval's interface.
 
-    Prompts are what the processor's chat template makes of one user message, images first. Generation is greedy
-    unless a task asks for sampling, and takes nothing from the checkpoint's generation_config.json but its end tokens.
+    Prompts are what the processor's chat template makes of one user message; images come where it has `<image>`, or in
+    front. Generation is greedy unless a task asks for sampling, and takes nothing from the checkpoint's
+    generation_config.json but its end tokens.
 
     Args:
         pretrained: folder of a packed checkpoint of ours, or of a full-precision model.
@@ -46,7 +54,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
 
     Raises:
         CheckpointError: not a usable model folder, or one without processor and chat template.
-        ConfigError: unknown dtype or device, or a batch size below 1.
+        ConfigError: unknown dtype or device, a batch size below 1, or a processor that contradicts the model.
     """
 
     is_simple = True
@@ -63,6 +71,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
         self.dtype = unquantized_dtype(_DTYPES[dtype] if isinstance(dtype, str) else dtype, self.device)
         folder = Path(pretrained)
         self.processor = _processor(folder)
+        self.renderer = Renderer(self.processor)
         self.model = load_for_inference(folder, self.device, self.dtype)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -83,19 +92,18 @@ class EqatVLM(lmms):  # type: ignore[misc]
             samples: (prompt, images) of each.
             options: generation kwargs of lmms-eval; `do_sample: false` means greedy whatever the temperature.
         """
-        inputs = self._encode(samples, padding_side="left")
         sampled = options.get("do_sample", True)
-        top_p = options.get("top_p")
-        arguments = {
-            **sampling_arguments(float(options.get("temperature") or 0) if sampled else 0.0, top_p or 1.0),
-            "num_beams": options.get("num_beams", 1),
-            "max_new_tokens": options.get("max_new_tokens", 1024),
-        }
-        generator: Any = self.model
+        settings = decoding(
+            self.model,
+            self.processor.tokenizer,
+            options.get("max_new_tokens") or 1024,
+            temperature=float(options.get("temperature") or 0) if sampled else 0.0,
+            top_p=options.get("top_p") or 1.0,
+            num_beams=options.get("num_beams") or 1,
+        )
+        inputs = self._encode(samples, padding_side="left")
         with inference(self.model):
-            tokens_BT = generator.generate(
-                **inputs, **arguments, **ending_arguments(self.model, self.processor.tokenizer)
-            )
+            tokens_BT = generated(self.model, inputs, settings)
         texts = self.processor.batch_decode(tokens_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_until(text, options.get("until") or ()) for text in texts]
 
@@ -123,6 +131,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
 
         Raises:
             DataError: the tokens of an answer cannot be told from those of its prompt.
+            CheckpointError: the model's predictions are not finite.
         """
         whole = [
             (self._complete(prompt, answer), images) for (prompt, images), answer in zip(samples, answers, strict=True)
@@ -131,12 +140,20 @@ class EqatVLM(lmms):  # type: ignore[misc]
         inputs = self._encode(whole, padding_side="right")
         with inference(self.model):
             logits_BTV = self.model(**inputs, use_cache=False).logits
-            return [
-                _score_row(logits_TV, ids_T[: int(mask_T.sum())], self._encode([sample], "right")["input_ids"][0])
-                for logits_TV, ids_T, mask_T, sample in zip(
-                    logits_BTV, inputs["input_ids"], inputs["attention_mask"], samples, strict=True
-                )
-            ]
+            rows = zip(logits_BTV, inputs["input_ids"], inputs["attention_mask"], samples, strict=True)
+            return [self._score_row(logits, ids[: int(mask.sum())], sample) for logits, ids, mask, sample in rows]
+
+    def _score_row(self, logits_TV: Tensor, ids_T: Tensor, sample: tuple[str, list[Any]]) -> tuple[float, bool]:
+        prompt_T = self._encode([sample], "right")["input_ids"][0]
+        start = len(prompt_T)
+        if len(ids_T) <= start or not torch.equal(ids_T[:start], prompt_T):
+            reason = "its first token reaches into the prompt, or it has none"
+            raise _unclear(f"token ids {ids_T[start:].tolist()}", reason)
+        predicted_TV = logits_TV[start - 1 : len(ids_T) - 1].float()
+        loss = float(torch.nn.functional.cross_entropy(predicted_TV, ids_T[start:]))
+        if not math.isfinite(loss):
+            raise not_finite(self.model, f"the loss of an answer is {loss}")
+        return loss, bool(torch.equal(predicted_TV.argmax(-1), ids_T[start:]))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refuse conversations of several rounds."""
@@ -153,32 +170,24 @@ class EqatVLM(lmms):  # type: ignore[misc]
 
     def prompt(self, context: str, images: int) -> str:
         """Return the chat template's text for a question; a context that places its images itself keeps them there."""
-        placed = self.processor.image_token in context
-        content = [{"type": "image"}] * (0 if placed else images) + [{"type": "text", "text": context}]
-        message = {"role": "user", "content": content}
-        return str(self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
+        return self.renderer.text([self.renderer.asked(context, images)], answering=True)
 
     def _complete(self, prompt: str, answer: str) -> str:
         """Return the prompt followed by what the template writes for the answer."""
-        question = {"role": "user", "content": [{"type": "text", "text": ""}]}
-        given = {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
-        render = self.processor.apply_chat_template
-        before = str(render([question], add_generation_prompt=True, tokenize=False))
-        after = str(render([question, given], add_generation_prompt=False, tokenize=False))
+        question, given = Turn("user", ""), Turn("assistant", answer.strip())
+        before = self.renderer.text([question], answering=True)
+        after = self.renderer.text([question, given])
         if not after.startswith(before):
             raise _unclear(answer, "the chat template does not write it behind the prompt")
         return prompt + after.removeprefix(before).rstrip()
 
-    def _encode(self, samples: Sequence[tuple[str, list[Any]]], padding_side: str) -> Any:
-        images = [image for _, own in samples for image in own]
-        inputs = self.processor(
-            text=[prompt for prompt, _ in samples],
-            images=images or None,
-            padding=True,
-            padding_side=padding_side,
-            return_tensors="pt",
-        )
-        return inputs.to(self.device, self.dtype)
+    def _encode(self, samples: Sequence[tuple[str, list[Any]]], padding_side: str) -> dict[str, Tensor]:
+        rows = [self.renderer.inputs(prompt, images) for prompt, images in samples]
+        batch = Collator(self.processor.tokenizer, padding_side)(rows)
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            for name, value in batch.items()
+        }
 
 
 def _batches(requests: Sequence[Instance], size: int, options: Any) -> Iterator[list[int]]:
@@ -190,15 +199,6 @@ def _batches(requests: Sequence[Instance], size: int, options: Any) -> Iterator[
         indices.sort(key=lambda index: -len(requests[index].args[0]))
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
-
-
-def _score_row(logits_TV: Tensor, ids_T: Tensor, prompt_T: Tensor) -> tuple[float, bool]:
-    start = len(prompt_T)
-    if len(ids_T) <= start or not torch.equal(ids_T[:start], prompt_T):
-        raise _unclear(f"token ids {ids_T[start:].tolist()}", "its first token reaches into the prompt, or it has none")
-    predicted_TV = logits_TV[start - 1 : len(ids_T) - 1].float()
-    loss = torch.nn.functional.cross_entropy(predicted_TV, ids_T[start:])
-    return float(loss), bool(torch.equal(predicted_TV.argmax(-1), ids_T[start:]))
 
 
 def _unclear(answer: str, reason: str) -> DataError:
@@ -220,6 +220,7 @@ def _until(text: str, stops: str | Sequence[str]) -> str:
 def _processor(folder: Path) -> Any:
     processor = load_processor(folder)
     if getattr(processor, "chat_template", None):
+        fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
         return processor
     raise CheckpointError(
         where=str(folder),

@@ -20,6 +20,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,10 +29,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eqat_eval.finite import not_finite
 from eqat_eval.inference import inference
 from eqat_eval.reference import ReferenceOutputs
 from eqat_eval.windows import check_positive, check_windows, row_spans
-from eqat_mm.errors import ConfigError
+from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.runtime.progress import progress
 
 __all__ = ["PerplexityResult", "ReferenceOutputs", "evaluate_perplexity"]
@@ -42,12 +44,12 @@ class PerplexityResult:
     """What `evaluate_perplexity` found.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood; inf or nan if the loss is.
+        perplexity: exp of the mean negative log-likelihood.
         tokens: predicted positions, n * (T - 1).
         kl: mean KL(reference || model) in nats per token; None without a reference.
-        top1_agreement: share of positions with the same most likely token, 0 to 1, nan if the KL is
-            nan anywhere; None without a reference. In bfloat16 equal logits are common, and which of
-            them comes first is chance: below 1e-3 of disagreement do not read anything into it.
+        top1_agreement: share of positions with the same most likely token, 0 to 1; None without a
+            reference. In bfloat16 equal logits are common, and which of them comes first is chance:
+            below 1e-3 of disagreement do not read anything into it.
         seconds: wall time, forward passes included.
     """
 
@@ -58,7 +60,7 @@ class PerplexityResult:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields by name (inf and nan stay floats)."""
+        """Return the fields by name."""
         return asdict(self)
 
 
@@ -82,6 +84,7 @@ def evaluate_perplexity(
     Raises:
         DataError: windows of a wrong dtype or shape, or ids outside the vocabulary.
         ConfigError: a count below 1, or a reference on other windows or of another vocabulary.
+        CheckpointError: the loss or the KL is not finite.
     """
     check_windows(windows_NT, model)
     check_positive("batch_size", batch_size)
@@ -110,9 +113,17 @@ def _sums(
             reference = reference.to(logits_BTV.device)
         for offset, (logits_TV, tokens_T) in enumerate(zip(logits_BTV, batch_BT, strict=True)):
             window = index * batch_size + offset
-            total += _window_sums(logits_TV, tokens_T, reference, window, chunk_rows).cpu()
+            found = _window_sums(logits_TV, tokens_T, reference, window, chunk_rows).cpu()
+            if not found.isfinite().all():
+                raise _spoilt(model, window, *found.tolist())
+            total += found
         del logits_BTV, logits_TV  # or the next forward pass would hold two batches of logits
     return [float(value) for value in total]
+
+
+def _spoilt(model: PreTrainedModel, window: int, nll: float, kl: float, _: float) -> CheckpointError:
+    name, value = ("KL", kl) if math.isfinite(nll) else ("loss", nll)
+    return not_finite(model, f"the {name} of window {window} is {value}")
 
 
 def _window_sums(
@@ -137,7 +148,6 @@ def _chunk_sums(logits_RV: Tensor, next_R: Tensor, reference_RV: Tensor | None) 
     _check_vocabulary(logits_RV, reference_RV)
     kl_R = _kl(reference_RV.float().log_softmax(-1), log_p_RV)
     agree_R = (logits_RV.argmax(-1) == reference_RV.argmax(-1)).double()
-    agree_R.masked_fill_(kl_R.isnan(), torch.nan)  # the argmax of a nan row means nothing
     return torch.stack([nll, kl_R.sum(), agree_R.sum()])
 
 
@@ -165,10 +175,21 @@ def _predicted(windows_NT: Tensor) -> int:
 def _result(sums: list[float], tokens: int, compared: bool, seconds: float) -> PerplexityResult:
     nll, kl, agree = (value / tokens for value in sums)
     return PerplexityResult(
-        # torch and not math.exp: a huge loss gives inf instead of an OverflowError
-        perplexity=float(torch.tensor(nll, dtype=torch.float64).exp()),
+        perplexity=_perplexity(nll),
         tokens=tokens,
         kl=kl if compared else None,
         top1_agreement=agree if compared else None,
         seconds=seconds,
+    )
+
+
+def _perplexity(nll: float) -> float:
+    value = float(torch.tensor(nll, dtype=torch.float64).exp())
+    if math.isfinite(value):
+        return value
+    raise CheckpointError(
+        "evaluation",
+        f"a mean loss of {nll:.4g} nats a token",
+        "a loss whose perplexity is a finite number: 709 nats at most",
+        "take another checkpoint: this one predicts nothing",
     )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from eqat_eval.finite import not_finite, predicts
 from eqat_eval.inference import inference
 from eqat_eval.windows import check_positive, check_windows, row_spans
 from eqat_mm.errors import ConfigError
@@ -79,6 +80,7 @@ class ReferenceOutputs:
         Raises:
             DataError: windows of a wrong dtype or shape, or ids outside the vocabulary.
             ConfigError: `batch_size` below 1.
+            CheckpointError: the model's predictions are not finite.
         """
         check_windows(windows_NT, model)
         check_positive("batch_size", batch_size)
@@ -163,7 +165,7 @@ def _record(model: PreTrainedModel, windows_NT: Tensor, batch_size: int, *, keep
     cached: Tensor | None = None
     batches = torch.split(windows_NT, batch_size)
     for index, batch_BT in enumerate(progress(batches, what="reference", total=len(batches), unit="batch")):
-        rows = _kept(model, batch_BT, keep_hidden)
+        rows = _kept(model, batch_BT, keep_hidden, index * batch_size)
         if cached is None:
             cached = torch.empty((*windows_NT.shape, rows.shape[-1]), dtype=rows.dtype)
             if not keep_hidden:
@@ -174,10 +176,14 @@ def _record(model: PreTrainedModel, windows_NT: Tensor, batch_size: int, *, keep
     return cached
 
 
-def _kept(model: PreTrainedModel, batch_BT: Tensor, keep_hidden: bool) -> Tensor:
+def _kept(model: PreTrainedModel, batch_BT: Tensor, keep_hidden: bool, window: int) -> Tensor:
     """Return what is kept of one batch, on the CPU; its logits are freed before the next batch runs."""
     hidden_BTH, logits_BTV = _run(model, batch_BT)
+    compared_BTV = logits_BTV if keep_hidden else logits_BTV.half()
+    if not predicts(compared_BTV):
+        last = window + len(batch_BT) - 1
+        raise not_finite(model, f"the reference's predictions in windows {window} to {last} are not finite")
     if not keep_hidden:
-        return logits_BTV.half().cpu()
+        return compared_BTV.cpu()
     assert hidden_BTH is not None, "the output head ran in the first batch but not in a later one"
     return hidden_BTH.cpu()

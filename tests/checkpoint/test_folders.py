@@ -12,11 +12,12 @@ from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint.folders import load_for_inference, load_processor, load_tokenizer
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.files import read_json, write_json
 from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_for, arch_of_folder
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_llava import save_tiny_llava
-from tests.tiny_model import save_tiny
+from tests.tiny_model import save_tiny, word_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -56,6 +57,72 @@ def test_a_processor_makes_what_the_model_reads(folder: Path) -> None:
 
 def test_the_tokenizer_of_a_vision_language_model(folder: Path) -> None:
     assert load_tokenizer(folder).convert_tokens_to_ids("<image>") == 96
+
+
+BROKEN = {
+    "empty": b"",
+    "cut off": b'{"version": "1.0", ',
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "Latin-1": b'{"a": "\xe9"}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=list(BROKEN))
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_broken_files_of_a_tokenizer(tmp_path: Path, name: str, content: bytes) -> None:
+    tiny = save_tiny(tmp_path)
+    (tiny.folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="no usable tokenizer") as caught:
+        load_tokenizer(tiny.folder)
+    assert_four_lines(caught.value)
+    assert caught.value.where == str(tiny.folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"model": {"type": "nope"}},
+        {"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "<unk>"}},
+        {"model": {"type": "BPE", "vocab": {}, "merges": ["a"]}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
+        {"added_tokens": 3},
+    ],
+    ids=str,
+)
+def test_a_contradictory_tokenizer(tmp_path: Path, change: dict[str, Any]) -> None:
+    tiny = save_tiny(tmp_path)
+    path = tiny.folder / "tokenizer.json"
+    write_json(path, read_json(path) | change)
+    with pytest.raises(CheckpointError, match="no usable tokenizer") as caught:
+        load_tokenizer(tiny.folder)
+    assert_four_lines(caught.value)
+
+
+def test_the_tokenizer_of_another_model(tmp_path: Path) -> None:
+    """It has more tokens than the embedding has rows; what was added to it does not count."""
+    tiny = save_tiny(tmp_path)
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tiny.folder)
+    assert len(load_tokenizer(tiny.folder)) == 98
+    config = read_json(tiny.folder / "config.json")
+    write_json(tiny.folder / "config.json", config | {"vocab_size": 96})
+    with pytest.raises(CheckpointError, match="97 tokens for a model that knows 96") as caught:
+        load_tokenizer(tiny.folder)
+    assert_four_lines(caught.value)
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=list(BROKEN))
+@pytest.mark.parametrize("name", ["processor_config.json", "tokenizer.json"])
+def test_broken_files_of_a_processor(tmp_path: Path, name: str, content: bytes) -> None:
+    save_tiny_llava(tmp_path)
+    assert (tmp_path / name).is_file()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="no usable processor") as caught:
+        load_processor(tmp_path)
+    assert_four_lines(caught.value)
 
 
 def test_a_language_model_has_no_processor(tmp_path: Path) -> None:

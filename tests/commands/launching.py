@@ -69,14 +69,14 @@ def losses(folder: Path) -> Tensor:
     return torch.tensor([record["loss"] for record in map(json.loads, lines) if "loss" in record])
 
 
-def assert_a_killed_run_is_continued(command: Callable[[str], list[str]], place: Path) -> None:
+def assert_a_killed_run_is_continued(command: Callable[[str], list[str]], whole: Path, killed: Path) -> None:
     """A run with a killed process ends without a model, and goes on to that of a whole run.
 
     Args:
-        command: run of a name, in the folder of that name in `place`.
-        place: folder of both runs.
+        command: run of the name `whole` or `killed`.
+        whole: folder of the first.
+        killed: folder of the second.
     """
-    whole, killed = place / "whole", place / "killed"
     run_well(command("whole"))
     assert kill_a_process_of(command("killed"), killed / "trainer") != 0
     assert not (killed / "model").exists()
@@ -90,13 +90,14 @@ def kill_a_process_of(words: list[str], trainer: Path) -> int:
     with subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(), cwd=ROOT
     ) as launcher:
-        while not list(trainer.glob("checkpoint-*/trainer_state.json")):
+        while not list(trainer.glob("checkpoint-*[0-9]/checkpoint.json")):
             assert launcher.poll() is None, "the run ended before its first checkpoint"
             time.sleep(0.05)
-        (second,) = (
-            process
-            for process in psutil.Process(launcher.pid).children(recursive=True)
-            if "--local_rank=1" in process.cmdline()
-        )
+        second = min(_of_rank_1(psutil.Process(launcher.pid)), key=psutil.Process.create_time)
         second.send_signal(signal.SIGKILL)
         return launcher.wait()
+
+
+def _of_rank_1(launcher: psutil.Process) -> list[psutil.Process]:
+    """The second process that a launcher started, and what that one started."""
+    return [process for process in launcher.children(recursive=True) if process.environ().get("LOCAL_RANK") == "1"]

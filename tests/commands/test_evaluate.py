@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eqat_eval.perplexity import evaluate_perplexity
+from eqat_mm.blocks.source import SINGLE
 from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.cli import run_command
 from eqat_mm.commands import evaluate as evaluate_module
 from eqat_mm.commands.assets import AssetsJob, assets
-from eqat_mm.commands.evaluate import EvalJob, bits_per_weight, evaluate
+from eqat_mm.commands.evaluate import Bench, EvalJob, bits_per_weight, evaluate
 from eqat_mm.commands.generate import GenerateJob, generate
 from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.data.assets import ASSETS
 from eqat_mm.data.windows import text_windows
+from eqat_mm.errors import CheckpointError
 from llava_adapters.registry import ALIASES
 from tests.commands.jobs import SPEC, rtn_job
 from tests.tiny_model import Tiny
@@ -73,6 +78,41 @@ def test_bfloat16_holds_for_the_reference_too(
     assert set(heads) == {(weights, torch.bfloat16)}
     assert result["precision"] == "bfloat16"
     assert result["kl"] == pytest.approx(evaluate(job_of(tiny, packed, reference=tiny.folder))["kl"], rel=0.05)
+
+
+def spoil(folder: Path, name: str) -> None:
+    """Put one NaN into a tensor of a full-precision model."""
+    tensors = load_file(folder / SINGLE)
+    tensors[name].view(-1)[7] = torch.nan
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("which", ["model", "reference"])
+def test_predictions_that_are_not_finite_are_no_result(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
+) -> None:
+    folders = {name: tmp_path / name for name in ("model", "reference")}
+    for folder in folders.values():
+        shutil.copytree(tiny.folder, folder)
+    spoil(folders[which], "model.layers.1.mlp.up_proj.weight")
+    flags = [f"--{name}={folder}" for name, folder in folders.items()]
+    data = json.dumps({"source": str(tiny.text), "length": 16, "count": 4, "part": "held_out"})
+    output = tmp_path / "result.json"
+    assert run_command("eval", [*flags, "--data", data, "--device", "cpu", "--output", str(output)]) == 2
+    said = capsys.readouterr().err
+    assert "model.layers.1.mlp.up_proj.weight" in said
+    assert "Traceback" not in said
+    assert not output.exists()
+
+
+def test_a_row_of_a_table_is_finite(tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny.folder, tmp_path / "model"))
+    spoil(folder, "lm_head.weight")
+    windows = text_windows(load_tokenizer(tiny.folder), tiny.windows(4, held_out=True))
+    bench = Bench(tiny.folder, windows, 2, None, CPU)
+    json.dumps(bench.row(tiny.folder), allow_nan=False)
+    with pytest.raises(CheckpointError, match="lm_head"):
+        bench.row(folder)
 
 
 def test_one_line_says_the_result(tiny: Tiny, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from eqat_mm.cli import parse_job
+from eqat_mm.cli import parse_job, run_command
+from eqat_mm.commands import generate as generate_module
 from eqat_mm.commands.generate import GenerateJob, generate
 from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.files import read_json, write_json
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_llava import save_tiny_llava
-from tests.tiny_model import Tiny
+from tests.tiny_model import Tiny, tiny_llama
 
 
 @pytest.fixture(scope="module", params=["llava", "llava_next"])
@@ -46,7 +53,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def job_of(model: Path, *images: Path, **options: object) -> GenerateJob:
-    settings = {"prompt": "w5 w17", "image": images, "max_new_tokens": 6, "device": "cpu"}
+    settings = {"prompt": "w5 w17", "image": [*map(str, images)], "max_new_tokens": 6, "device": "cpu"}
     return GenerateJob(str(model), **(settings | options))  # type: ignore[arg-type]
 
 
@@ -108,14 +115,142 @@ def test_an_image_that_cannot_be_read_is_refused(packed: Path, tmp_path: Path, k
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--image", "a.png"], Path("a.png")),
-        (["--image", "[a.png, b.png]"], (Path("a.png"), Path("b.png"))),
+        (["--image", "a.png"], "a.png"),
+        (["--image", "[a.png, b.png]"], ["a.png", "b.png"]),
+        (["--image", "a.png", "--image", "b.png"], ["a.png", "b.png"]),
+        (["--image=a.png", "--image=b=.png", "--image", "c d.png"], ["a.png", "b=.png", "c d.png"]),
+        (["--image", "[a.png, b.png]", "--image", "c.png"], ["a.png", "b.png", "c.png"]),
+        (["--image", "https://here/a.png"], "https://here/a.png"),
+        ([], []),
     ],
-    ids=["one", "list"],
+    ids=lambda words: " ".join(words) or "none",
 )
-def test_images_on_the_command_line(words: list[str], expected: tuple[Path, ...] | Path) -> None:
+def test_images_on_the_command_line(words: list[str], expected: list[str] | str) -> None:
     job: GenerateJob = parse_job("generate", GenerateJob, ["--model", "llava-1.5-7b", *words])
     assert job.image == expected
+
+
+def test_images_given_one_by_one_are_all_seen(
+    full: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(full), "--prompt", "w5 <image> w17 <image>", "--max_new_tokens", "6", "--device", "cpu"]
+    assert run_command("generate", [*flags, "--image", str(photos[0]), "--image", str(photos[1])]) == 0
+    written = capsys.readouterr().out.splitlines()[0]
+    assert written.strip() == generate(job_of(full, *photos, prompt="w5 <image> w17 <image>")).strip()
+    assert run_command("generate", [*flags, "--image", str(photos[1])]) == 2
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "https://here/a.png",
+        "http://here/a.png",
+        "HTTPS://HERE/a.png",
+        "data:image/png;base64,iVBORw0KGgo=",
+        "file:///a",
+    ],
+)
+def test_addresses_are_refused(full: Path, image: str) -> None:
+    with pytest.raises(DataError, match="path of a file") as raised:
+        generate(GenerateJob(str(full), image=image, device="cpu"))
+    assert_four_lines(raised.value)
+    assert raised.value.given.startswith(image[:40])
+
+
+@pytest.mark.parametrize("prompt", ["<image>\nw5 w17", "<image> w5 w17"])
+def test_an_image_in_the_prompt_is_the_image(full: Path, photos: list[Path], prompt: str) -> None:
+    placed = generate(job_of(full, photos[0], prompt=prompt))
+    assert placed == generate(job_of(full, photos[0]))
+
+
+def test_an_image_stays_where_the_prompt_has_it(full: Path, photos: list[Path]) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(full)
+    text = ["USER: w5 <image> w17 ASSISTANT: "]
+    inputs = processor(text=text, images=[Image.open(photos[0])], return_tensors="pt")
+    model = load_model(full, torch.device("cpu"))
+    written = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+    expected = processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert generate(job_of(full, photos[0], prompt="w5 <image> w17")) == expected
+
+
+@pytest.mark.parametrize(("prompt", "count"), [("<image> and <image>", 1), ("<image>", 2), ("<image>", 0)])
+def test_more_or_fewer_places_than_images_are_refused(
+    full: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch, prompt: str, count: int
+) -> None:
+    monkeypatch.setattr(generate_module, "load_model", None)  # it is not read
+    with pytest.raises(DataError, match=f"for {count} images") as raised:
+        generate(job_of(full, *photos[:count], prompt=prompt))
+    assert_four_lines(raised.value)
+
+
+@pytest.fixture
+def copied(full: Path, tmp_path: Path) -> Path:
+    """A copy of the model that a test may change."""
+    return Path(shutil.copytree(full, tmp_path / full.name))
+
+
+def test_a_processor_from_before_there_was_a_config(full: Path, copied: Path, photos: list[Path]) -> None:
+    stored = read_json(copied / "processor_config.json")
+    write_json(copied / "preprocessor_config.json", stored["image_processor"] | {"processor_class": _class_of(full)})
+    (copied / "processor_config.json").unlink()
+    assert generate(job_of(copied, photos[0])) == generate(job_of(full, photos[0]))
+
+
+def _class_of(folder: Path) -> str:
+    return type(transformers.AutoProcessor.from_pretrained(folder)).__name__
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"patch_size": 4}, {"vision_feature_select_strategy": "full"}, {"num_additional_image_tokens": 4}],
+    ids=str,
+)
+def test_a_processor_of_another_model_is_refused(
+    copied: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch, change: dict[str, object]
+) -> None:
+    write_json(copied / "processor_config.json", read_json(copied / "processor_config.json") | change)
+    monkeypatch.setattr(generate_module, "load_model", None)  # it is not read
+    with pytest.raises(ConfigError, match="processor and model") as raised:
+        generate(job_of(copied, photos[0]))
+    assert_four_lines(raised.value)
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ 1 / 0 }}", "{% include 'x' %}", "{{ ''.__class__.__mro__ }}"])
+def test_a_template_that_fails_is_four_lines(copied: Path, capsys: pytest.CaptureFixture[str], template: str) -> None:
+    (copied / "chat_template.jinja").write_text(template, encoding="utf-8")
+    assert run_command("generate", ["--model", str(copied), "--chat", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "chat template" in said
+    assert "Traceback" not in said
+
+
+LEAKS: list[dict[str, object]] = [
+    {"stop_strings": ["w9"]},
+    {"cache_implementation": "static"},
+    {"suppress_tokens": list(range(2, 90))},
+    {"bad_words_ids": [[token] for token in range(2, 90)]},
+    {"guidance_scale": 1.5},
+    {"temperature": 0.9, "top_p": 0.6, "max_length": 4},
+]
+
+
+@pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: "+".join(leak))
+def test_settings_of_the_checkpoint_change_nothing(full: Path, copied: Path, leak: dict[str, object]) -> None:
+    write_json(copied / "generation_config.json", read_json(copied / "generation_config.json") | leak)
+    assert generate(job_of(copied)) == generate(job_of(full))
+
+
+def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every word of this model is one that Windows' code page does not have."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model")
+    backend = Tokenizer(WordLevel({chr(0x65E5 + token): token for token in range(97)}, unk_token="日"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="日").save_pretrained(tmp_path / "model")
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    flags = ["--model", str(tmp_path / "model"), "--prompt", "旧", "--max_new_tokens", "4", "--device", "cpu"]
+    assert run_command("generate", flags) == 0
+    assert written.getvalue().startswith(b"?")
 
 
 @pytest.mark.parametrize(("word", "expected"), [("true", True), ("false", False), ("auto", "auto")])

@@ -131,6 +131,14 @@ def test_zero_3_is_refused_where_some_samples_have_no_image(place: Path) -> None
     assert not (place / "refused").exists()
 
 
-def test_a_killed_process_ends_the_run_and_the_same_command_continues_it(place: Path) -> None:
-    options = {"batch_size": 4, "deepspeed": "zero-2", "max_steps": 120, "save_steps": 10, "logging_steps": 10}
-    assert_a_killed_run_is_continued(lambda name: command(place, name, DEEPSPEED, **options), place)
+@pytest.mark.parametrize("settings", [None, "zero-1", "zero-2", "zero-3"])
+def test_a_killed_process_ends_the_run_and_the_same_command_continues_it(place: Path, settings: str | None) -> None:
+    options: dict[str, Any] = {"batch_size": 4, "max_steps": 90, "save_steps": 10, "logging_steps": 10}
+    options |= {"data": "images"} if settings == "zero-3" else {}
+    options |= {} if settings is None else {"deepspeed": settings}
+    launcher, kind = DATA_PARALLEL if settings is None else DEEPSPEED, settings or "ddp"
+    assert_a_killed_run_is_continued(
+        lambda name: command(place, f"{name}-{kind}", launcher, **options),
+        place / f"whole-{kind}",
+        place / f"killed-{kind}",
+    )

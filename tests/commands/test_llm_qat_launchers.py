@@ -81,4 +81,6 @@ def test_data_parallel_without_deepspeed_trains_as_one(place: tuple[Path, Tiny],
 
 def test_a_killed_process_ends_the_run_and_the_same_command_continues_it(place: tuple[Path, Tiny]) -> None:
     options = {"batch_size": 4, "deepspeed": "zero-2", "max_steps": 60, "save_steps": 10, "logging_steps": 10}
-    assert_a_killed_run_is_continued(lambda name: command(place, name, DEEPSPEED, **options), place[0])
+    assert_a_killed_run_is_continued(
+        lambda name: command(place, name, DEEPSPEED, **options), place[0] / "whole", place[0] / "killed"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,12 @@ def test_a_row_tells_accuracy_and_types_apart_from_other_metrics() -> None:
 def test_other_metrics_are_named() -> None:
     row = task_row({"mme_perception_score,none": 1510.25}, {"effective": 2374})
     assert task_line("mme", row) == "mme: mme_perception_score 1510 on 2,374 questions"
+
+
+def test_a_metric_over_no_question_is_left_out() -> None:
+    row = task_row({"exact_match,none": 0.5, "exact_match_shape,none": math.nan, "other,none": math.inf}, None)
+    assert row["metrics"] == {"exact_match": 0.5}
+    assert row["by_type"] == {}
 
 
 def test_the_tasks_come_with_the_package() -> None:

@@ -178,6 +178,15 @@ def test_a_folder_published_meanwhile_by_another_process_is_kept(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize(
+    "record",
+    ["", "[]", "3", "{}", '{"origin": "origin"}', '{"origin": "origin", "files": "1", "bytes": null}', "[" * 9999],
+)
+def test_a_record_that_is_not_as_it_was_written_counts_as_none(tmp_path: Path, record: str) -> None:
+    (tmp_path / "asset.json").write_text(record)
+    assert not is_finished(tmp_path, "origin")
+
+
 def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         fetch_asset("smollm", tmp_path)

@@ -135,7 +135,7 @@ def test_images_keep_their_place_among_the_text() -> None:
         "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}{{ ':' }}{% endfor %}"
     )
     chat = Chat(llava_processor(in_order))
-    assert chat.text(talk("one <image>\ntwo<image>three", "yes")) == "one<image>two<image>three:yes:"
+    assert chat.text(talk("one <image>\ntwo<image>three", "yes")) == "one <image>\ntwo<image>three:yes:"
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as arrow
 import pytest
 from PIL import Image
 
@@ -95,6 +97,10 @@ def test_other_names_of_speakers(tmp_path: Path) -> None:
         ({"conversations": [human("<image>"), gpt("b")], "image": "../a.png"}, "leaves the image folder"),
         ({"conversations": [human("<image>"), gpt("b")], "image": 5}, "image is 5, not a path"),
         ({"conversations": [human("<image>"), gpt("b")], "image": [""]}, "image is '', not a path"),
+        ({"conversations": [human("<image>"), gpt("b")], "image": {"bytes": "x"}}, "image is a dict, not a path"),
+        ({"conversations": [human("<image>"), gpt("b")], "image": {"path": "/a.png"}}, "image is a dict, not a path"),
+        ({"conversations": [human("<image>"), gpt("b")], "image": [["a.png"]]}, "image is a list, not a path"),
+        ({"conversations": [human("a"), {"from": ["gpt"], "value": "b"}]}, "turn 2 has not the two strings"),
     ],
     ids=str,
 )
@@ -109,6 +115,9 @@ def test_each_fault_of_a_record(tmp_path: Path, record: Any, problem: str) -> No
     ("name", "text", "where", "given"),
     [
         ("a.json", "[", "a.json", "not JSON"),
+        ("a.json", "[" * 100_000, "a.json", "nested too deep"),
+        ("a.json", "1" * 5000, "a.json", "not JSON"),
+        ("a.jsonl", "{}\n" + '{"a":' * 100_000, "a.jsonl, line 2", "nested too deep"),
         ("a.json", "{}", "a.json", "a JSON dict"),
         ("a.json", "[]", "a.json", "no records"),
         ("a.jsonl", "\n", "a.jsonl", "no records"),
@@ -134,6 +143,13 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         read_records(str(tmp_path / "a.json"))
     with pytest.raises(DataError, match="no such folder"):
         read_records(_write(tmp_path / "b.json", json.dumps([TEXT])), tmp_path / "images")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_pipe_is_not_opened(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="a pipe, a socket or a device"):
+        read_records(str(tmp_path / name))
 
 
 def _png(colour: str) -> dict[str, Any]:
@@ -180,6 +196,27 @@ def test_a_data_set_with_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     columns = {"id": ["a"], "conversations": [[human("<image>"), gpt("red")]], "image": ["a.png"]}
     _hub(monkeypatch, columns, datasets.Value("string"))
     assert read_records("hf:name", tmp_path).conversation(0).images == (ImageFile(tmp_path / "a.png"),)
+
+
+def test_a_file_that_the_library_keeps_is_opened_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "a.png")
+    columns = {"id": ["a"], "conversations": [[human("<image>"), gpt("red")]], "image": [path]}
+    _hub(monkeypatch, columns, datasets.Image())
+    assert read_records("hf:name").conversation(0).images == (ImageFile(Path(path)),)
+    columns["image"] = [{"path": path}]
+    _hub(monkeypatch, columns, {"path": datasets.Value("string")})
+    with pytest.raises(BadSample, match="without bytes"):
+        read_records("hf:name").conversation(0)
+
+
+def test_a_row_that_is_not_utf8_is_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = arrow.Array.from_buffers(
+        arrow.string(), 1, [None, arrow.py_buffer(b"\0\0\0\0\1\0\0\0"), arrow.py_buffer(b"\xff")]
+    )
+    table = datasets.Dataset(arrow.table({"conversations": [[human("a"), gpt("b")]], "image": broken}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    with pytest.raises(BadSample, match="UnicodeDecodeError"):
+        read_records("hf:name").conversation(0)
 
 
 def test_a_data_set_of_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

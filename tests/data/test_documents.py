@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_a_folder_is_read_in_the_order_of_paths(tmp_path: Path) -> None:
         ("a.jsonl", b'{"content": "a", "id": 1}', "a.jsonl, line 1", "the fields content, id"),
         ("a.jsonl", b'{"text": null}', "a.jsonl, line 1", "text is NoneType"),
         ("a.jsonl", b'{"text": "\\ud83d"}', "a.jsonl, line 1", "surrogates not allowed"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1", "nested too deep"),
+        ("a.jsonl", b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "a.jsonl, line 1", "not JSON"),
         ("a.parquet", b"not a parquet file", "a.parquet", "magic bytes"),
         ("a.csv", b"text\na", "a.csv", "a file of type .csv"),
         ("a", b"text", "a", "a file of type (none)"),
@@ -96,6 +99,8 @@ def test_a_faulty_file_is_named_with_its_line(tmp_path: Path, name: str, data: b
         ({"content": ["a"]}, "a.parquet", "the fields content"),
         ({"text": ["a", None]}, "a.parquet, row 1", "text is NoneType"),
         ({"text": [1]}, "a.parquet, row 0", "text is int"),
+        ({"text": [{"text": "a"}]}, "a.parquet, row 0", "text is dict"),
+        ({f"c{index}": ["a"] for index in range(99)}, "a.parquet", "c9, ..."),
         ({"text": arrow.array([], arrow.string())}, "a.parquet", "no text"),
     ],
 )
@@ -114,6 +119,35 @@ def test_parquet_strings_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_documents(source)
     assert caught.value.where == f"{source}, row 1"
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = arrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="the fields text, text"):
+        load_documents(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_what_is_no_file_is_not_opened(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="a pipe, a socket or a device"):
+        load_documents(str(tmp_path / name))
+    with pytest.raises(DataError, match="no text file below"):
+        load_documents(str(tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="a pipe, a socket or a device"):
+        load_documents(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "source", ["", "~nobody/a.txt", "~\0", "~\ud83d", "a\0.txt", "\ud83d.txt", "b" * 5000 + ".txt", "a.txt/b.txt"]
+)
+def test_a_source_that_can_be_no_path_is_refused(source: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_documents(source)
+    str(caught.value).encode()
 
 
 def test_missing_files_and_empty_folders_are_errors(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from PIL import Image
 
 from eqat_mm.data import image_text as module
 from eqat_mm.data.batching import Collator
-from eqat_mm.data.chat import IGNORED
+from eqat_mm.data.chat import IGNORED, Chat
 from eqat_mm.data.image_text import ImageTextData, image_text_data
+from eqat_mm.data.images import FORMATS, image_size
+from eqat_mm.data.problems import MissingImage, TooLong, say_late
 from eqat_mm.errors import ConfigError, DataError
 from llava_adapters.tiny import tiny_config, tiny_vision_config
 from tests.data.tiny_processor import SIDE, TILES, llava_next_processor, llava_processor
@@ -81,37 +83,56 @@ BAD = [
     record("what? " * 40, "yes"),
     {"conversations": [{"from": "human", "value": "a"}, {"from": "alien", "value": "b"}]},
 ]
-PROBLEMS = [
-    "record 0: image {folder}/gone.png is missing",
-    "record 1: image {folder}/broken.png is unreadable",
-    "record 2: the path ../a.png leaves the image folder {folder}",
-    "record 3: 0 <image> in the text for 1 images",
-    "record 4: empty answer in turn 2",
-    "record 5: {length} tokens, more than max_length (60)",
-    "record 6: unknown speaker 'alien' in turn 2",
-]
+PROBLEMS = """\
+    4 not in the format:
+        {source}, record 2: the path ../a.png leaves the image folder {folder}
+        {source}, record 3: 0 <image> in the text for 1 images
+        {source}, record 4: empty answer in turn 2
+        {source}, record 6: unknown speaker 'alien' in turn 2 (known: human, gpt, system, user, assistant)
+    1 image missing:
+        {source}, record 0: image {folder}/gone.png is missing
+    1 image unreadable:
+        {source}, record 1: image {folder}/broken.png is unreadable (none of {formats})
+    1 too long:
+        {source}, record 5: {length} tokens, more than max_length (60)"""
 
 
-def test_all_problems_are_reported_together(source: Path) -> None:
-    (source.parent / "broken.png").write_bytes(b"no image")
+def test_all_problems_are_reported_together_by_their_kind(source: Path) -> None:
+    folder = source.parent
+    (folder / "broken.png").write_bytes(b"no image")
     length = image_text_data(llava_processor(), given(source, [BAD[5]])).lengths[0]
     with pytest.raises(DataError) as caught:
         image_text_data(llava_processor(), given(source, BAD + GOOD, max_length=60))
-    head, *lines = caught.value.given.splitlines()
-    assert head == "7 bad samples of 11:"
-    for line, problem in zip(lines, PROBLEMS, strict=True):
-        assert f"{source}, {problem.format(folder=source.parent, length=length)}" in line
+    problems = PROBLEMS.format(source=source, folder=folder, length=length, formats=", ".join(FORMATS))
+    assert caught.value.given == f"7 bad samples of 11:\n{problems}"
     assert caught.value.where == str(source)
 
 
-def test_only_the_first_ten_problems_are_listed(source: Path) -> None:
+def test_only_the_first_ten_of_a_kind_are_shown_but_all_are_listed(source: Path) -> None:
+    file = source.parent / "runs" / "problems.jsonl"
     with pytest.raises(DataError) as caught:
-        image_text_data(llava_processor(), given(source, [record("a", "")] * 1234))
-    head, *lines = caught.value.given.splitlines()
-    assert head == "1,234 bad samples of 1,234:"
-    assert len(lines) == 11
+        image_text_data(llava_processor(), given(source, [record("a", "")] * 1234), file)
+    head, kind, *lines = caught.value.given.splitlines()
+    assert (head, kind.strip()) == ("1,234 bad samples of 1,234:", "1,234 not in the format:")
+    assert len(lines) == 12
     assert "record 9:" in lines[9]
     assert lines[10].strip() == "and 1,224 more"
+    assert lines[11].strip() == f"all are listed in {file}"
+    listed = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["where"] for line in listed] == [f"{source}, record {index}" for index in range(1234)]
+    assert listed[7] == {
+        "kind": "not in the format",
+        "where": f"{source}, record 7",
+        "problem": "empty answer in turn 2",
+    }
+
+
+def test_a_list_of_before_does_not_stay(source: Path) -> None:
+    file = source.parent / "problems.jsonl"
+    image_text_data(llava_processor(), given(source, [*GOOD, BAD[4]], on_bad_sample="skip"), file)
+    assert file.is_file()
+    image_text_data(llava_processor(), given(source, GOOD), file)
+    assert not file.exists()
 
 
 def test_bad_samples_can_be_skipped(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,14 +147,151 @@ def test_bad_samples_can_be_skipped(source: Path, capsys: pytest.CaptureFixture[
         image_text_data(llava_processor(), given(source, BAD[:1], on_bad_sample="skip"))
 
 
-def test_an_image_that_breaks_later_is_named_with_its_record(source: Path) -> None:
-    path = source.parent / "cut.jpg"
+@pytest.mark.parametrize(
+    ("bad", "options", "do"),
+    [
+        (record("<image>", "yes", "gone.png"), {}, MissingImage.do),
+        (record("what? " * 40, "yes"), {"max_length": 60}, TooLong.do),
+    ],
+    ids=["missing", "too-long"],
+)
+def test_skip_does_not_hide_that_much_is_wrong(source: Path, bad: Any, options: Any, do: str) -> None:
+    mixed = [GOOD[1]] * 88 + [bad] * 11 + [BAD[4]]
+    with pytest.raises(DataError) as caught:
+        image_text_data(llava_processor(), given(source, mixed, on_bad_sample="skip", **options))
+    assert "12 bad samples of 100:" in caught.value.given
+    assert caught.value.allowed == "bad samples up to a share of 0.1, or up to 10"
+    assert caught.value.do.startswith(do)
+    share = caught.value.do.rpartition("--conversations.max_skipped ")[2]
+    config = given(source, mixed, on_bad_sample="skip", max_skipped=float(share), **options)
+    assert len(image_text_data(llava_processor(), config)) == 88
+
+
+def test_a_wrong_image_folder_is_noticed_early(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+    monkeypatch.setattr(module, "image_size", lambda image: looked.append(image) or image_size(image))
+    gone = [record("<image>", "yes", f"{index}.png") for index in range(3000)]
+    for how in ("error", "skip"):
+        with pytest.raises(DataError, match="images are all missing") as caught:
+            image_text_data(llava_processor(), given(source, [GOOD[1], *gone], on_bad_sample=how))
+        assert "--conversations.image_folder" in caught.value.do
+    assert len(looked) < 3000
+    found = image_text_data(llava_processor(), given(source, [GOOD[0], *gone], on_bad_sample="skip", max_skipped=1))
+    assert len(found) == 1
+
+
+# ---- what a sample can do when its turn comes ------------------------------------------------------
+
+
+def cut_jpeg(folder: Path) -> str:
+    path = folder / "cut.jpg"
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:-500])
-    data = image_text_data(llava_processor(), given(source, [GOOD[1], record("<image>", "yes", "cut.jpg")]))
-    with pytest.raises(DataError, match=r"cut\.jpg is unreadable") as caught:
-        data[1]
+    return path.name
+
+
+def test_an_image_that_breaks_later_is_named_with_its_record(source: Path) -> None:
+    late = record("<image>", "yes", cut_jpeg(source.parent))
+    data = image_text_data(llava_processor(), given(source, [GOOD[1], late, GOOD[0]]))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"cut\.jpg is unreadable") as caught:
+            data[1]
     assert caught.value.where == f"{source}, record 1"
+    assert "--conversations.on_bad_sample skip" in caught.value.do
+
+
+def test_it_is_found_before_where_images_are_decoded(source: Path) -> None:
+    late = record("<image>", "yes", cut_jpeg(source.parent))
+    with pytest.raises(DataError, match=r"cut\.jpg is unreadable"):
+        image_text_data(llava_processor(), given(source, [GOOD[1], late], check="decode"))
+
+
+def test_the_data_are_the_same_whatever_becomes_of_bad_samples(source: Path) -> None:
+    records = [*GOOD, record("<image>", "yes", cut_jpeg(source.parent))]
+    digests = [
+        image_text_data(llava_processor(), given(source, records, on_bad_sample=how)) for how in ("error", "skip")
+    ]
+    assert digests[0].digest() == digests[1].digest()
+
+
+def test_another_sample_of_its_kind_stands_in(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = source.parent / "problems.jsonl"
+    late = record("<image>", "yes", cut_jpeg(source.parent))
+    config = given(source, [GOOD[0], GOOD[1], late, GOOD[1], GOOD[3], late], on_bad_sample="skip")
+    data = image_text_data(llava_processor(), config, file)
+    assert len(data) == 6
+    for bad, other in ((2, 4), (5, 0)):  # the next with images, from the beginning after the last
+        for name, value in data[bad].items():
+            assert torch.equal(value, data[other][name])
+    said = capsys.readouterr().out
+    assert said.count("stands in") == 1
+    assert f"{source}, record 2: image {source.parent}/cut.jpg is unreadable" in said
+    again = image_text_data(llava_processor(), config)  # as another process, or a run that is continued
+    assert all(torch.equal(value, again[5][name]) for name, value in data[5].items())
+    say_late(file)
+    assert "2 that could not be used: 2 image unreadable" in capsys.readouterr().out
+    assert [json.loads(line)["where"] for line in file.read_text().splitlines()] == [
+        f"{source}, record {index}" for index in (2, 5)
+    ]
+
+
+def test_too_many_late_problems_end_a_run(source: Path) -> None:
+    late = record("<image>", "yes", cut_jpeg(source.parent))
+    data = image_text_data(llava_processor(), given(source, [late] * 12 + [GOOD[0]] * 20, on_bad_sample="skip"))
+    with pytest.raises(DataError, match="11 bad samples of 32"):
+        data[0]
+    alone = image_text_data(llava_processor(), given(source, [late, GOOD[1]], on_bad_sample="skip"))
+    with pytest.raises(DataError, match="no sample with images can be used any more"):
+        alone[0]
+
+
+def test_what_a_processor_raises_is_a_bad_sample(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(chat: Chat, conversation: Any, images: list[Any]) -> Any:
+        if conversation.turns[1].text == "no":
+            raise ZeroDivisionError("an image too thin")
+        return encoded(chat, conversation, images)
+
+    encoded = Chat.encode
+    monkeypatch.setattr(Chat, "encode", encode)
+    data = image_text_data(llava_processor(), given(source, GOOD))
+    with pytest.raises(DataError, match="an image too thin") as caught:
+        data[2]
+    assert caught.value.where == f"{source}, record 2"
+    skipping = image_text_data(llava_processor(), given(source, GOOD, on_bad_sample="skip"))
+    assert torch.equal(skipping[2]["input_ids"], data[3]["input_ids"])
+
+
+def test_one_sample_that_cannot_be_counted_is_one_bad_sample(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lengths(chat: Chat, texts: list[str], sizes: Any) -> list[int]:
+        if any(size == (30, 90) for each in sizes for size in each):
+            raise ValueError("aspect ratio")
+        return counted(chat, texts, sizes)
+
+    counted = Chat.lengths
+    monkeypatch.setattr(Chat, "lengths", lengths)
+    data = image_text_data(llava_processor(), given(source, GOOD, on_bad_sample="skip"))
+    assert data.text_only == [False, True, False]
+
+
+def test_what_is_far_too_long_is_not_tokenized(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    rendered = Chat.text
+    monkeypatch.setattr(Chat, "text", lambda chat, each: texts.append(each.where) or rendered(chat, each))
+    turns = [{"from": who, "value": "a"} for who in ("human", "gpt")]
+    long = [record("a" * 20_000, "b"), {"conversations": turns * 40}, record("<image>" * 71, "b", ["a.png"] * 71)]
+    data = image_text_data(llava_processor(), given(source, [GOOD[1], *long], max_length=70, on_bad_sample="skip"))
+    assert len(data) == len(texts) == 1
+
+
+def test_odd_names_can_be_shown(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = source.parent / "problems.jsonl"
+    odd = [record("<image>", "yes", name) for name in ("\ud83d.png", "a\0.png", "b" * 5000, "日.png")]
+    image_text_data(llava_processor(), given(source, [*GOOD, *odd], on_bad_sample="skip"), file)
+    said = capsys.readouterr().out
+    assert "\\ud83d.png" in said
+    assert "日.png" in said
+    said.encode()
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 4
 
 
 def test_a_count_draws_records_by_seed(source: Path) -> None:
@@ -180,7 +338,16 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, package: st
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"count": 0}, {"max_length": 0}, {"text_warmup_steps": -1}, {"on_bad_sample": "ignore"}], ids=str
+    "wrong",
+    [
+        {"count": 0},
+        {"max_length": 0},
+        {"text_warmup_steps": -1},
+        {"on_bad_sample": "ignore"},
+        {"check": "all"},
+        {"max_skipped": 1.5},
+    ],
+    ids=str,
 )
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -63,7 +63,7 @@ def test_no_more_documents_are_tokenised_than_needed(
     seen: list[int] = []
     encode = module._encode
 
-    def counting(tokenizer: Any, documents: list[str], end: int) -> torch.Tensor:
+    def counting(tokenizer: Any, documents: list[str], end: int) -> list[torch.Tensor]:
         seen.append(len(documents))
         return encode(tokenizer, documents, end)
 
@@ -106,15 +106,9 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerFas
         pack_windows(tokenizer, DOCUMENTS, 4, seed=0)
 
 
-@pytest.mark.parametrize(("length", "count"), [(0, None), (4, 0), (-1, 1)])
-def test_sizes_below_one_are_refused(tokenizer: PreTrainedTokenizerFast, length: int, count: int | None) -> None:
-    with pytest.raises(ConfigError, match="1 or more"):
-        pack_windows(tokenizer, DOCUMENTS, length, count, seed=0)
-
-
 @pytest.mark.parametrize(
     "wrong",
-    [{"part": "test"}, {"held_out_fraction": 0.0}, {"held_out_fraction": 1.0}, {"length": 0}, {"count": 0}],
+    [{"part": "test"}, {"held_out_fraction": 0.0}, {"held_out_fraction": 1.0}, {"length": 1}, {"count": 0}],
 )
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -124,8 +118,87 @@ def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
 def test_the_parts_are_the_sides_of_the_split(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source = tmp_path / "text.txt"
     source.write_text("\n\n\n".join(DOCUMENTS))
-    config = TextWindows(source=str(source), length=1, held_out_fraction=0.3, split_seed=4)
+    config = TextWindows(source=str(source), length=2, held_out_fraction=0.3, split_seed=4)
     train, held_out = split_documents(DOCUMENTS, 0.3, seed=4)
     for part, documents in (("train", train), ("held_out", held_out), ("all", DOCUMENTS)):
         windows = text_windows(tokenizer, dataclasses.replace(config, part=part))  # type: ignore[arg-type]
-        assert torch.equal(windows, pack_windows(tokenizer, documents, 1, seed=0))
+        assert torch.equal(windows, pack_windows(tokenizer, documents, 2, seed=0))
+
+
+# ---- long documents ---------------------------------------------------------------------------------
+
+
+def book(word: int, tokens: int = 2000) -> str:
+    """One word throughout, which the end follows."""
+    return " ".join([f"w{word}"] * (tokens - 1))
+
+
+BOOKS = [book(word) for word in range(20)]
+
+
+def words_in(windows: torch.Tensor) -> list[set[int]]:
+    """The words of each window."""
+    return [set(window.tolist()) - {END} for window in windows]
+
+
+def test_every_long_document_gives_a_window_before_one_gives_a_second(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = [word for (word,) in words_in(pack_windows(tokenizer, BOOKS, 64, 32, seed=0))]
+    assert len(set(found[:20])) == 20
+    assert found[20:] == found[:12]
+
+
+def test_fewer_windows_than_long_documents_come_from_as_many(tokenizer: PreTrainedTokenizerFast) -> None:
+    windows = words_in(pack_windows(tokenizer, BOOKS, 64, 8, seed=0))
+    assert len(set.union(*windows)) == 8
+
+
+def test_a_huge_document_does_not_decide_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    """One that could fill the count, among many that cannot, wherever it comes."""
+    for seed in range(5):
+        windows = pack_windows(tokenizer, [book(99, 100_000), *DOCUMENTS], 16, 40, seed=seed)
+        assert sum(words == {2 + 99} for words in words_in(windows)) <= 2
+        assert windows.shape == (40, 16)
+
+
+def test_windows_in_turn_hold_all_the_text_there_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = [book(word, tokens) for word, tokens in enumerate([200, 23, 30, 7])]
+    windows = pack_windows(tokenizer, documents, 10, 25, seed=0)
+    assert torch.equal(windows, pack_windows(tokenizer, documents, 10, 25, seed=0))
+    tokens = windows.flatten().tolist()
+    assert all(tokens.count(2 + word) <= most for word, most in enumerate([199, 22, 29, 6]))
+    with pytest.raises(DataError, match="at least 270 tokens"):
+        pack_windows(tokenizer, documents, 10, 27, seed=0)
+
+
+def test_documents_that_a_cut_leaves_too_short_are_read_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Words of so many spaces that a beginning holds fewer tokens than it should."""
+    wide = [(" " * 50).join([f"w{word}"] * 100) for word in range(4)]
+    found = words_in(pack_windows(tokenizer, wide, 5, 8, seed=0))
+    assert len(set.union(*found)) == 4
+    assert len(found) == 8
+
+
+def test_only_the_beginning_of_a_long_document_is_tokenised(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, seen = [book(word, 100_000) for word in range(8)], []
+    encode = module._encode
+
+    def counting(tokenizer: Any, documents: list[str], end: int) -> list[torch.Tensor]:
+        seen.append(sum(map(len, documents)))
+        return encode(tokenizer, documents, end)
+
+    monkeypatch.setattr(module, "_encode", counting)
+    monkeypatch.setattr(module, "_CHARACTERS_PER_BATCH", 2**10)
+    windows = pack_windows(tokenizer, long, 16, 10, seed=0)
+    assert len(set.union(*words_in(windows))) == 8
+    assert sum(seen) < 1.1 * len(long[0])
+
+
+def test_a_single_document_says_how_it_can_be_used(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    source = tmp_path / "book.txt"
+    source.write_text("w0 w1\n\nw2 w3\n\nw4 w5", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        text_windows(tokenizer, TextWindows(source=str(source), length=2))
+    assert "--calibration.part all" in caught.value.do
+    assert len(text_windows(tokenizer, TextWindows(source=str(source), length=2, part="all"))) == 3

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from eqat_eval.easy_vqa import FILE_VARIABLE
 from eqat_mm.checkpoint.read import load
 from eqat_mm.commands.lmms import tasks_folder
 from eqat_mm.commands.quantize import RTNJob, rtn
-from eqat_mm.errors import CheckpointError, ConfigError
+from eqat_mm.errors import CheckpointError, ConfigError, DataError
+from eqat_mm.runtime.files import read_json, write_json
+from llava_adapters.tiny import IMAGE_TOKEN, VOCABULARY
+from tests.checkpoint.files import assert_four_lines
 from tests.commands.jobs import SPEC
 from tests.eval.questions import COUNT, images, write_questions
 from tests.tiny_llava import save_tiny_llava
-from tests.tiny_model import save_tiny
+from tests.tiny_model import save_tiny, word_tokenizer
 from tests.tolerances import assert_close
 
 pytestmark = [
@@ -166,6 +171,72 @@ def test_both_models_of_lmms_eval_answer_alike(folder: Path, tmp_path: Path, mon
         assert found["n-samples"]["easy_vqa"]["effective"] == COUNT
         said[name] = [sample["filtered_resps"] for sample in found["samples"]["easy_vqa"]]
     assert said["eqat"] == said["llava_hf"]
+
+
+def test_a_context_may_place_its_images(folder: Path) -> None:
+    model = model_of(folder)
+    assert model.prompt("w5 <image> w6 <image>", 2) == "USER: w5  <image>  w6 <image> ASSISTANT: "
+    assert model.prompt("<image>\nw5", 1) == model.prompt("w5", 1) == "USER: <image> w5 ASSISTANT: "
+    with pytest.raises(DataError, match="2 <image> in the text for 1 images") as raised:
+        model.prompt("<image> <image>", 1)
+    assert_four_lines(raised.value)
+
+
+@pytest.mark.parametrize(
+    "leak",
+    [{"stop_strings": ["w"]}, {"suppress_tokens": list(range(2, 90))}, {"repetition_penalty": 9.0}, {"num_beams": 3}],
+    ids=lambda leak: "+".join(leak),
+)
+def test_settings_of_the_checkpoint_change_nothing(folder: Path, leak: dict[str, Any]) -> None:
+    model = model_of(folder, batch_size=4)
+    for name, value in leak.items():
+        setattr(model.model.generation_config, name, value)
+    requests = requests_of(model, "generate_until", {"max_new_tokens": 6})
+    assert list(model.generate_until(requests)) == answers(folder, 4)
+
+
+@pytest.mark.parametrize("padding", [None, "a token without a row"])
+def test_a_batch_is_padded_without_a_padding_token(folder: Path, tmp_path: Path, padding: str | None) -> None:
+    changed = Path(shutil.copytree(folder, tmp_path / "changed"))
+    tokenizer = word_tokenizer({IMAGE_TOKEN: "<image>"})
+    if padding is not None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        assert tokenizer.pad_token_id == VOCABULARY
+    tokenizer.save_pretrained(changed)
+    assert answers(changed, 4) == answers(changed, 1) == answers(folder, 1)
+
+
+def test_what_the_tokenizer_appends_is_no_part_of_a_prompt(folder: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(folder, tmp_path / "changed"))
+    tokenizer = word_tokenizer({IMAGE_TOKEN: "<image>"})
+    tokenizer.pad_token = "<unk>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save_pretrained(changed)
+    assert answers(changed, 4) == answers(folder, 4)
+    losses = []
+    for each in (changed, folder):
+        model = model_of(each, batch_size=4)
+        losses.append(model.loglikelihood(requests_of(model, "loglikelihood", "w7 w8")))
+    assert losses[0] == losses[1]
+
+
+def test_a_processor_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(folder, tmp_path / "changed"))
+    settings = read_json(changed / "processor_config.json")
+    write_json(changed / "processor_config.json", settings | {"patch_size": 4})
+    with pytest.raises(ConfigError, match="patch_size 4") as raised:
+        model_of(changed)
+    assert_four_lines(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["generate_until", "loglikelihood"])
+def test_predictions_that_are_not_finite_end_the_evaluation(folder: Path, kind: str) -> None:
+    model = model_of(folder, batch_size=4)
+    model.model.lm_head.weight[3, 4] = torch.nan
+    second = {"max_new_tokens": 6} if kind == "generate_until" else "w7"
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight holds NaN") as raised:
+        getattr(model, kind)(requests_of(model, kind, second))
+    assert_four_lines(raised.value)
 
 
 def test_the_manifest_names_the_class() -> None:

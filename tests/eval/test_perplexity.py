@@ -13,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaForCausalLM
 
 from eqat_eval.perplexity import ReferenceOutputs, evaluate_perplexity
-from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.errors import CheckpointError, ConfigError, DataError
+from tests.checkpoint.files import assert_four_lines
 from tests.tolerances import TOLERANCES
 
 RELATIVE = TOLERANCES["model"][torch.float32]
@@ -148,27 +149,55 @@ def test_the_model_can_still_be_trained(model: LlamaForCausalLM, windows_NT: Ten
     assert model.lm_head.weight.grad is not None
 
 
-def test_an_infinite_loss_is_reported(windows_NT: Tensor) -> None:
+def test_an_infinite_loss_is_refused(windows_NT: Tensor) -> None:
     logits_V = torch.zeros(97)
-    logits_V[windows_NT[0, 1]] = -torch.inf
-    result = evaluate_perplexity(ConstantLogits(logits_V), windows_NT)  # type: ignore[arg-type]
-    assert result.perplexity == math.inf
+    logits_V[windows_NT[2, 1]] = -torch.inf
+    window = next(row for row, tokens in enumerate(windows_NT) if windows_NT[2, 1] in tokens[1:])
+    with pytest.raises(
+        CheckpointError, match=f"loss of window {window} is inf; logits_V holds NaN or infinity"
+    ) as raised:
+        evaluate_perplexity(ConstantLogits(logits_V), windows_NT)  # type: ignore[arg-type]
+    assert_four_lines(raised.value)
 
 
-def test_a_loss_too_large_for_exp_is_infinite(windows_NT: Tensor) -> None:
+def test_a_loss_too_large_for_exp_is_refused(windows_NT: Tensor) -> None:
     logits_V = torch.zeros(97)
     logits_V[windows_NT[0, 1]] = -1e6
-    result = evaluate_perplexity(ConstantLogits(logits_V), windows_NT)  # type: ignore[arg-type]
-    assert result.perplexity == math.inf
+    with pytest.raises(CheckpointError, match="nats a token") as raised:
+        evaluate_perplexity(ConstantLogits(logits_V), windows_NT)  # type: ignore[arg-type]
+    assert_four_lines(raised.value)
 
 
-def test_nan_is_reported(model: LlamaForCausalLM, other_model: LlamaForCausalLM, windows_NT: Tensor) -> None:
-    reference = ReferenceOutputs.record(model, windows_NT)
-    nn.init.constant_(other_model.model.norm.weight, math.nan)
-    result = evaluate_perplexity(other_model, windows_NT, reference=reference)
-    assert result.kl is not None
-    assert result.top1_agreement is not None
-    assert all(math.isnan(value) for value in (result.perplexity, result.kl, result.top1_agreement))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("compared", [False, True])
+def test_a_weight_that_is_not_finite_is_named(
+    model: LlamaForCausalLM, other_model: LlamaForCausalLM, windows_NT: Tensor, value: float, compared: bool
+) -> None:
+    reference = ReferenceOutputs.record(model, windows_NT) if compared else None
+    with torch.no_grad():
+        other_model.model.layers[1].mlp.down_proj.weight[3, 4] = value
+    with pytest.raises(CheckpointError, match=r"window 0 is nan; model\.layers\.1\.mlp\.down_proj\.weight") as raised:
+        evaluate_perplexity(other_model, windows_NT, reference=reference, batch_size=2)
+    assert_four_lines(raised.value)
+
+
+def test_the_first_spoilt_window_is_named(model: LlamaForCausalLM, windows_NT: Tensor) -> None:
+    with torch.no_grad():
+        model.model.embed_tokens.weight[windows_NT[3, 0]] = math.nan
+    first = next(row for row, tokens in enumerate(windows_NT) if windows_NT[3, 0] in tokens)
+    with pytest.raises(CheckpointError, match=f"loss of window {first} is nan"):
+        evaluate_perplexity(model, windows_NT, batch_size=2)
+
+
+def test_an_infinite_kl_is_refused(windows_NT: Tensor) -> None:
+    """The model rules out a token that no text has, and that the reference holds possible."""
+    unused = next(token for token in range(97) if token not in windows_NT)
+    logits_V = torch.zeros(97)
+    reference = ReferenceOutputs.record(ConstantLogits(logits_V), windows_NT)  # type: ignore[arg-type]
+    logits_V = logits_V.clone()
+    logits_V[unused] = -torch.inf
+    with pytest.raises(CheckpointError, match="KL of window 0 is inf"):
+        evaluate_perplexity(ConstantLogits(logits_V), windows_NT, reference=reference)  # type: ignore[arg-type]
 
 
 def test_masked_vocabulary_does_not_spoil_the_kl() -> None:

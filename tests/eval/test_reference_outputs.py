@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from eqat_eval import reference as reference_module
 from eqat_eval.perplexity import ReferenceOutputs, evaluate_perplexity
-from eqat_mm.errors import ConfigError
+from eqat_mm.errors import CheckpointError, ConfigError
+from tests.checkpoint.files import assert_four_lines
 from tests.tiny_model import tiny_llama
 from tests.tolerances import assert_close
 
@@ -101,11 +102,15 @@ def test_recording_leaves_no_trace_in_the_model(model: LlamaForCausalLM, windows
     assert not model.lm_head._forward_pre_hooks
 
 
-def test_nan_logits_fall_back_and_are_kept(model: LlamaForCausalLM, windows_NT: Tensor) -> None:
-    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
-    reference = ReferenceOutputs.record(model, windows_NT)
-    assert reference.head is None
-    assert reference.cached.isnan().all()
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_predictions_that_are_not_finite_are_refused(
+    model: LlamaForCausalLM, windows_NT: Tensor, batch_size: int
+) -> None:
+    with torch.no_grad():
+        model.model.embed_tokens.weight[windows_NT[4, 7]] = torch.nan
+    with pytest.raises(CheckpointError, match=r"the reference's .* model\.embed_tokens\.weight holds NaN") as raised:
+        ReferenceOutputs.record(model, windows_NT, batch_size)
+    assert_four_lines(raised.value)
 
 
 def test_other_windows_are_refused(model: LlamaForCausalLM, windows_NT: Tensor) -> None:

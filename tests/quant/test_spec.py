@@ -40,7 +40,7 @@ def test_every_combination_exists(bits: int, group_size: int, symmetric: bool) -
 def test_a_bad_field_is_named_with_what_is_allowed(field: str, value: Any, allowed: str) -> None:
     with pytest.raises(ConfigError) as error:
         QuantSpec(**{field: value})
-    assert error.value.where == f"quant.{field}"
+    assert error.value.where == f"--quant.{field}"
     assert error.value.given == repr(value)
     assert error.value.allowed == allowed
     assert f"--quant.{field}" in error.value.do

@@ -5,20 +5,15 @@ In one process, which takes itself for a launcher's only one.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.launchers import free_port
 from eqat_mm.commands.models import load_model
 from eqat_mm.commands.recipes import deepspeed_path
 from eqat_mm.runtime.files import read_json, write_json
@@ -32,7 +27,10 @@ from tests.train.problems import CPU
 from tests.train.seen import answer_as_on_cuda, watch_kernels, watch_linears
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # DeepSpeed 0.19.8 calls old collectives; 2026-11-27
+pytestmark = [
+    pytest.mark.usefixtures("no_settings_of_another_test"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # DeepSpeed 0.19.8 calls old collectives; 2026-11-27
+]
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 1,
@@ -41,40 +39,6 @@ SETTINGS: dict[str, Any] = {
     "save_steps": 0,
     "learning_rate": 1e-3,
 }
-
-
-@pytest.fixture(scope="module")
-def launched() -> Iterator[None]:
-    """The only process of a launcher, from the first test that asks for it on."""
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in (place | {"MASTER_PORT": str(free_port())}).items():
-            environment.setenv(name, value)
-        yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    _forget_deepspeed()
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _forget_deepspeed() -> None:
-    """Let what comes next begin as in a new process."""
-    from deepspeed import comm
-    from deepspeed.runtime import torch_autocast
-    from deepspeed.utils import groups
-
-    comm.comm.cdb = groups._WORLD_GROUP = None
-    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-
-
-@pytest.fixture(autouse=True)
-def _no_settings_of_another_test() -> Iterator[None]:
-    before = set(os.environ)
-    yield
-    for name in os.environ.keys() - before:
-        if name.startswith("ACCELERATE_"):  # notes to itself
-            del os.environ[name]
-    unset_hf_deepspeed_config()
 
 
 @dataclass(frozen=True)

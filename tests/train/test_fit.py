@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -252,12 +254,13 @@ def test_the_learning_rate_falls_along_the_schedule(walker: BlockWalker, step: B
 # ---- non-finite losses ----------------------------------------------------------------------------
 
 
-def test_steps_with_a_non_finite_loss_are_skipped(
-    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
+def test_steps_with_a_non_finite_loss_are_skipped_and_said(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     breaking(monkeypatch, lambda call: call in (1, 6, 7))
     report = fit_block(walker, step, CONFIG, seed=0)
     assert (report.skipped, report.retries) == (3, 0)
+    assert "model.layers.0: 3 steps were skipped" in capsys.readouterr().out
     assert report.steps == CONFIG.epochs * STEPS_PER_EPOCH - 3
     assert all(math.isfinite(loss) for loss in (*report.training, *report.validation))
     assert all(parameter.isfinite().all() for parameter in step.block.parameters())
@@ -325,7 +328,7 @@ def test_a_rollback_comes_when_losses_are_read(
     assert report.loss_after < report.loss_before
 
 
-def test_a_finite_loss_with_a_non_finite_gradient_is_skipped(
+def test_gradients_that_are_never_finite_change_nothing_and_are_no_matter_of_the_rate(
     walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loss(output: Tensor, target: Tensor, kind: BlockLoss) -> Tensor:
@@ -335,8 +338,11 @@ def test_a_finite_loss_with_a_non_finite_gradient_is_skipped(
 
     monkeypatch.setattr(fit, "block_loss", loss)
     before = values_of(step.block)
-    report = fit_block(walker, step, FitConfig(epochs=1, validation_samples=3), seed=0)
-    assert (report.skipped, report.steps) == (STEPS_PER_EPOCH, 0)
+    with pytest.raises(
+        TrainingError, match=f"{STEPS_PER_EPOCH} losses or gradients .* before the first step"
+    ) as raised:
+        fit_block(walker, step, FitConfig(epochs=1, validation_samples=3), seed=0)
+    assert "from weights and streams that are finite" in raised.value.given
     assert same(values_of(step.block), before)
 
 
@@ -379,12 +385,16 @@ def test_a_loss_that_stays_non_finite_is_an_error(
     assert same(values_of(step.block), before)
 
 
-def test_a_block_that_starts_non_finite_can_recover(
-    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
+def test_a_validation_loss_that_is_not_finite_is_said_and_does_not_count(
+    walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = iter([math.nan, math.nan, 5.0, math.inf])
+    script = iter([6.0, math.nan, 5.0, math.inf])
     monkeypatch.setattr(fit._BlockFit, "evaluate", lambda _: next(script))
-    assert fit_block(walker, step, CONFIG, seed=0).loss_after == 5.0
+    report = fit_block(walker, step, CONFIG, seed=0)
+    assert (report.loss_after, report.validation) == (5.0, [None, 5.0, None])
+    said = capsys.readouterr().out
+    assert "model.layers.0: a validation loss of nan; the weights of this epoch do not count" in said
+    json.dumps(asdict(report), allow_nan=False)
 
 
 def test_the_grid_stays_one_that_can_be_stored(

@@ -1,0 +1,101 @@
+"""E2E-QP on image-text data with an image that breaks when its turn comes: an end that can be mended, or a stand-in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from eqat_mm.commands.quantize import RTNJob, rtn
+from eqat_mm.commands.tune import E2EQPJob, e2e_qp
+from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.errors import DataError
+from eqat_mm.quant.spec import QuantSpec
+from tests.commands.launching import ALONE, DATA_PARALLEL, TRAINING, losses, run_well, words_of
+from tests.tiny_llava import save_tiny_llava
+from tests.tolerances import assert_close
+
+SAMPLES = 12
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a packed tiny LLaVA and `records.json`, whose record 5 is about a JPEG file that was cut off."""
+    folder = tmp_path_factory.mktemp("bad-samples")
+    save_tiny_llava(folder / "llava", dtype=torch.float32)
+    rtn(RTNJob(model=str(folder / "llava"), output=folder / "rtn", quant=QuantSpec(2, 32)))
+    records = []
+    for index in range(SAMPLES):
+        Image.effect_noise((64, 64), 50 + index).save(folder / f"{index}.jpg")
+        turns = [{"from": "human", "value": f"<image>\nw{index}"}, {"from": "gpt", "value": f"w{index + 20} w7"}]
+        records.append({"image": f"{index}.jpg", "conversations": turns})
+    cut = folder / "5.jpg"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    (folder / "records.json").write_text(json.dumps(records))
+    return folder
+
+
+def job(place: Path, name: str, how: Any, **options: Any) -> E2EQPJob:
+    data = ImageTextData(str(place / "records.json"), on_bad_sample=how)
+    return E2EQPJob(
+        model=str(place / "llava"),
+        quantized=place / "rtn" / "model",
+        output=place / name,
+        conversations=data,
+        device="cpu",
+        recipe_for=(str(place / "llava"),),
+        precision="float32",
+        batch_size=2,
+        accumulation=1,
+        learning_rate=2e-3,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def skipped(place: Path) -> Path:
+    return e2e_qp(job(place, "skipped", "skip", save_steps=0))
+
+
+def last_step(run: Path) -> int:
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return steps[-1]
+
+
+def test_with_skip_the_run_has_all_its_steps(place: Path) -> None:
+    e2e_qp(job(place, "skipped", "skip", save_steps=0))
+    assert last_step(place / "skipped") == SAMPLES // 2
+    lines = (place / "skipped.problems.jsonl").read_text().splitlines()
+    assert [json.loads(line)["where"] for line in lines] == [f"{place / 'records.json'}, record 5"]
+
+
+def test_with_error_it_ends_and_goes_on_with_skip(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match=r"5\.jpg is unreadable") as caught:
+        e2e_qp(job(place, "ended", "error", save_steps=1, logging_steps=1))
+    assert "the same command again with --conversations.on_bad_sample skip" in caught.value.do
+    assert not (place / "ended" / "model").exists()
+    done = capsys.readouterr().out.count("{'loss'")
+    assert done > 0
+    e2e_qp(job(place, "ended", "skip", save_steps=1, logging_steps=1))
+    assert last_step(place / "ended") == SAMPLES // 2
+    assert capsys.readouterr().out.count("{'loss'") == SAMPLES // 2 - done
+
+
+@pytest.mark.slow
+def test_two_processes_put_the_same_sample_in_its_place(place: Path) -> None:
+    settings = TRAINING | {
+        "model": place / "llava",
+        "quantized": place / "rtn" / "model",
+        "conversations.source": place / "records.json",
+        "conversations.on_bad_sample": "skip",
+        "learning_rate": 2e-3,
+    }
+    said = run_well(words_of(ALONE, "e2e_qp.py", settings | {"output": place / "alone", "batch_size": 2}))
+    told = run_well(words_of(DATA_PARALLEL, "e2e_qp.py", settings | {"output": place / "two", "batch_size": 1}))
+    assert_close(losses(place / "two"), losses(place / "alone"), "model")
+    for words in (said, told):
+        assert words.count("other samples stood in for 1 that could not be used: 1 image unreadable") == 1
