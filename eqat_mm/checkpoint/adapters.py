@@ -6,21 +6,22 @@ modules' paths and its methods stay what they were.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from eqat_mm.checkpoint.shards import save_shard
+from eqat_mm.checkpoint.verify import ADAPTER
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant.packed_linear import PackedLinear
+from eqat_mm.runtime.files import fsync
 from eqat_mm.runtime.seeding import derive_seed
-
-ADAPTER = "adapter"
-"""Folder inside a checkpoint."""
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
@@ -85,27 +86,21 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
 
 
-def state_without_adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict that the packed model has without its adapters."""
-    if not has_adapters(model):
-        return dict(model.state_dict())
-    state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
-    return {name: tensor for name, tensor in state.items() if ".lora_A." not in name and ".lora_B." not in name}
+def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict that a packed model has without its adapters, from the one that it has."""
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in plain.items() if ".lora_A." not in name and ".lora_B." not in name}
 
 
-def save_adapters(model: nn.Module, folder: Path) -> list[Path]:
-    """Write the adapters of `model` in `peft`'s format; return the files."""
+def save_adapters(model: nn.Module, folder: Path) -> None:
+    """Write the adapters of `model` in `peft`'s format."""
     peft = require_peft(str(folder))
     folder.mkdir()
     configs: Any = model.peft_config
     configs["default"].save_pretrained(folder)
+    fsync(folder / _CONFIG)
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file(
-        {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        folder / _WEIGHTS,
-        metadata={"format": "pt"},
-    )
-    return [folder / _CONFIG, folder / _WEIGHTS]
+    save_shard(folder / _WEIGHTS, {_PREFIX + name: tensor for name, tensor in tensors.items()})
 
 
 def load_adapters(model: nn.Module, folder: Path) -> None:
@@ -116,17 +111,24 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
         CheckpointError: they are not adapters of this model.
     """
     peft = require_peft(str(folder))
-    stored = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / _WEIGHTS).items()}
-    _inject(model, peft.LoraConfig.from_pretrained(str(folder)))
-    given = peft.set_peft_model_state_dict(model, stored)
+    try:
+        stored = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / _WEIGHTS).items()}
+        _inject(model, peft.LoraConfig.from_pretrained(str(folder)))
+        given = peft.set_peft_model_state_dict(model, stored)
+    except Exception as error:  # what peft makes of a broken file depends on its release
+        raise _not_of_this_model(folder, f"{type(error).__name__}: {error}") from error
     missing = [name for name in given.missing_keys if ".lora_" in name]
     if given.unexpected_keys or missing:
-        raise CheckpointError(
-            where=str(folder),
-            given=f"{len(given.unexpected_keys)} tensors too many, {len(missing)} too few",
-            allowed="the adapters of this model",
-            do="copy or make the checkpoint again",
-        )
+        raise _not_of_this_model(folder, f"{len(given.unexpected_keys)} tensors too many, {len(missing)} too few")
+
+
+def _not_of_this_model(folder: Path, given: str) -> CheckpointError:
+    return CheckpointError(
+        where=str(folder),
+        given=" ".join(given.split())[:200],
+        allowed="the adapters of this model",
+        do="copy or make the checkpoint again",
+    )
 
 
 def _inject(model: nn.Module, config: Any) -> None:

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from eqat_mm.blocks.arch import Arch
-from eqat_mm.errors import CheckpointError
+from eqat_mm.errors import CheckpointError, EqatError
 from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
 from eqat_mm.quant.spec import QuantSpec
 
 PACKED_SUFFIX = ".weight_packed"
 SCALE_SUFFIX = ".weight_scale"
 SHAPE_SUFFIX = ".weight_shape"
+PACKED_LEAVES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+"""Last parts of the names of tensors that stand for the weight of a linear."""
 PACKED = "pack-quantized"
 BYTES = "int-quantized"
 _SIGN = 128
@@ -107,14 +109,6 @@ def _dynamic(bits: int, strategy: str, group_size: int | None = None) -> dict[st
     return scheme | {"dynamic": True, "observer": None}
 
 
-def widths_of_config(config: dict[str, Any]) -> BitWidths:
-    """Return the bit widths that config.json names, in the form that `quantization_config` gives it."""
-    entry = config["quantization_config"]
-    (group,) = entry["config_groups"].values()
-    found = [group["weights"], group.get("input_activations"), entry.get("kv_cache_scheme")]
-    return BitWidths(*(UNQUANTIZED if scheme is None else scheme["num_bits"] for scheme in found))
-
-
 def ignored_linears(arch: Arch, model: nn.Module) -> list[str]:
     """Return regular expressions for the full-precision parts that contain linears.
 
@@ -132,27 +126,46 @@ def ignored_linears(arch: Arch, model: nn.Module) -> list[str]:
     return parts
 
 
-def spec_of_config(config: dict[str, Any], scale_dtype: torch.dtype, where: str) -> QuantSpec:
-    """Return the spec that a `quantization_config` describes.
+def described(config: dict[str, Any], scale_dtype: torch.dtype | None, where: str) -> tuple[QuantSpec, BitWidths]:
+    """Return the spec and the bit widths that a `quantization_config` describes.
+
+    Args:
+        config: content of config.json.
+        scale_dtype: of the stored step sizes.
+        where: the file, for messages.
 
     Raises:
         CheckpointError: not a format or not integer settings that this package stores.
     """
     entry = config.get("quantization_config")
-    groups = list((entry or {}).get("config_groups", {}).values())
-    if entry is None or entry.get("format") not in (PACKED, BYTES) or len(groups) != 1:
+    try:
+        return _described(entry, scale_dtype)
+    except (KeyError, TypeError, ValueError, AttributeError, EqatError) as error:
+        form = entry.get("format") if isinstance(entry, dict) else None
+        reason = f"{error.where} {error.given}" if isinstance(error, EqatError) else f"{error}"
         raise CheckpointError(
             where=where,
-            given="no quantization_config"
-            if entry is None
-            else f"format {entry.get('format')!r}, {len(groups)} groups",
+            given="no quantization_config" if entry is None else f"format {form!r:.60}, {reason:.120}",
             allowed=f"compressed-tensors {BYTES!r} or {PACKED!r} with one group",
             do="give a folder written by `eqat block-ap` or `eqat e2e-qp`",
-        )
-    weights = groups[0]["weights"]
-    return QuantSpec(
+        ) from error
+
+
+def _described(entry: Any, scale_dtype: torch.dtype | None) -> tuple[QuantSpec, BitWidths]:
+    if entry["format"] not in (PACKED, BYTES):
+        raise ValueError("which is read by others")
+    if len(entry["config_groups"]) != 1:
+        raise ValueError(f"{len(entry['config_groups'])} groups")
+    (group,) = entry["config_groups"].values()
+    weights = group["weights"]
+    spec = QuantSpec(
         bits=weights["num_bits"],
         group_size=weights["group_size"] or -1,
         symmetric=weights["symmetric"],
         scale_dtype="float16" if scale_dtype is torch.float16 else "bfloat16",
     )
+    schemes = [weights, group.get("input_activations"), entry.get("kv_cache_scheme")]
+    widths = BitWidths(*(UNQUANTIZED if scheme is None else scheme["num_bits"] for scheme in schemes))
+    if (entry["format"] == BYTES) != (format_of(widths) == BYTES):
+        raise ValueError(f"at {widths.name}")
+    return spec, widths

@@ -1,27 +1,33 @@
-"""Loading a packed checkpoint: integers stay integers, step sizes become float32 parameters."""
+"""Loading a packed checkpoint: integers stay integers, step sizes become float32 parameters.
+
+The model is built as its source was, by the same transformers class from the same config.json, and what the files say
+of their tensors is compared with it before anything is read.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.attention import quantize_keys_and_values
-from eqat_mm.blocks.source import OpenModel, WeightSource, module_names, release
-from eqat_mm.checkpoint.adapters import ADAPTER, load_adapters
-from eqat_mm.checkpoint.layout import SCALE_SUFFIX, from_bytes, spec_of_config, widths_of_config
-from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest, verify_checkpoint
+from eqat_mm.blocks.source import OpenModel, release
+from eqat_mm.checkpoint.adapters import load_adapters
+from eqat_mm.checkpoint.build import empty_packed, insert_packed, require_described, require_layers, skeleton
+from eqat_mm.checkpoint.layout import BYTES, SCALE_SUFFIX, SHAPE_SUFFIX, format_of
+from eqat_mm.checkpoint.match import needless, require_match, wanted_tensors
+from eqat_mm.checkpoint.origin import Origin
+from eqat_mm.checkpoint.pretrained import as_packed
+from eqat_mm.checkpoint.source import PackedSource, packed_names
+from eqat_mm.checkpoint.verify import ADAPTER, CONFIG, checkpoint_folder, read_manifest, read_object, verify_checkpoint
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
-from eqat_mm.quant.dynamic_linear import DynamicPackedLinear
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.device import require_kernels
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
 
 
@@ -36,43 +42,56 @@ def load(
 
     Every quantized linear is a `PackedLinear`; nothing is dequantized. All parameters are frozen but the step
     sizes, which are float32 and trainable. Low-rank adapters of the checkpoint are active, and frozen. Where the
-    checkpoint quantizes activations or keys and values, the model does so in every forward.
+    checkpoint quantizes activations or keys and values, the model does so in every forward. Its `save_pretrained` and
+    `push_to_hub` write a packed checkpoint again.
 
     Args:
-        folder: written by Block-AP, E2E-QP or LLM-QAT.
+        folder: written by Block-AP, E2E-QP or LLM-QAT, or the folder of such a run.
         dtype: of the unquantized parts; `auto` is bfloat16 on a GPU that computes in it, float32 on a CPU.
         device: to load to.
         verify: check the SHA-256 of every file first.
 
     Raises:
-        CheckpointError: not a checkpoint, unfinished, truncated or altered.
-        ConfigError: it has adapters, and `peft` is not installed; or no such dtype.
+        CheckpointError: not a checkpoint, unfinished, truncated or altered; or its files contradict each other.
+        ConfigError: it has adapters, and `peft` is not installed; no such dtype; or `EQAT_KERNELS` names kernels that
+            cannot run on this device.
     """
-    folder, device = Path(folder), torch.device(device)
+    folder, device = checkpoint_folder(Path(folder)), torch.device(device)
     dtype = unquantized_dtype(dtype, device)
+    require_kernels(device)
     manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
-    raw = read_json(folder / "config.json")
-    model = _skeleton(folder, raw)
-    source = _PackedSource(folder, module_names(model))
-    _insert_packed(model, source, raw, str(folder), manifest)
+    raw = read_object(folder / CONFIG)
+    require_layers(folder, raw)
+    model = skeleton(folder, manifest)
+    source = PackedSource(folder, packed_names(model))
+    shards = source.shards()
+    headers = {name: header for stored in shards.values() for name, header in stored.values()}
+    scales = [name for name in headers if name.endswith(SCALE_SUFFIX)]
+    require_described(folder, raw, manifest, headers[scales[0]].dtype if scales else None)
+    insert_packed(model, scales, manifest, str(folder))
     quantize_keys_and_values(model, manifest.kv_cache_bits)
-    tied = _tied_names(model, source)
-    for path, module in model.named_modules():
-        if any(f"{path}.{name}" in tied for name, _ in module.named_parameters(recurse=False)):
-            continue
-        kept = torch.float32 if isinstance(module, PackedLinear) else dtype
-        source.materialise(module, f"{path}." if path else "", kept, device, recurse=False)
-    model.tie_weights()
-    if any(name.startswith(f"{ADAPTER}/") for name in manifest.files):
+    wanted = wanted_tensors(model, whole_bytes=format_of(manifest.widths) == BYTES)
+    ignored = needless(model, headers)
+    headers = {name: header for name, header in headers.items() if name not in ignored}
+    missing = {name for name in wanted if name not in headers}
+    require_match(wanted, headers, str(folder), spare=_given_by_ties(model, missing))
+    _fill(model, source, missing | ignored, dtype, device)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    if manifest.has_adapters:
         load_adapters(model, folder / ADAPTER)
-    model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            for parameter in module.scale_parameters():
-                parameter.requires_grad_(True)
+    _freeze_all_but_step_sizes(model)
     nn.Module.to(model, device)
     model.eval()
-    return model
+    origin = Origin(
+        folder=folder.absolute(),
+        manifest=manifest,
+        config=raw,
+        settings=model.config.to_dict(),
+        generation=None if model.generation_config is None else model.generation_config.to_dict(),
+        shards={file: {stored: name for stored, (name, _) in held.items()} for file, held in shards.items()},
+        dtypes={name: header.dtype for name, header in headers.items() if header.dtype is not None},
+    )
+    return as_packed(model, origin)
 
 
 def load_block(
@@ -95,76 +114,59 @@ def load_block(
     """
     release(block)
     for path, linear in opened.arch.named_linears(block):
-        set_submodule(block, path, _empty_packed(linear, spec, UNQUANTIZED, f"{name}.{path}"))
-    names = [f"{name}.{part}" for part in block.state_dict()]
-    stored = {opened.source.stored_name(part): part for part in names}
-    source = WeightSource(shard.parent, lambda part: stored.get(part, part), [shard])
-    source.materialise(block, f"{name}.", torch.float32, device)
+        set_submodule(block, path, empty_packed(linear, spec, UNQUANTIZED, f"{name}.{path}"))
+    stored = {opened.source.stored_name(f"{name}.{part}"): part for part in block.state_dict()}
+    source = PackedSource(shard.parent, lambda part: stored.get(part, part), [shard])
+    headers = {part: header for part, header in source.shards()[shard.name].values()}
+    require_match(wanted_tensors(block), headers, str(shard))
+    _fill(block, source, set(), torch.float32, device)
     block.requires_grad_(False)
 
 
-class _PackedSource(WeightSource):
-    """Weights as `PackedLinear` asks for them, also where the files hold them as whole bytes."""
-
-    def read(self, name: str) -> Tensor:
-        module, _, leaf = name.rpartition(".")
-        if name in self or leaf not in ("weight_packed", "weight_shape"):
-            return super().read(name)
-        packed, shape = from_bytes(super().read(f"{module}.weight"))
-        return packed if leaf == "weight_packed" else shape
+def _given_by_ties(model: PreTrainedModel, missing: set[str]) -> set[str]:
+    """Return the names of parameters that are not stored and have the value of one that is."""
+    pairs = list((model.all_tied_weights_keys or {}).items())
+    given = {target for target, source in pairs if source not in missing}
+    given |= {source for target, source in pairs if target not in missing}
+    return given | {target for target, source in pairs if source in given}
 
 
-def _skeleton(folder: Path, raw: dict[str, object]) -> PreTrainedModel:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    architecture = str(raw["architectures"][0])  # type: ignore[index]
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = getattr(transformers, architecture)(config)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
+@torch.no_grad()
+def _fill(model: nn.Module, source: PackedSource, leave: set[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Give every tensor of a module its stored value, but those to `leave`; packed linears compute in float32.
+
+    Raises:
+        CheckpointError: step sizes that are not finite, or a packed weight that says it has another shape.
+    """
+    for path, module in model.named_modules():
+        kept = torch.float32 if isinstance(module, PackedLinear) else dtype
+        for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            name = f"{path}.{leaf}" if path else leaf
+            if name in leave or not (tensor.is_meta or name in source):
+                continue
+            value = source.read(name)
+            if isinstance(module, PackedLinear):
+                _require_sense(name, value, module, str(source.folder))
+            value = value.to(device, kept if value.is_floating_point() else value.dtype)
+            setattr(
+                module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+            )
 
 
-def _insert_packed(
-    model: nn.Module, source: WeightSource, raw: dict[str, object], where: str, manifest: Manifest
-) -> None:
-    names = [name for name in source.names() if name.endswith(SCALE_SUFFIX)]
-    if not names:
-        raise CheckpointError(
-            where=where,
-            given="no packed weights",
-            allowed="a folder written by `eqat block-ap` or `eqat e2e-qp`",
-            do="load full-precision models with transformers",
-        )
-    scale_dtype = source.read(names[0]).dtype
-    spec = spec_of_config(raw, scale_dtype, where)
-    given, recorded = (spec, widths_of_config(raw)), (QuantSpec(**manifest.spec), manifest.widths)
-    if given != recorded:
-        raise CheckpointError(
-            where=f"{where}/config.json: quantization_config",
-            given=" ".join(part.name for part in given),
-            allowed=f"{' '.join(part.name for part in recorded)}, as recorded in {MANIFEST}",
-            do="the file was altered: copy or make the checkpoint again",
-        )
-    for name in names:
-        path = name.removesuffix(SCALE_SUFFIX)
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear), path
-        set_submodule(model, path, _empty_packed(linear, spec, manifest.activation_bits, path))
+def _require_sense(name: str, value: Tensor, linear: PackedLinear, where: str) -> None:
+    shape = [linear.layout.out_features, linear.layout.in_features]
+    if name.endswith(SCALE_SUFFIX) and not value.isfinite().all():
+        given, allowed = f"{name}: step sizes that are not finite", "finite step sizes"
+    elif name.endswith(SHAPE_SUFFIX) and value.tolist() != shape:
+        given, allowed = f"{name} {value.tolist()}", f"{shape}, the shape of the packed weight"
+    else:
+        return
+    raise CheckpointError(where, given, allowed, "copy or make the checkpoint again")
 
 
-def _empty_packed(linear: nn.Linear, spec: QuantSpec, activation_bits: int, path: str) -> PackedLinear:
-    bias = linear.bias is not None
-    with torch.device("meta"):
-        if activation_bits == UNQUANTIZED:
-            return PackedLinear(linear.in_features, linear.out_features, spec, bias=bias, layer=path)
-        return DynamicPackedLinear(
-            linear.in_features, linear.out_features, spec, activation_bits=activation_bits, bias=bias, layer=path
-        )
-
-
-def _tied_names(model: PreTrainedModel, source: WeightSource) -> set[str]:
-    """Names of parameters that are not stored because they are tied to another."""
-    tied = model.all_tied_weights_keys or {}
-    return {name for name in tied if name not in source}
+def _freeze_all_but_step_sizes(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            for parameter in module.scale_parameters():
+                parameter.requires_grad_(True)

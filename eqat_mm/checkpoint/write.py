@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eqat_mm.blocks.source import INDEX, OpenModel, WeightSource, module_names, weight_files
-from eqat_mm.checkpoint.adapters import ADAPTER, has_adapters, save_adapters, state_without_adapters
+from eqat_mm.blocks.source import OpenModel
+from eqat_mm.checkpoint.adapters import has_adapters, save_adapters, without_adapters
+from eqat_mm.checkpoint.companions import copy_companions
 from eqat_mm.checkpoint.layout import (
     BYTES,
     SCALE_SUFFIX,
@@ -24,14 +25,20 @@ from eqat_mm.checkpoint.layout import (
     quantization_config,
     to_bytes,
 )
-from eqat_mm.checkpoint.verify import MANIFEST, Manifest, read_manifest
+from eqat_mm.checkpoint.origin import Origin
+from eqat_mm.checkpoint.place import folder_in_the_making, replace_files, require_place
+from eqat_mm.checkpoint.seal import seal
+from eqat_mm.checkpoint.shards import save_shard
+from eqat_mm.checkpoint.verify import ADAPTER, Manifest
+from eqat_mm.errors import ConfigError
 from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
+from eqat_mm.quant.grid import as_stored
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.files import atomic_path, read_json, sha256_of, write_json
+from eqat_mm.runtime.files import read_json, write_text
 
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_COMPANIONS = ("config.json", INDEX, MANIFEST, "trainer_state.json", "asset.json")
+_SAVING = ".saving-"
+"""Begins the name of the folder in which a checkpoint is made before its files are moved into place."""
 
 
 class CheckpointWriter:
@@ -45,6 +52,9 @@ class CheckpointWriter:
         opened: the full-precision model it is made from.
         spec: of its quantized linears.
         widths: of activations and KV cache; None where neither is quantized.
+
+    Raises:
+        ConfigError: `folder` is that of the source.
     """
 
     def __init__(self, folder: Path, opened: OpenModel, spec: QuantSpec, widths: BitWidths | None = None) -> None:
@@ -53,17 +63,31 @@ class CheckpointWriter:
         self.spec = spec
         self.widths = widths or BitWidths(spec.bits)
         self._count = len(opened.blocks) + 1
+        if folder.resolve() == opened.folder.resolve():
+            raise ConfigError("--output", f"{folder}, the source model", "another folder", "choose another --output")
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write_block(self, index: int, block: nn.Module) -> None:
-        """Write the packed block `index`; unquantized tensors keep the dtype of the source."""
+    def write_block(self, index: int, block: nn.Module) -> str:
+        """Write the packed block `index`; unquantized tensors keep the dtype of the source.
+
+        Returns:
+            The SHA-256 of its shard.
+
+        Raises:
+            ConfigError: step sizes that are not finite; names the layer.
+        """
         prefix, state = self.opened.block_name(index) + ".", stored_state(block)
         if format_of(self.widths) == BYTES:
             state = to_bytes(state)
-        self._write(index, {prefix + name: tensor for name, tensor in state.items()})
+        return self._write(index, {prefix + name: tensor for name, tensor in state.items()})
 
     def finish(
-        self, stage: str, source: str, provenance: dict[str, Any], trained: Mapping[str, Tensor] | None = None
+        self,
+        stage: str,
+        source: str,
+        provenance: dict[str, Any],
+        trained: Mapping[str, Tensor] | None = None,
+        digests: Mapping[Path, str] | None = None,
     ) -> Manifest:
         """Write what was not quantized, tokenizer and processor, index, config and manifest.
 
@@ -72,11 +96,19 @@ class CheckpointWriter:
             source: the full-precision model, as it was named.
             provenance: of this stage.
             trained: tensors by name that replace those of the source.
+            digests: SHA-256 of shards as `write_block` gave it, by path.
+
+        Raises:
+            CheckpointError: a shard is missing or truncated, or has another SHA-256 by now.
         """
-        prefix = f"{self.opened.arch.blocks}."
-        rest = [name for name in self.opened.source.names() if not name.startswith(prefix)]
+        prefix, known = f"{self.opened.arch.blocks}.", self.opened.model.state_dict()
+        rest = [name for name in self.opened.source.names() if name in known and not name.startswith(prefix)]
         stored = {name: self.opened.source.read(name) for name in rest}
-        changed = {name: _like(stored[name], value) for name, value in (trained or {}).items() if name in stored}
+        changed = {
+            name: _like(value, stored[name].dtype, stored[name])
+            for name, value in (trained or {}).items()
+            if name in stored
+        }
         self._write(self._count - 1, stored | changed)
         copy_companions(self.opened.folder, self.folder)
         config = read_json(self.opened.folder / "config.json")
@@ -85,21 +117,28 @@ class CheckpointWriter:
         config["quantization_config"] = quantization_config(self.spec, ignore, self.widths, channels)
         files = [self.shard(index) for index in range(self._count)]
         made = Manifest(
-            self.opened.arch.name, self.spec.as_dict(), stage, source, {}, [provenance], *self.widths.dynamic
+            self.opened.arch.name,
+            self.spec.as_dict(),
+            stage,
+            source,
+            {},
+            [provenance],
+            *self.widths.dynamic,
+            auto_class=self.opened.arch.auto_class,
         )
-        return _seal(self.folder, files, config, made)
+        return seal(self.folder, files, config, made, digests or {})
 
     def shard(self, index: int) -> Path:
         """Return the file of block `index`; what was not quantized comes behind the last one."""
         return self.folder / f"model-{index + 1:05d}-of-{self._count:05d}.safetensors"
 
-    def _write(self, index: int, tensors: dict[str, Tensor]) -> None:
+    def _write(self, index: int, tensors: dict[str, Tensor]) -> str:
         source, cast = self.opened.source, {}
         for name, tensor in tensors.items():
             keeps = name in source and tensor.is_floating_point()
             kept = source.read(name).dtype if keeps else tensor.dtype
             cast[source.stored_name(name)] = tensor.to(kept)
-        save_shard(self.shard(index), cast)
+        return save_shard(self.shard(index), cast)
 
 
 def head_dim(opened: OpenModel) -> int:
@@ -109,12 +148,12 @@ def head_dim(opened: OpenModel) -> int:
 
 
 def stored_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of a packed module with step sizes in their storage dtype."""
+    """Return the state dict of a packed module with step sizes as they are stored."""
     state = dict(module.state_dict())
     for path, child in module.named_modules():
         if isinstance(child, PackedLinear):
             name = f"{path}{SCALE_SUFFIX}"
-            state[name] = state[name].to(child.spec.storage_dtype)
+            state[name] = as_stored(state[name], child.spec)
     return state
 
 
@@ -127,75 +166,86 @@ def save_like(model: PreTrainedModel, folder: Path, base: Path, stage: str, prov
     Args:
         model: packed model, loaded from `base`.
         folder: new checkpoint; replaced where it exists.
-        base: checkpoint that the model was loaded from.
+        base: checkpoint that the model was loaded from, where it is now.
         stage: for the manifest.
         provenance: of this stage; appended to those of `base`.
     """
-    before = read_manifest(base)
-    with _folder_in_the_making(folder) as partial:
-        state, rename, source = state_without_adapters(model), module_names(model), WeightSource(base)
-        if format_of(before.widths) == BYTES:
-            state = to_bytes(state)
-        files = []
-        for path in weight_files(base):
-            names = WeightSource.names_of(path)
-            save_shard(partial / path.name, {name: _like(source.read(name), state[rename(name)]) for name in names})
-            files.append(partial / path.name)
-        adapters = save_adapters(model, partial / ADAPTER) if has_adapters(model) else []
-        copy_companions(base, partial)
-        made = replace(before, stage=stage, provenance=[*before.provenance, provenance])
-        return _seal(partial, files, read_json(base / "config.json"), made, adapters)
+    origin = replace(_origin_of(model), folder=base)
+    with folder_in_the_making(folder) as partial:
+        return _write_again(model, origin, partial, stage, provenance)
 
 
-def _like(stored: Tensor, value: Tensor) -> Tensor:
-    """Return `value` in the dtype of `stored`, or `stored` where they are the same number."""
-    value = value.detach().cpu()
-    return stored if torch.equal(stored.to(value.dtype), value) else value.to(stored.dtype)
+def save_into(model: PreTrainedModel, folder: Path, provenance: dict[str, Any]) -> Manifest:
+    """Write a loaded model, trained or not, into a folder, in which other files stay; see `save_like`.
+
+    Where the checkpoint that it was loaded from is gone, or another by now, all tensors are written as they are in
+    memory, and nothing is there that came with the model, such as its tokenizer; a warning says so.
+
+    Args:
+        model: packed model, loaded with `eqat_mm.load`.
+        folder: made where it does not exist; a packed checkpoint in it is replaced.
+        provenance: of this step; appended to those of the checkpoint it was loaded from.
+
+    Raises:
+        CheckpointError: the folder holds a model that is no packed checkpoint.
+    """
+    require_place(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{_SAVING}*"):  # of a process that was killed
+        shutil.rmtree(leftover)
+    origin = _origin_of(model)
+    with TemporaryDirectory(dir=folder, prefix=_SAVING) as name:
+        made = _write_again(model, origin, Path(name), origin.manifest.stage, provenance)
+        replace_files(folder, Path(name))
+    if folder.resolve() == origin.folder.resolve():
+        vars(model)["checkpoint_origin"] = replace(origin, manifest=made)
+    return made
 
 
-@contextmanager
-def _folder_in_the_making(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; on success it replaces `folder`, on any exception it is removed."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _origin_of(model: PreTrainedModel) -> Origin:
+    origin = getattr(model, "checkpoint_origin", None)
+    assert isinstance(origin, Origin), f"{type(model).__name__} was not loaded with eqat_mm.load"
+    return origin
 
 
-def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file atomically."""
-    with atomic_path(path) as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            str(temporary),
-            metadata={"format": "pt"},
-        )
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, processor, generation settings and licences, byte for byte."""
-    for pattern in _COMPANIONS:
-        for path in source.glob(pattern):
-            if path.name not in _NOT_COMPANIONS:
-                shutil.copyfile(path, folder / path.name)
-
-
-def _seal(
-    folder: Path, files: list[Path], config: dict[str, Any], made: Manifest, adapters: Iterable[Path] = ()
+def _write_again(
+    model: PreTrainedModel, origin: Origin, folder: Path, stage: str, provenance: dict[str, Any]
 ) -> Manifest:
-    """Write index and config, then the manifest with the hashes of the files."""
-    weight_map, total = {}, 0
-    digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in (*files, *adapters)}
-    for path in files:
-        total += path.stat().st_size
-        weight_map.update(dict.fromkeys(WeightSource.names_of(path), path.name))
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / "config.json", config)
-    manifest = replace(made, files=digests)
-    manifest.write(folder)
-    return manifest
+    base, state = origin.unchanged(), without_adapters(stored_state(model))
+    if format_of(origin.manifest.widths) == BYTES:
+        state = to_bytes(state)
+    digests = {}
+    for file, names in origin.shards.items():
+        kept = {stored: name for stored, name in names.items() if name in origin.dtypes}
+        tensors = {
+            stored: _like(state[name], origin.dtypes[name], None if base is None else base.read(stored))
+            for stored, name in kept.items()
+        }
+        digests[folder / file] = save_shard(folder / file, tensors)
+    if has_adapters(model):
+        save_adapters(model, folder / ADAPTER)
+    _write_companions(model, origin, folder, there=base is not None)
+    made = replace(origin.manifest.renewed(), stage=stage, provenance=[*origin.manifest.provenance, provenance])
+    return seal(folder, list(digests), origin.config_of(model), made, digests)
+
+
+def _like(value: Tensor, dtype: torch.dtype, stored: Tensor | None) -> Tensor:
+    """Return `value` in a dtype, or `stored`, which has it, where they are the same number."""
+    value = value.detach().cpu()
+    same = stored is not None and stored.shape == value.shape and torch.equal(stored.to(value.dtype), value)
+    return stored if same and stored is not None else value.to(dtype)
+
+
+def _write_companions(model: PreTrainedModel, origin: Origin, folder: Path, *, there: bool) -> None:
+    """Write what comes with the model: copies, but for generation settings that were changed since."""
+    if there:
+        copy_companions(origin.folder, folder)
+    else:
+        warnings.warn(
+            f"{origin.folder} is gone, or another checkpoint by now: saved without tokenizer, processor and chat "
+            "template; what is not quantized is saved as it is in memory",
+            stacklevel=2,
+        )
+    settings = model.generation_config
+    if settings is not None and not (there and settings.to_dict() == origin.generation):
+        write_text(folder / "generation_config.json", settings.to_json_string())

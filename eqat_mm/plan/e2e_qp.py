@@ -44,10 +44,9 @@ class _E2EQP(EndToEnd):
         )
 
     def resumable(self) -> float:
-        """Model, step sizes in float32, and AdamW's two moments of what is trained."""
-        sizes = scales(self.shape, self.spec)
+        """What is trained and AdamW's two moments of it in float32; under DeepSpeed its weights once more."""
         projector = self.shape.projector * ("projector" in self.config.trains)
-        return codes(self.shape, self.spec) + 12 * sizes + self.width * self.shape.unquantized + 8 * projector
+        return (16 if self.stage else 12) * (scales(self.shape, self.spec) + projector)
 
     def flop(self) -> tuple[float, float]:
         """Forward, its repetition, dx at the packed rate; ds at its own. The head is dense and frozen."""

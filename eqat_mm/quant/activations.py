@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eqat_mm.quant.bit_widths import UNQUANTIZED
-from eqat_mm.quant.grid import SMALLEST_STEP
+from eqat_mm.quant.grid import SMALLEST_STEP, smallest_step
 
 
 def largest_code(bits: int) -> int:
@@ -38,12 +38,12 @@ def quantize_symmetric(x: Tensor, bits: int, scale_dtype: torch.dtype | None = N
         scale_dtype: dtype to which alpha is rounded first; None leaves it as it is.
 
     Returns:
-        codes [..., n], integers from -(2^(N-1) - 1) to 2^(N-1) - 1, and alpha [..., 1] of at least `SMALLEST_STEP`:
+        codes [..., n], integers from -(2^(N-1) - 1) to 2^(N-1) - 1, and alpha [..., 1] of at least `smallest_step`:
         both float32, or float64 where x is.
     """
     x = x if x.dtype is torch.float64 else x.float()
     scale = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True) / largest_code(bits)
-    scale = scale.clamp_(min=SMALLEST_STEP)
+    scale = scale.clamp_(min=SMALLEST_STEP if scale_dtype is None else smallest_step(scale_dtype))
     if scale_dtype is not None:
         scale = scale.to(scale_dtype).to(x.dtype)
     return (x / scale).round_(), scale

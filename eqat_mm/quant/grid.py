@@ -39,12 +39,29 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return weight
 
 
-def away_from_zero(scale: Tensor, *, signed: bool, out: Tensor | None = None) -> Tensor:
-    """Return `scale` with every entry at least `SMALLEST_STEP` from zero; positive unless `signed`.
+def away_from_zero(
+    scale: Tensor, *, signed: bool, smallest: float = SMALLEST_STEP, out: Tensor | None = None
+) -> Tensor:
+    """Return `scale` with every entry at least `smallest` from zero; positive unless `signed`.
 
     Written to `out` where it is given, which may be `scale`.
     """
     if not signed:
-        return torch.clamp(scale, min=SMALLEST_STEP, out=out)
+        return torch.clamp(scale, min=smallest, out=out)
     sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
-    return torch.mul(sign, scale.abs().clamp(min=SMALLEST_STEP), out=out)
+    return torch.mul(sign, scale.abs().clamp(min=smallest), out=out)
+
+
+def smallest_step(dtype: torch.dtype) -> float:
+    """Return the smallest step size that is stored in `dtype`: a normal number, since others lose their digits."""
+    return max(SMALLEST_STEP, torch.finfo(dtype).smallest_normal)
+
+
+def as_stored(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Return step sizes in the dtype in which they are stored, `spec.storage_dtype`.
+
+    This is the one place where they are rounded. Too small ones are raised first: rounding could make them zero. What
+    is not finite, or becomes so in float16, stays so, for whoever knows the layer's name to refuse.
+    """
+    dtype = spec.storage_dtype
+    return away_from_zero(scale, signed=spec.symmetric, smallest=smallest_step(dtype)).to(dtype)

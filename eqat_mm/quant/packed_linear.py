@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from eqat_kernels import PackedLayout, pack, quant_linear
 from eqat_kernels import dequantize as dequantize_packed
+from eqat_mm.quant.grid import as_stored
 from eqat_mm.quant.spec import QuantSpec
 
 
@@ -64,13 +65,13 @@ class PackedLinear(nn.Module):
     ) -> PackedLinear:
         """Pack codes uint8 [O, I] with step sizes and zero points float [O, G].
 
-        Step sizes are rounded to `spec.scale_dtype`: what is computed with is what is stored. `options` are those of
-        the class.
+        Step sizes are rounded as they are stored: what is computed with is what is stored. `options` are those of the
+        class.
         """
         out_features, in_features = codes.shape
         packed = cls(in_features, out_features, spec, bias=bias is not None, **options).to(codes.device)
         packed.weight_packed = pack(codes, spec.bits)
-        packed.weight_scale.copy_(scale.to(spec.storage_dtype))
+        packed.weight_scale.copy_(as_stored(scale, spec))
         if packed.weight_zero_point is not None:
             packed.weight_zero_point = pack(zero_point.round().to(torch.uint8).T.contiguous(), spec.bits).T.contiguous()
         packed.bias = bias
@@ -91,8 +92,8 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def round_scales(self) -> None:
-        """Round the step sizes to their storage dtype; call at the end of training, before evaluation."""
-        self.weight_scale.copy_(self.weight_scale.to(self.spec.storage_dtype))
+        """Round the step sizes as they are stored; call at the end of training, before evaluation."""
+        self.weight_scale.copy_(as_stored(self.weight_scale, self.spec))
 
     def extra_repr(self) -> str:
         """Shape and spec."""

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from eqat_kernels import IMPLEMENTATIONS, select
 from eqat_mm.errors import ConfigError
 
 
@@ -16,12 +17,34 @@ def best_device(device: str) -> torch.device:
     first. `auto` is the same, or the CPU where there is none.
 
     Raises:
-        ConfigError: unknown, or not on this machine.
+        ConfigError: unknown, not on this machine, or not one that the kernels named by `EQAT_KERNELS` run on.
     """
     chosen = _chosen(device, torch.cuda.device_count())
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    require_kernels(chosen)
     return chosen
+
+
+def require_kernels(device: torch.device) -> None:
+    """Check that the kernels that the environment asks for run on a device.
+
+    Raises:
+        ConfigError: they do not, or there are none of that name.
+    """
+    asked = os.environ.get("EQAT_KERNELS", "auto")
+    if asked == "auto":
+        return
+    for op, names in IMPLEMENTATIONS.items():
+        try:
+            select(op, "auto", torch.empty(0, device=device))
+        except ValueError as error:
+            raise ConfigError(
+                where="EQAT_KERNELS",
+                given=f"{asked}: {error}",
+                allowed=", ".join(("auto", *names)),
+                do="unset EQAT_KERNELS, or choose kernels that run on this device",
+            ) from error
 
 
 def launched() -> bool:

@@ -134,12 +134,11 @@ def run_block_ap(
     console = _Console(len(walker), state.done, device)
     for step in walker.walk(state.done):
         report, target_square = quantize_block(walker, step, config)
-        if ranks.rank == 0:
-            writer.write_block(step.index, step.block)
-        state.commit(walker, console.record(step, report, target_square))
+        shard = writer.write_block(step.index, step.block) if ranks.rank == 0 else ""
+        state.commit(walker, console.record(step, report, target_square), shard)
     release_freed_memory()
     if ranks.rank == 0:
-        writer.finish(STAGE, source, provenance)
+        writer.finish(STAGE, source, provenance, digests=state.digests)
     ranks.barrier()
     state.clean()
     return read_manifest(folder / "model")

@@ -86,9 +86,21 @@ class RunState:
         """Folder of this rank's committed streams, and of live ones on disk."""
         return self._streams_of(self.ranks.rank)
 
-    def commit(self, walker: BlockWalker, record: dict[str, Any]) -> None:
-        """Save what is kept of the streams, then the JSON that makes the block count; then drop what no longer does."""
+    @property
+    def digests(self) -> dict[Path, str]:
+        """SHA-256 of every committed shard, by path."""
+        return {self.writer.shard(index): digest for index, digest in enumerate(self.committed.shards)}
+
+    def commit(self, walker: BlockWalker, record: dict[str, Any], shard: str) -> None:
+        """Save what is kept of the streams, then the JSON that makes the block count; then drop what no longer does.
+
+        Args:
+            walker: behind the block.
+            record: its metrics.
+            shard: SHA-256 of its shard; only the first rank's counts.
+        """
         self.committed.records.append(record)
+        self.committed.shards.append(shard)
         if self.keeps_streams:
             fp, quantized = self._committed()
             walker.fp.save(fp)
@@ -96,7 +108,6 @@ class RunState:
         self.committed.streams = self._sums()
         self.ranks.barrier()  # every rank has passed the block and kept what it keeps
         if self.ranks.rank == 0:
-            self.committed.shards.append(sha256_of(self.writer.shard(self.done - 1)))
             write_sealed(self.folder / "state.json", vars(self.committed))
             append_jsonl(self.folder / "metrics.jsonl", record)
         self.ranks.barrier()  # only now it counts

@@ -133,6 +133,11 @@ class EndToEndTrainer(GuardedTrainer):
             self.optimizer = kind(self.groups, **options)
         return self.optimizer
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save tensors as they are in memory: what a run continues from is no packed checkpoint."""
+        assert self.model is not None
+        super()._save(output_dir, self.model.state_dict() if state_dict is None else state_dict)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 

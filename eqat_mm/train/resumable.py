@@ -70,8 +70,8 @@ class ResumableTrainer(transformers.Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Create the schedule; behind its last step it stays where it is."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        assert isinstance(scheduler, LambdaLR)
-        scheduler.lr_lambdas = [_until(num_training_steps, factor) for factor in scheduler.lr_lambdas]
+        if isinstance(scheduler, LambdaLR):  # DeepSpeed's own, where a user's file asks for it, is another
+            scheduler.lr_lambdas = [_until(num_training_steps, factor) for factor in scheduler.lr_lambdas]
         return scheduler
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -14,6 +14,8 @@ from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.init import initial_grid
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.device import require_kernels
+from eqat_mm.runtime.memory import release_freed_memory
 from eqat_mm.runtime.progress import progress
 from eqat_mm.train.block_ap import check_groups
 
@@ -24,16 +26,19 @@ def run_rtn(opened: OpenModel, spec: QuantSpec, folder: Path, *, source: str, pr
     """Round every block to its min-max grid and write the checkpoint to `folder/model`.
 
     Raises:
-        ConfigError: the group size does not divide a layer.
+        ConfigError: the group size does not divide a layer, step sizes that are not finite, or `EQAT_KERNELS` names
+            kernels that do not run on a CPU.
     """
+    require_kernels(torch.device("cpu"))
     check_groups(opened, spec)
-    writer = CheckpointWriter(folder / "model", opened, spec)
+    writer, digests = CheckpointWriter(folder / "model", opened, spec), {}
     for index, block in enumerate(progress(opened.blocks, what="round to nearest", unit="block")):
         name = opened.block_name(index)
         opened.source.materialise(block, name + ".", torch.float32, torch.device("cpu"))
         for path, linear in opened.arch.named_linears(block):
             grid = initial_grid(linear.weight, spec, layer=f"{name}.{path}", init="minmax")
             set_submodule(block, path, to_packed(to_fake(linear, grid, spec)))
-        writer.write_block(index, block)
+        digests[writer.shard(index)] = writer.write_block(index, block)
         block.to("meta")
-    return writer.finish(STAGE, source, provenance)
+        release_freed_memory()
+    return writer.finish(STAGE, source, provenance, digests=digests)

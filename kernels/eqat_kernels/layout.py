@@ -24,10 +24,31 @@ class PackedLayout:
     out_features: int
     in_features: int
 
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: a width that is not packed, a size below 1, or a group size that does not divide I.
+        """
+        if self.bits not in BITS or min(self.group_size, self.out_features, self.in_features) < 1:
+            raise ValueError(f"no layout of a packed weight: {self}")
+        if self.in_features % self.group_size:
+            raise ValueError(f"groups of {self.group_size} do not divide rows of {self.in_features} weights")
+
     @property
     def groups(self) -> int:
         """G, groups per output row."""
         return self.in_features // self.group_size
+
+    @property
+    def words_shape(self) -> tuple[int, int]:
+        """Shape of the packed codes, [O, ceil(I*N/32)]."""
+        return self.out_features, words_for(self.in_features, self.bits)
+
+    @property
+    def zeros_shape(self) -> tuple[int, int]:
+        """Shape of the packed zero points, [ceil(O*N/32), G]."""
+        return words_for(self.out_features, self.bits), self.groups
 
     @property
     def numbers(self) -> tuple[int, int, int, int]:

@@ -23,9 +23,9 @@ from tests.tiny_llava import save_tiny_llava
 from tests.tiny_model import tiny_llama, word_tokenizer
 
 CASES = settings(
-    max_examples=int(os.environ.get("EQAT_FUZZ_CASES", "40")),
+    max_examples=int(os.environ.get("EQAT_FUZZ_EXAMPLES", "25")),
     deadline=None,
-    derandomize="EQAT_FUZZ_CASES" not in os.environ,
+    derandomize="EQAT_FUZZ_EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),
 )
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eqat_mm.blocks.source import INDEX
+from eqat_mm.checkpoint.verify import MANIFEST
 from eqat_mm.errors import EqatError
-from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.files import read_json, sha256_of, write_json
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -34,6 +39,40 @@ def same_weights(left: Path, right: Path) -> bool:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder by its path in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def reseal(folder: Path) -> None:
+    """Bring the hashes in a manifest up to date, as whoever alters a checkpoint with intent does."""
+    manifest = read_json(folder / MANIFEST)
+    files = {name: sha256_of(folder / name) for name in manifest["files"] if (folder / name).is_file()}
+    write_json(folder / MANIFEST, manifest | {"files": files})
+
+
+def alter_config(folder: Path, **changes: Any) -> None:
+    """Change fields of config.json, and its hash; None takes a field away."""
+    config = read_json(folder / "config.json") | changes
+    write_json(folder / "config.json", {key: value for key, value in config.items() if value is not None})
+    reseal(folder)
+
+
+def alter_tensors(shard: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Change the tensors of a shard, the index and the hashes."""
+    save_file(change(load_file(shard)), shard, metadata={"format": "pt"})
+    held = {path.name: load_file(path) for path in sorted(shard.parent.glob("*.safetensors"))}
+    weight_map = {name: file for file, tensors in held.items() for name in tensors}
+    write_json(shard.parent / INDEX, {"metadata": {}, "weight_map": weight_map})
+    reseal(shard.parent)
+
+
+def alter_header(shard: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the header of a shard and leave its numbers as they are; the hashes are brought up to date."""
+    data = shard.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    shard.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    reseal(shard.parent)
 
 
 def shard_of(folder: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,23 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 
 import eqat_mm
+from eqat_kernels import use
 from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint import read_manifest
-from eqat_mm.checkpoint.layout import quantization_config, spec_of_config
+from eqat_mm.checkpoint.layout import described, quantization_config
 from eqat_mm.checkpoint.read import load_block
 from eqat_mm.checkpoint.verify import MANIFEST
 from eqat_mm.checkpoint.write import CheckpointWriter
-from eqat_mm.errors import CheckpointError
+from eqat_mm.errors import CheckpointError, ConfigError
+from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import BITS, GROUP_SIZES, QuantSpec
 from eqat_mm.runtime.files import read_json, write_json
+from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_for
 from tests.checkpoint.conftest import Pack, save_llama
-from tests.checkpoint.files import assert_four_lines, shard_of, tensors_of
+from tests.checkpoint.files import alter_config, alter_tensors, assert_four_lines, reseal, shard_of, tensors_of
 
 
 @pytest.fixture
@@ -96,7 +101,7 @@ def test_a_tied_head_is_stored_once_and_tied_again(pack: Pack) -> None:
 def test_generation_settings_are_kept(folder: Path) -> None:
     settings = read_json(folder / "generation_config.json") | {"max_new_tokens": 7}
     write_json(folder / "generation_config.json", settings)
-    model = eqat_mm.load(folder)
+    model = eqat_mm.load(folder, verify=False)
     assert model.generation_config.max_new_tokens == 7
     output = model.generate(  # type: ignore[operator]
         torch.tensor([[5, 6]]), do_sample=False, pad_token_id=0
@@ -158,13 +163,13 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
     refused(tmp_path / "model")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"arch": "llama"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"arch": "llama"}', "[" * 100_000, '"x"', "null", "1" * 5000])
 def test_an_unreadable_manifest(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text)
     assert "unreadable manifest" in refused(folder).given
 
 
-@pytest.mark.parametrize("change", [{"format_version": 2}, {"new_field": 1}])
+@pytest.mark.parametrize("change", [{"format_version": 3}, {"new_field": 1}])
 def test_a_manifest_of_a_newer_version(folder: Path, change: dict[str, int]) -> None:
     write_json(folder / MANIFEST, asdict(read_manifest(folder)) | change)
     assert "newer version" in refused(folder).do
@@ -201,6 +206,7 @@ def test_a_config_of_another_format(folder: Path, config: dict[str, Any]) -> Non
     raw = read_json(folder / "config.json")
     del raw["quantization_config"]
     write_json(folder / "config.json", raw | config)
+    reseal(folder)
     assert "'pack-quantized' with one group" in refused(folder).allowed
 
 
@@ -210,9 +216,138 @@ def test_a_config_of_another_format(folder: Path, config: dict[str, Any]) -> Non
 @pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16"])
 def test_the_spec_travels_in_the_config(bits: int, group_size: int, symmetric: bool, scale_dtype: Any) -> None:
     spec = QuantSpec(bits, group_size, symmetric, scale_dtype)
-    assert spec_of_config({"quantization_config": quantization_config(spec, [])}, spec.storage_dtype, "here") == spec
+    found = described({"quantization_config": quantization_config(spec, [])}, spec.storage_dtype, "here")
+    assert found == (spec, BitWidths(bits))
 
 
 def test_by_default_the_unquantized_parts_are_float32_on_a_cpu(folder: Path) -> None:
     assert eqat_mm.load(folder).lm_head.weight.dtype is torch.float32
     assert eqat_mm.load(folder, dtype="bfloat16").lm_head.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"x": 3}},
+        {"files": "x"},
+        {"files": {"../../x": "0" * 64}},
+        {"files": {"/etc/passwd": "0" * 64}},
+        {"files": {"model.safetensors": "short"}},
+        {"spec": {}},
+        {"spec": {"bits": float("nan"), "group_size": 32}},
+        {"spec": {"bits": 3, "group_size": 32, "colour": 1}},
+        {"spec": {"bits": 3.0, "group_size": 32}},
+        {"spec": {"bits": 5, "group_size": 32}},
+        {"provenance": []},
+        {"provenance": [3]},
+        {"activation_bits": 5},
+        {"kv_cache_bits": True},
+        {"auto_class": "AutoTokenizer"},
+        {"arch": 7},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_cannot_be(folder: Path, change: dict[str, Any]) -> None:
+    manifest = asdict(read_manifest(folder)) | change
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert "unreadable manifest" in refused(folder).given
+
+
+def test_a_manifest_that_is_no_text(folder: Path) -> None:
+    (folder / MANIFEST).write_bytes(b"\xff\xfe\x00")
+    assert "unreadable manifest" in refused(folder).given
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.tensor([[1, 2, 3, 4]])).logits
+    return found
+
+
+@pytest.mark.parametrize(
+    "architectures", [None, [], [True], ["MyLlamaForCausalLM"], ["LlamaModel"], "LlamaForCausalLM"]
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_class_does_not_come_from_the_architectures(folder: Path, architectures: Any, version: int) -> None:
+    wanted = logits(eqat_mm.load(folder))
+    alter_config(folder, architectures=architectures)
+    if version == 1:
+        write_json(folder / MANIFEST, as_version_1(folder))
+    assert type(eqat_mm.load(folder)).__name__ == "LlamaForCausalLM"
+    assert torch.equal(logits(eqat_mm.load(folder)), wanted)
+
+
+def as_version_1(folder: Path) -> dict[str, Any]:
+    """The manifest as it was before it named more than weight files."""
+    manifest = read_json(folder / MANIFEST)
+    del manifest["auto_class"]
+    weights = {name: digest for name, digest in manifest["files"].items() if name.endswith(".safetensors")}
+    return manifest | {"files": weights, "format_version": 1}
+
+
+def test_manifests_of_version_1_are_read_and_check_weights(folder: Path) -> None:
+    wanted = logits(eqat_mm.load(folder))
+    write_json(folder / MANIFEST, as_version_1(folder))
+    assert torch.equal(logits(eqat_mm.load(folder)), wanted)
+    flip(shard_of(folder, "lm_head.weight"))
+    refused(folder)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_names_without_the_prefix_of_the_base_class(tmp_path: Path, bits: int) -> None:
+    save_llama(tmp_path / "full", tie_word_embeddings=True)
+    spec, opened = QuantSpec(bits, 32), lambda: open_model(tmp_path / "full", arch_for("llama"))
+    run_rtn(opened(), spec, tmp_path / "a", source="tiny", provenance={})
+    tensors = tensors_of(tmp_path / "full")
+    stripped = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    save_file(stripped, tmp_path / "full" / "model.safetensors", metadata={"format": "pt"})
+    run_rtn(opened(), spec, tmp_path / "b", source="tiny", provenance={})
+    assert "layers.0.mlp.up_proj.weight_packed" in tensors_of(tmp_path / "b" / "model")
+    left, right = (eqat_mm.load(tmp_path / name / "model") for name in "ab")
+    assert torch.equal(logits(left), logits(right))
+
+
+@pytest.mark.parametrize("stored", ["embedding", "head", "both", "both, but different"])
+def test_a_tied_pair_is_read_as_transformers_reads_it(tmp_path: Path, stored: str) -> None:
+    """It may store either or both; two different ones are not tied."""
+    save_llama(tmp_path / "full", tie_word_embeddings=True)
+    path = tmp_path / "full" / "model.safetensors"
+    tensors = tensors_of(tmp_path / "full")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    if stored != "head":
+        tensors["model.embed_tokens.weight"] = embedding
+    if stored != "embedding":
+        tensors["lm_head.weight"] = embedding.flip(0).contiguous() if "different" in stored else embedding.clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    run_rtn(open_model(tmp_path / "full", arch_for("llama")), QuantSpec(8, 32), tmp_path, source="tiny", provenance={})
+    model = eqat_mm.load(tmp_path / "model")
+    full = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.float32)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == ("different" not in stored)
+    assert torch.equal(model.lm_head.weight, full.lm_head.weight)
+    assert torch.equal(model.model.embed_tokens.weight, full.model.embed_tokens.weight)
+    assert (logits(model) - logits(full)).abs().max() < 0.1 * logits(full).abs().max()
+
+
+def test_a_run_folder_stands_for_its_checkpoint(pack: Pack) -> None:
+    folder = pack()
+    assert torch.equal(logits(eqat_mm.load(folder.parent)), logits(eqat_mm.load(folder)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_step_sizes_that_are_not_finite(folder: Path, value: float) -> None:
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[name][0, 0] = value
+        return tensors
+
+    alter_tensors(shard_of(folder, name), spoil)
+    assert name in refused(folder).given
+
+
+def test_kernels_that_cannot_run_here_are_an_error_of_the_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EQAT_KERNELS", "fastest")
+    with use("fastest"), pytest.raises(ConfigError, match="EQAT_KERNELS") as caught:
+        eqat_mm.load(folder)
+    assert_four_lines(caught.value)
+    assert "'fastest' does not exist" in caught.value.given

@@ -124,9 +124,14 @@ def test_the_manifest_says_what_made_the_checkpoint(pack: Pack) -> None:
     assert QuantSpec(**manifest.spec) == QuantSpec(3, 32)
     assert (manifest.arch, manifest.stage, manifest.source) == ("llama", "round-to-nearest", "tiny-llama")
     assert manifest.provenance == [PROVENANCE]
-    assert manifest.files == {path.name: sha256_of(path) for path in folder.glob("*.safetensors")}
+    decides = [
+        *folder.glob("*.safetensors"),
+        *(folder / name for name in (INDEX, "config.json", "generation_config.json")),
+    ]
+    assert manifest.files == {path.name: sha256_of(path) for path in decides}
+    assert manifest.auto_class == "AutoModelForCausalLM"
     assert verify_checkpoint(folder) == manifest
-    assert json.loads((folder / "eqat.json").read_text())["format_version"] == 1
+    assert json.loads((folder / "eqat.json").read_text())["format_version"] == 2
 
 
 def test_companions_are_copied_byte_for_byte(tmp_path: Path) -> None:

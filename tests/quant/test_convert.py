@@ -10,7 +10,7 @@ from eqat_kernels import fake_quantize, unpack
 from eqat_mm.quant import FakeQuantLinear, PackedLinear, QuantSpec
 from eqat_mm.quant.convert import to_dense, to_fake, to_packed
 from eqat_mm.quant.fake_linear import project
-from eqat_mm.quant.grid import quantize
+from eqat_mm.quant.grid import quantize, smallest_step
 from eqat_mm.quant.init import initial_grid
 from tests.quant.problems import SPECS, correlated_inputs, random_fake_linear
 from tests.tolerances import assert_close
@@ -86,9 +86,30 @@ def test_step_sizes_too_small_to_store_give_finite_weights(scale_dtype: str, sym
     fake = random_fake_linear(spec)
     with torch.no_grad():
         fake.scale.fill_(1e-30)
-    weight = to_packed(fake).dequantize()
+    with pytest.warns(UserWarning, match="are raised to it"):
+        weight = to_packed(fake).dequantize()
     assert weight.isfinite().all()
-    assert weight.abs().max() < 1e-6
+    assert 0 < weight.abs().max() <= spec.top * smallest_step(spec.storage_dtype) * 1.01
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_weights_too_small_for_float16_beside_outliers(symmetric: bool) -> None:
+    """Groups of zeros lose nothing and are not mentioned; small ones are, and neither has a step size of zero."""
+    spec = QuantSpec(8, 32, symmetric, scale_dtype="float16")
+    linear = nn.Linear(96, 4, bias=False)
+    with torch.no_grad():
+        linear.weight[:, 32:64].zero_()
+        linear.weight[0, 0] = 1e4
+    grid = initial_grid(linear.weight, spec, layer="a", init="minmax")
+    packed = to_packed(to_fake(linear, grid, spec))
+    error = (packed.dequantize() - linear.weight).abs().unflatten(1, (3, 32)).amax(-1)
+    assert (error <= packed.weight_scale.abs() * 1.01).all()
+    assert packed.weight_scale.abs().min() == torch.finfo(torch.float16).smallest_normal
+    with torch.no_grad():
+        linear.weight[1, 64:] *= 1e-4
+    with pytest.warns(UserWarning, match="--quant.scale_dtype bfloat16 keeps them"):
+        again = to_packed(to_fake(linear, initial_grid(linear.weight, spec, layer="a", init="minmax"), spec))
+    assert again.weight_scale.abs().min() == torch.finfo(torch.float16).smallest_normal
 
 
 def test_packing_leaves_the_trained_layer_alone() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from eqat_kernels import fake_quantize
 from eqat_mm.quant import QuantSpec
-from eqat_mm.quant.grid import SMALLEST_STEP, away_from_zero, dequantize, quantize
+from eqat_mm.quant.grid import SMALLEST_STEP, as_stored, away_from_zero, dequantize, quantize, smallest_step
 from tests.quant.problems import SPECS, random_fake_linear
 
 
@@ -43,3 +43,22 @@ def test_away_from_zero(dtype: torch.dtype) -> None:
     assert signed.tolist() == [0.5, smallest, smallest, smallest, -smallest, -0.5]
     assert unsigned.tolist() == [0.5, *[smallest] * 5]
     assert signed.dtype is unsigned.dtype is dtype
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16"])
+def test_no_step_size_is_stored_as_zero_or_with_fewer_digits(scale_dtype: str, symmetric: bool) -> None:
+    spec = QuantSpec(2, 32, symmetric, scale_dtype)  # type: ignore[arg-type]
+    small = [0.0, 1e-40, 1e-12, 1e-8, 5e-8, 3e-5, 6e-5]
+    scale = torch.tensor([[*small, *(-value for value in small), 0.1, 3e4]])
+    stored = as_stored(scale, spec)
+    assert stored.dtype is spec.storage_dtype
+    assert (stored.abs() >= torch.tensor(smallest_step(spec.storage_dtype)).to(spec.storage_dtype)).all()
+    assert torch.equal(stored[0, -2:], scale[0, -2:].to(spec.storage_dtype))
+    assert torch.equal(as_stored(stored.float(), spec), stored)
+    assert (stored[0, 9:14] < 0).all() == symmetric
+
+
+def test_what_is_not_finite_is_left_to_be_refused() -> None:
+    spec = QuantSpec(2, 32, scale_dtype="float16")
+    assert as_stored(torch.tensor([torch.nan, torch.inf, 1e6]), spec).isfinite().sum() == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from eqat_kernels import use
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
 from tests.checkpoint.files import assert_four_lines
@@ -53,3 +54,18 @@ def test_every_process_of_a_launcher_has_its_own(
 def test_the_cpu_stays_the_cpu(current: list[torch.device]) -> None:
     assert best_device("cpu") == torch.device("cpu")
     assert current == []
+
+
+@pytest.mark.parametrize("name", ["triton", "fastest"])
+def test_kernels_that_do_not_run_on_the_device(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("EQAT_KERNELS", name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with use(name), pytest.raises(ConfigError, match="unset EQAT_KERNELS") as caught:
+        best_device("cpu")
+    assert_four_lines(caught.value)
+
+
+def test_kernels_that_run_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EQAT_KERNELS", "reference")
+    with use("reference"):
+        assert best_device("cpu").type == "cpu"

@@ -8,6 +8,7 @@ from torch import Tensor
 from eqat_kernels.dequant import traced
 from eqat_kernels.dispatch import implementation, select
 from eqat_kernels.layout import PackedLayout
+from eqat_kernels.sizes import check_packed
 
 
 def dequantize(
@@ -32,8 +33,12 @@ def dequantize(
 
     Returns:
         W_hat, [O, I].
+
+    Raises:
+        ValueError: a tensor is not what the layout says, or `impl` cannot run.
     """
     weight: Tensor
+    check_packed(words, scale, zero_words, layout)
     if torch.compiler.is_compiling():
         weight = traced.dequantize(words, scale, zero_words, dtype, *layout.numbers, impl)
         return weight

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eqat_kernels.dispatch import implementation, select
 from eqat_kernels.layout import PackedLayout
+from eqat_kernels.sizes import check_packed
 
 
 @torch.library.custom_op("eqat::dequantize", mutates_args=())
@@ -25,6 +26,7 @@ def dequantize(
 ) -> Tensor:
     """Return W_hat [O, I] in `dtype`; see `eqat_kernels.dequantize`."""
     layout = PackedLayout(bits, group_size, out_features, in_features)
+    check_packed(words, scale, zero_words, layout)
     chosen = select("dequantize", impl, words, dtype=dtype, layout=layout)
     weight: Tensor = implementation("dequantize", chosen).dequantize(words, scale, zero_words, layout, dtype)
     return weight

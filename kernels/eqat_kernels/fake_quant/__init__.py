@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eqat_kernels.dispatch import implementation, select
 from eqat_kernels.fake_quant import traced
+from eqat_kernels.sizes import check_grid
 from eqat_kernels.tensors import bias_gradient, cast, product_dtype
 
 
@@ -34,7 +35,11 @@ def fake_quantize(
 
     Returns:
         W_hat, float [O, I], eqs. 1 and 2 of EfficientQAT (arXiv 2407.11062).
+
+    Raises:
+        ValueError: sizes or dtypes that do not fit one another, or `impl` cannot run.
     """
+    check_grid(weight, scale, zero_point, bits)
     dtype = dtype or product_dtype(weight)
     if torch.compiler.is_compiling():
         return traced.fake_quantize(weight, scale, zero_point, bits, dtype, impl)  # type: ignore[no-any-return]
@@ -90,7 +95,11 @@ def fake_quant_linear(
 
     Returns:
         [..., O] in the dtype of `x`.
+
+    Raises:
+        ValueError: sizes or dtypes that do not fit one another, or `impl` cannot run.
     """
+    check_grid(weight, scale, zero_point, bits)
     x = cast(x, product_dtype(x)).contiguous()  # torch's bfloat16 product may read beyond the rows of a view
     if torch.compiler.is_compiling():
         w_hat = traced.fake_quantize(weight, scale, zero_point, bits, x.dtype, impl)

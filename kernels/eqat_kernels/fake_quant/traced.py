@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eqat_kernels.dispatch import implementation, select
+from eqat_kernels.sizes import check_gradient, check_grid
 
 
 @torch.library.custom_op("eqat::fake_quantize", mutates_args=())
@@ -15,6 +16,7 @@ def fake_quantize(
     weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype, impl: str
 ) -> Tensor:
     """Return W_hat [O, I] in `dtype`; see `eqat_kernels.fake_quantize`."""
+    check_grid(weight, scale, zero_point, bits)
     run = implementation("fake_quantize", select("fake_quantize", impl, weight)).forward
     result: Tensor = run(weight, scale, zero_point, bits, dtype)
     return result
@@ -25,6 +27,8 @@ def fake_quantize_backward(
     grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dW [O, I], ds and dz [O, G]."""
+    check_grid(weight, scale, zero_point, bits)
+    check_gradient(grad, weight.shape[0], weight.shape[1], weight.device)
     run = implementation("fake_quantize", select("fake_quantize", impl, weight)).backward
     grad_w = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     grad_s, grad_z, _ = run(grad, weight, scale, zero_point, bits, grad_w, remake=False)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from eqat_kernels.dispatch import implementation, select
 from eqat_kernels.layout import PackedLayout
+from eqat_kernels.sizes import check_codes, check_words
 
 
 def pack(codes: Tensor, bits: int, *, impl: str = "auto") -> Tensor:
@@ -18,7 +19,11 @@ def pack(codes: Tensor, bits: int, *, impl: str = "auto") -> Tensor:
 
     Returns:
         int32 [..., ceil(n * bits / 32)].
+
+    Raises:
+        ValueError: not integers, no such width, or `impl` cannot run.
     """
+    check_codes(codes, bits)
     packed: Tensor = implementation("pack", select("pack", impl, codes)).pack(codes, bits)
     return packed
 
@@ -34,7 +39,11 @@ def unpack(words: Tensor, bits: int, length: int, *, impl: str = "auto") -> Tens
 
     Returns:
         uint8 [..., n].
+
+    Raises:
+        ValueError: not int32, another number of words, no such width, or `impl` cannot run.
     """
+    check_words(words, bits, length)
     codes: Tensor = implementation("unpack", select("unpack", impl, words)).unpack(words, bits, length)
     return codes
 

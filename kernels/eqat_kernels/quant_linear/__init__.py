@@ -10,6 +10,7 @@ from torch import Tensor
 from eqat_kernels.dispatch import implementation, select
 from eqat_kernels.layout import PackedLayout
 from eqat_kernels.quant_linear import traced
+from eqat_kernels.sizes import check_packed, check_product
 from eqat_kernels.tensors import bias_gradient, cast, product_dtype
 
 
@@ -38,7 +39,12 @@ def quant_linear(
 
     Returns:
         [..., O] in the dtype of `x`.
+
+    Raises:
+        ValueError: a tensor is not what the layout says, or `impl` cannot run.
     """
+    check_packed(words, scale, zero_words, layout)
+    check_product(x, bias, words, layout)
     x = cast(x, product_dtype(x))
     x_TI = x.reshape(-1, x.shape[-1])
     y_TO: Tensor

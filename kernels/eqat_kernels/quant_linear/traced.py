@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eqat_kernels.dispatch import implementation, select
 from eqat_kernels.layout import PackedLayout
+from eqat_kernels.sizes import check_gradient, check_packed, check_product
 from eqat_kernels.tensors import bias_gradient
 
 _PACKED = "Tensor words, Tensor scale, Tensor? zero_words"
@@ -38,6 +39,8 @@ def quant_linear(
 ) -> Tensor:
     """Return y [T, O] of x [T, I]; see `eqat_kernels.quant_linear`."""
     layout = PackedLayout(bits, group_size, out_features, in_features)
+    check_packed(words, scale, zero_words, layout)
+    check_product(x, bias, words, layout)
     chosen = select("quant_linear", impl, x, layout=layout)
     y: Tensor = implementation("quant_linear", chosen).forward(x, words, scale, zero_words, layout, bias)
     return y
@@ -64,6 +67,9 @@ def quant_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return dx [T, I] and ds [O, G]; empty what is not wanted, because an op cannot return None."""
     layout = PackedLayout(bits, group_size, out_features, in_features)
+    check_packed(words, scale, zero_words, layout)
+    check_product(x, None, words, layout)
+    check_gradient(grad, x.shape[0], out_features, x.device)
     run = implementation("quant_linear", select("quant_linear", impl, x, layout=layout)).backward
     grad_x, grad_s = run(grad, x, words, scale, zero_words, layout, (wants_x, wants_s))
     return x.new_empty(0) if grad_x is None else grad_x, scale.new_empty(0) if grad_s is None else grad_s

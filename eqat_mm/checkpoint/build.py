@@ -1,0 +1,119 @@
+"""The empty packed model of a checkpoint, built as its source was: by the same transformers class, from config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+from eqat_mm.blocks.arch import set_submodule
+from eqat_mm.checkpoint.layout import SCALE_SUFFIX, described
+from eqat_mm.checkpoint.verify import CONFIG, MANIFEST, Manifest, weight_map
+from eqat_mm.errors import CheckpointError
+from eqat_mm.quant.bit_widths import UNQUANTIZED
+from eqat_mm.quant.dynamic_linear import DynamicPackedLinear
+from eqat_mm.quant.packed_linear import PackedLinear
+from eqat_mm.quant.spec import QuantSpec
+
+
+def require_layers(folder: Path, config: Mapping[str, Any]) -> None:
+    """Check that config.json has no more layers or experts than tensors are stored: building them would take for ever.
+
+    Raises:
+        CheckpointError: names the field.
+    """
+    stored = len(weight_map(folder))
+    for field, value in _fields(config):
+        if any(word in field for word in ("layer", "expert")) and type(value) is int and value > stored:
+            raise CheckpointError(
+                where=f"{folder / CONFIG}: {field}",
+                given=f"{value}",
+                allowed=f"at most {stored}, the number of stored tensors",
+                do="the file was altered: copy or make the checkpoint again",
+            )
+
+
+def _fields(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    inner = [pair for value in config.values() if isinstance(value, dict) for pair in _fields(value)]
+    return [*config.items(), *inner]
+
+
+def skeleton(folder: Path, manifest: Manifest) -> PreTrainedModel:
+    """Return the model of config.json with all parameters on the meta device.
+
+    Raises:
+        CheckpointError: transformers builds none.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        vision = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        mapped = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+        auto = getattr(transformers, manifest.auto_class or mapped)
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # configurations fail in as many ways as there are models
+        raise CheckpointError(
+            where=f"{folder / CONFIG}, or generation_config.json",
+            given=f"no model can be built ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})",
+            allowed="the files of a model that this version of transformers knows",
+            do="copy or make the checkpoint again, or update transformers if the model is a new one",
+        ) from error
+    return model
+
+
+def require_described(folder: Path, raw: dict[str, Any], manifest: Manifest, scale_dtype: torch.dtype | None) -> None:
+    """Check that config.json and manifest describe one quantization.
+
+    Raises:
+        CheckpointError: they do not, or config.json describes none.
+    """
+    given = described(raw, scale_dtype, f"{folder / CONFIG}: quantization_config")
+    recorded = (QuantSpec(**manifest.spec), manifest.widths)
+    if given != recorded:
+        raise CheckpointError(
+            where=f"{folder / CONFIG}: quantization_config",
+            given=" ".join(part.name for part in given),
+            allowed=f"{' '.join(part.name for part in recorded)}, as recorded in {MANIFEST}",
+            do="the file was altered: copy or make the checkpoint again",
+        )
+
+
+def insert_packed(model: nn.Module, scales: Iterable[str], manifest: Manifest, where: str) -> None:
+    """Replace the linears that have step sizes by empty packed ones.
+
+    Raises:
+        CheckpointError: a name is not that of a linear, or the group size does not divide one.
+    """
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    spec = QuantSpec(**manifest.spec)
+    for path in (name.removesuffix(SCALE_SUFFIX) for name in scales):
+        inputs = linears[path].in_features if path in linears else 0
+        if not inputs or inputs % max(1, spec.group_size):
+            raise CheckpointError(
+                where=where,
+                given=f"step sizes of {path}, {f'with {inputs} inputs' if inputs else 'no linear of the model'}",
+                allowed=f"linears of the model that config.json describes, in groups as {spec.name} has them",
+                do="copy or make the checkpoint again",
+            )
+        set_submodule(model, path, empty_packed(linears[path], spec, manifest.activation_bits, path))
+
+
+def empty_packed(linear: nn.Linear, spec: QuantSpec, activation_bits: int, path: str) -> PackedLinear:
+    """Return the packed linear, on the meta device, that stands in for `linear`, which is called `path`."""
+    bias = linear.bias is not None
+    with torch.device("meta"):
+        if activation_bits == UNQUANTIZED:
+            return PackedLinear(linear.in_features, linear.out_features, spec, bias=bias, layer=path)
+        return DynamicPackedLinear(
+            linear.in_features, linear.out_features, spec, activation_bits=activation_bits, bias=bias, layer=path
+        )

@@ -1,0 +1,50 @@
+"""What a loaded model keeps of its checkpoint, so that it can be written again, wherever the folder is by then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from eqat_mm.blocks.source import WeightSource
+from eqat_mm.checkpoint.verify import Manifest, read_manifest
+from eqat_mm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a model was loaded from.
+
+    Attributes:
+        folder: of the checkpoint; it may be gone since.
+        manifest: of the checkpoint.
+        config: content of its config.json.
+        settings: the model's configuration as it was loaded.
+        generation: the model's generation settings as they were loaded.
+        shards: file -> name of a tensor in it -> its name in the model.
+        dtypes: name of a tensor in the model -> dtype in the file.
+    """
+
+    folder: Path
+    manifest: Manifest
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    generation: dict[str, Any] | None
+    shards: dict[str, dict[str, str]]
+    dtypes: dict[str, torch.dtype]
+
+    def config_of(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Return the content of config.json with what was changed in the model's configuration since."""
+        now = model.config.to_dict()
+        return self.config | {key: value for key, value in now.items() if value != self.settings.get(key)}
+
+    def unchanged(self) -> WeightSource | None:
+        """Return the weights of the checkpoint as they were loaded; None where it is gone or another by now."""
+        try:
+            same = read_manifest(self.folder).files == self.manifest.files
+            return WeightSource(self.folder) if same else None
+        except CheckpointError:
+            return None

@@ -1,0 +1,88 @@
+"""The manifest names every file that decides what the model computes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eqat_mm.blocks.source import INDEX
+from eqat_mm.checkpoint import verify_checkpoint
+from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.errors import CheckpointError
+from eqat_mm.runtime.files import read_json, write_json
+from tests.checkpoint.conftest import Pack
+from tests.checkpoint.files import assert_four_lines, reseal
+
+DECIDES = ("config.json", INDEX, "generation_config.json", "model-00001-of-00003.safetensors")
+LATER = ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "additional_chat_templates/tools.jinja")
+
+
+@pytest.fixture
+def folder(pack: Pack, tmp_path: Path) -> Path:
+    """A checkpoint to be altered."""
+    shutil.copytree(pack(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(folder: Path) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        verify_checkpoint(folder)
+    assert_four_lines(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", DECIDES)
+def test_a_file_that_was_altered(folder: Path, name: str) -> None:
+    with (folder / name).open("ab") as file:
+        file.write(b" ")
+    assert refused(folder).where == str(folder / name)
+
+
+@pytest.mark.parametrize("name", DECIDES)
+def test_a_file_that_the_manifest_lost(folder: Path, name: str) -> None:
+    manifest = read_json(folder / MANIFEST)
+    del manifest["files"][name]
+    write_json(folder / MANIFEST, manifest)
+    assert name in refused(folder).given
+
+
+def test_a_manifest_without_files(folder: Path) -> None:
+    write_json(folder / MANIFEST, read_json(folder / MANIFEST) | {"files": {}})
+    assert "no SHA-256" in refused(folder).given
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_file_that_was_put_there_later(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    assert name in refused(folder).given
+
+
+def test_other_files_may_lie_beside(folder: Path) -> None:
+    for name in ("README.md", ".gitattributes", "notes.txt"):
+        (folder / name).write_text("mine")
+    assert verify_checkpoint(folder).arch == "llama"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '""', "{", "[" * 100_000, '{"weight_map": [1]}', '{"weight_map": {"a": null}}'),
+        *('{"weight_map": {"a": 3}}', '{"weight_map": {"a": {}}}', '{"weight_map": {"a": "../../x"}}'),
+        '{"weight_map": {"a": "/dev/zero"}}',
+    ],
+)
+def test_a_broken_index(folder: Path, text: str) -> None:
+    (folder / INDEX).write_text(text)
+    reseal(folder)
+    assert INDEX in refused(folder).where
+
+
+def test_a_pipe_in_place_of_a_file(folder: Path) -> None:
+    import os
+
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    assert refused(folder).given == "no such file"
