@@ -14,6 +14,7 @@ from tests.faults.cases import BLOCK_AP, CONVERSATIONS, E2E_QP, GENERATE_DATA, L
 from tests.faults.conftest import Bench, Tally
 from tests.faults.warm import Fault
 
+STREAMS = BLOCK_AP["disk", "files"]
 ROOMY = "256m"
 
 
@@ -46,7 +47,6 @@ def filled(bench: Bench, case: Case, size: int) -> tuple[str, bool, list[str]]:
         what = "full disk (tmpfs)" if allowed else "largest file (RLIMIT_FSIZE; this machine mounts no tmpfs)"
         ended = bench.run(case, folder, fault)
         wrong = [] if ended.status == 0 or ended.four_lines else [f"status {ended.status}: {ended.err[-1500:]}"]
-        wrong += [f"{path} is left" for path in folder.rglob("*.partial")]
         if allowed:
             assert mount(folder, f"remount,size={ROOMY}")
         wrong += bench.differences(case, folder)
@@ -59,10 +59,9 @@ def size_of(bench: Bench, case: Case) -> int:
 
 
 def test_a_disk_that_fills_up(bench: Bench, tally: Tally) -> None:
-    for case in (BLOCK_AP["ram", "recompute"], E2E_QP):
-        what, failed, wrong = filled(bench, case, size_of(bench, case) * 2 // 3)
-        assert failed
-        tally(what, 1, wrong[:1])
+    what, failed, wrong = filled(bench, STREAMS, size_of(bench, STREAMS) * 2 // 3)
+    assert failed
+    tally(what, 1, wrong[:1])
 
 
 @pytest.mark.faults
@@ -119,17 +118,15 @@ def refusals(bench: Bench, case: Case, folder: Path) -> list[str]:
     return [] if ended.four_lines else [f"{case.name}: status {ended.status}, {ended.err[-1500:]}"]
 
 
-@pytest.mark.parametrize("case", [BLOCK_AP["ram", "recompute"]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [RTN, *(pytest.param(case, marks=pytest.mark.faults) for case in (STREAMS, E2E_QP, LLM_QAT, GENERATE_DATA))],
+    ids=lambda case: case.name,
+)
 def test_a_read_only_output(bench: Bench, tally: Tally, case: Case) -> None:
     folder = bench.new()
     with read_only(folder):
         tally("read-only output", 1, refusals(bench, case, folder))
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("case", [RTN, E2E_QP, LLM_QAT, GENERATE_DATA], ids=lambda case: case.name)
-def test_read_only_outputs(bench: Bench, tally: Tally, case: Case) -> None:
-    test_a_read_only_output(bench, tally, case)
 
 
 def a_file(folder: Path) -> None:
@@ -179,7 +176,7 @@ def test_an_output_that_cannot_be(bench: Bench, tally: Tally, case: Case, spoil:
 @pytest.mark.parametrize(
     "case",
     [
-        BLOCK_AP["ram", "recompute"],
+        STREAMS,
         *(pytest.param(case, marks=pytest.mark.faults) for case in (RTN, E2E_QP, LLM_QAT, GENERATE_DATA)),
     ],
     ids=lambda case: case.name,
