@@ -1,4 +1,4 @@
-"""What changed between a kill and the next start: refused with both values, or continued, as docs/operations.md says."""
+"""What changed between a kill and the next start: refused with both values, or continued, as the docs say."""
 
 from __future__ import annotations
 
@@ -246,7 +246,9 @@ def nearly_equal(left: Path, right: Path) -> bool:
     for file in right.glob("*.safetensors"):
         ours, theirs = load_file(left / file.name), load_file(file)
         for name, value in theirs.items():
-            if value.is_floating_point() and not torch.allclose(ours[name].float(), value.float(), atol=2e-3, rtol=2e-2):
+            if value.is_floating_point() and not torch.allclose(
+                ours[name].float(), value.float(), atol=2e-3, rtol=2e-2
+            ):
                 return False
     return True
 
@@ -286,9 +288,7 @@ def test_a_finished_run_is_refused_likewise(bench: Bench, tally: Tally, row: str
 
 @pytest.mark.faults
 @pytest.mark.parametrize("case", [BLOCKS, STREAMS, E2E_QP, CONVERSATIONS, LLM_QAT, GENERATE_DATA], ids=names)
-def test_a_run_that_was_moved_goes_on(
-    bench: Bench, tally: Tally, killed: Callable[[Case], Path], case: Case
-) -> None:
+def test_a_run_that_was_moved_goes_on(bench: Bench, tally: Tally, killed: Callable[[Case], Path], case: Case) -> None:
     folder, other = bench.new(), bench.new()
     shutil.copytree(killed(case), folder, dirs_exist_ok=True)
     other.rmdir()
@@ -301,7 +301,9 @@ def test_a_run_that_was_moved_goes_on(
 
 def launched(words: list[str], processes: int) -> Any:
     launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-    return run([sys.executable, "-m", *launcher, str(ROOT / "scripts" / f"{words[0].replace('-', '_')}.py"), *words[1:]])
+    return run(
+        [sys.executable, "-m", *launcher, str(ROOT / "scripts" / f"{words[0].replace('-', '_')}.py"), *words[1:]]
+    )
 
 
 @pytest.mark.faults
@@ -318,15 +320,15 @@ def test_another_number_of_processes_of_block_ap(
 
 
 @pytest.mark.faults
-def test_another_number_of_processes_of_e2e_qp(
-    bench: Bench, tally: Tally, killed: Callable[[Case], Path]
-) -> None:
+def test_another_number_of_processes_of_e2e_qp(bench: Bench, tally: Tally, killed: Callable[[Case], Path]) -> None:
     folder = bench.new()
     shutil.copytree(killed(E2E_QP), folder, dirs_exist_ok=True)
     for more in ([], ["--batch_size=2"]):  # other samples a step, and the same
         done = launched([*E2E_QP.words(bench.place, E2E_QP.output(folder)), *more], 2)
         row = "number of processes of E2E-QP and LLM-QAT"
-        wrong = [] if done.returncode != 0 and "where:" in done.stderr and "Traceback" not in done.stderr else [done.stderr]
+        wrong = (
+            [] if done.returncode != 0 and "where:" in done.stderr and "Traceback" not in done.stderr else [done.stderr]
+        )
         tally(f"between kill and resume, {table()[row]}", 1, wrong)
 
 

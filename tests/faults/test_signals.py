@@ -36,7 +36,9 @@ def stopped(bench: Bench, case: Case, number: int, part: float) -> tuple[bool, l
     wrong = [f"status {ended.status}"] if ended.status != 128 + number else []
     wrong += [] if ended.err.splitlines()[-1:] == [LINE] and "Traceback" not in ended.err else [ended.err]
     wrong += ["a lock"] if list(folder.rglob("run.lock")) else []
-    return True, [f"{case.name}, signal {number} at {part:.2f}: {each}" for each in wrong + bench.differences(case, folder)]
+    return True, [
+        f"{case.name}, signal {number} at {part:.2f}: {each}" for each in wrong + bench.differences(case, folder)
+    ]
 
 
 def test_asked_to_end(bench: Bench, tally: Tally) -> None:
@@ -50,9 +52,7 @@ def test_asked_to_end(bench: Bench, tally: Tally) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", ASKED, ids=lambda number: number.name)
-@pytest.mark.parametrize(
-    "case", [RTN, *BLOCK_AP.values(), E2E_QP, LLM_QAT, GENERATE_DATA], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [RTN, *BLOCK_AP.values(), E2E_QP, LLM_QAT, GENERATE_DATA], ids=lambda case: case.name)
 def test_asked_to_end_at_random_moments(bench: Bench, tally: Tally, case: Case, number: signal.Signals) -> None:
     draw, tried, failures = random.Random(f"{case.name} {number}"), 0, []
     while tried < 2:

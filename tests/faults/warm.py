@@ -1,4 +1,4 @@
-"""Commands in processes that something befalls: forked from one that has imported everything, so a try takes a second."""
+"""Commands that something befalls, in processes forked from one that has imported everything: a try takes a second."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ class Warm:
 
         def told(seconds: float) -> Ended:
             assert process.exitcode is not None
-            out, err, operations = ((said / name).read_text("utf-8", "replace") for name in ("out", "err", "operations"))
+            out, err, operations = (
+                (said / name).read_text("utf-8", "replace") for name in ("out", "err", "operations")
+            )
             return Ended(process.exitcode, out, err, len(operations), seconds)
 
         try:
