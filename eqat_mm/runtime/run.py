@@ -185,6 +185,8 @@ class Run:
             self._record = provenance(self.asked.command, self.asked.config, self.asked.seed)
             self._record |= {"decides": self.asked.decides, "environment": self.asked.environment, "seconds": 0.0}
         else:
+            for fact in ("finished", "proof"):  # there, if somebody has removed the product
+                self._record.pop(fact, None)
             self._go_on(self._record)
         write_sealed(self.place.record, self._record)
 
@@ -209,7 +211,7 @@ class Run:
 
     def finished_meanwhile(self) -> bool:
         """Whether another process that shares the run has finished it."""
-        there = self.place.record.is_file() and not self._replaces
+        there = self.place.record.is_file() and self.place.proof.is_file() and not self._replaces
         return there and "finished" in read_sealed(self.place.record)
 
     def require_room(self, needed: int, what: str) -> None:

@@ -109,6 +109,22 @@ def test_a_run_stopped_behind_its_last_file_is_finished_and_tidy(tmp_path: Path)
     assert read_json(tmp_path / "run.json")["finished"]
 
 
+def test_a_product_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    work(tmp_path)
+    (tmp_path / "model" / "proof.json").unlink()
+    stopped(tmp_path, "on the way")
+    assert not {"finished", "proof"} & read_json(tmp_path / "run.json").keys()
+    assert not work(tmp_path)
+    place = Place.beside(tmp_path / "texts.jsonl")
+    with Run.open(place, WANTED) as run:
+        run.begin()
+        place.proof.write_text("all")
+        run.finish()
+    place.proof.unlink()
+    with Run.open(place, WANTED, shared=True) as again:
+        assert not again.finished_meanwhile()
+
+
 def test_a_product_that_was_altered_is_noticed(tmp_path: Path) -> None:
     work(tmp_path)
     (tmp_path / "model" / "proof.json").write_text("{ }")
