@@ -8,10 +8,10 @@ CODE := eqat_mm llava_adapters kernels eval scripts benchmarks tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-vlm test test-all test-gpu lint format types imports aot check bench bench-kernels clean
+.PHONY: help setup demo demo-vlm test test-all test-faults test-gpu lint format types imports aot check bench bench-kernels clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv and install eqat-mm into it, editable (reruns only when needed)
 
@@ -37,7 +37,10 @@ test: setup  ## the default tests: offline, no GPU, a few minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
 test-all: setup  ## the default and the slow tests (offline, no GPU)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network and not faults"
+
+test-faults: setup  ## kills, full disks and damaged files by the hundred: tens of minutes, and a table at the end
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/faults
 
 test-gpu: setup  ## the tests that need a CUDA device
 	HF_HUB_OFFLINE=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n auto -m gpu

@@ -158,7 +158,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     except BrokenPipeError:  # whoever reads what it writes has seen enough
         silence(sys.stdout)
         return 128 + signal.SIGPIPE
-    except OSError as error:
+    except Exception as error:
         if (explained := explained_system_error(error)) is None:
             raise
         return _refused(explained)

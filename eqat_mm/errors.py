@@ -7,6 +7,7 @@ so the command line prints four lines instead of a traceback.
 from __future__ import annotations
 
 import errno
+import re
 
 
 class EqatError(Exception):
@@ -76,9 +77,26 @@ _SYSTEM = {
 """What the system may refuse: what it would take, and what to do."""
 
 
-def explained_system_error(error: OSError) -> ResourceError | None:
-    """Return an error of the system as one of ours; None for one that only our code can cause."""
-    if error.errno not in _SYSTEM:
+_IN_WORDS = (
+    (re.compile(r"\(os error (\d+)\)"), None),  # safetensors
+    (re.compile(r"\d+ requested and \d+ written"), errno.ENOSPC),  # numpy, which does not say why
+    (re.compile(r"inline_container|PytorchStreamWriter"), errno.ENOSPC),  # nor does torch
+)
+"""Errors of the system as libraries tell them that write files themselves."""
+
+
+def explained_system_error(error: Exception) -> ResourceError | None:
+    """Return an error of the system, or what a library made of it, as one of ours; None for any other error."""
+    number = error.errno if isinstance(error, OSError) and error.errno else _number_in(str(error))
+    if number not in _SYSTEM:
         return None
-    allowed, do = _SYSTEM[error.errno]
-    return ResourceError(str(error.filename or "disk"), str(error.strerror), allowed, do)
+    allowed, do = _SYSTEM[number]
+    given = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return ResourceError(str(getattr(error, "filename", None) or "disk"), given, allowed, do)
+
+
+def _number_in(words: str) -> int:
+    for pattern, number in _IN_WORDS:
+        if found := pattern.search(words):
+            return int(found[1]) if number is None else number
+    return 0

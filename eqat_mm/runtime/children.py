@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-_PR_SET_PDEATHSIG = 1  # see prctl(2)
-_PATIENCE = 10.0  # seconds
+_PATIENCE = 10  # seconds
+_WARDEN = f'read _; kill -s TERM -- "-$1"; sleep {_PATIENCE}; kill -s KILL -- "-$1"'
+"""Shell words: wait for the other end of a pipe to be gone, then end the processes of a group."""
 
 
 def run_child(words: Sequence[str], environment: dict[str, str]) -> int:
@@ -21,9 +20,10 @@ def run_child(words: Sequence[str], environment: dict[str, str]) -> int:
         words: the command.
         environment: its environment variables.
     """
-    with subprocess.Popen(words, env=environment, start_new_session=True, preexec_fn=_end_with_parent) as child:
+    with subprocess.Popen(words, env=environment, start_new_session=True) as child:
         try:
-            return child.wait()
+            with _warden_of(child.pid):
+                return child.wait()
         except BaseException:
             _end(child)
             raise
@@ -38,6 +38,12 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             child.wait(_PATIENCE)
 
 
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+@contextmanager
+def _warden_of(group: int) -> Iterator[None]:
+    """Have a group of processes ended if this process dies in the body, which leaves it no time to do so itself."""
+    words, quiet = ["sh", "-c", _WARDEN, "sh", str(group)], subprocess.DEVNULL
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True) as warden:
+        try:
+            yield
+        finally:
+            warden.kill()

@@ -70,9 +70,12 @@ class Place:
         return [self.folder / name for name in _PROGRESS]
 
     def own(self) -> list[Path]:
-        """Return every path that a run writes to, there or not, but for lock and what is replaced."""
-        kept = [self.proof, self.record] if self.hidden else [self.record, *(self.folder / name for name in _KEPT)]
-        return [*kept, *self.progress()]
+        """Return every path that a run writes to, there or not, but for lock and what is replaced; the record last.
+
+        Where they go one by one, what a kill leaves is known to be a run's, and an unfinished one.
+        """
+        kept = [self.proof] if self.hidden else [self.folder / name for name in _KEPT]
+        return [*kept, *self.progress(), self.record]
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,8 @@ class Run:
             self._record = provenance(self.asked.command, self.asked.config, self.asked.seed)
             self._record |= {"decides": self.asked.decides, "environment": self.asked.environment, "seconds": 0.0}
         else:
+            for fact in ("finished", "proof"):  # there, if somebody has removed the product
+                self._record.pop(fact, None)
             self._go_on(self._record)
         write_sealed(self.place.record, self._record)
 
@@ -206,7 +211,7 @@ class Run:
 
     def finished_meanwhile(self) -> bool:
         """Whether another process that shares the run has finished it."""
-        there = self.place.record.is_file() and not self._replaces
+        there = self.place.record.is_file() and self.place.proof.is_file() and not self._replaces
         return there and "finished" in read_sealed(self.place.record)
 
     def require_room(self, needed: int, what: str) -> None:

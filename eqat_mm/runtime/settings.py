@@ -177,7 +177,7 @@ def _holds(hint: Any, value: Any) -> bool:
         return _holds(parts[0], value) and all(limit.holds(value) for limit in parts[1:])
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in parts)
-    if origin is tuple:
+    if origin in (tuple, list):
         return isinstance(value, tuple | list) and all(_holds(parts[0], each) for each in value)
     if hint in (int, float):
         return isinstance(value, int | hint) and not isinstance(value, bool)
@@ -195,7 +195,7 @@ def _kind(hint: Any, value: Any) -> str:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return ", ".join(map(str, parts))
-    if origin is tuple:
+    if origin in (tuple, list):
         return f"a list of: {allowed_by(parts[0])}"
     if origin is Annotated:
         return _limited(parts[0], parts[1], value)

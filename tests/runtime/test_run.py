@@ -109,6 +109,22 @@ def test_a_run_stopped_behind_its_last_file_is_finished_and_tidy(tmp_path: Path)
     assert read_json(tmp_path / "run.json")["finished"]
 
 
+def test_a_product_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    work(tmp_path)
+    (tmp_path / "model" / "proof.json").unlink()
+    stopped(tmp_path, "on the way")
+    assert not {"finished", "proof"} & read_json(tmp_path / "run.json").keys()
+    assert not work(tmp_path)
+    place = Place.beside(tmp_path / "texts.jsonl")
+    with Run.open(place, WANTED) as run:
+        run.begin()
+        place.proof.write_text("all")
+        run.finish()
+    place.proof.unlink()
+    with Run.open(place, WANTED, shared=True) as again:
+        assert not again.finished_meanwhile()
+
+
 def test_a_product_that_was_altered_is_noticed(tmp_path: Path) -> None:
     work(tmp_path)
     (tmp_path / "model" / "proof.json").write_text("{ }")
@@ -158,6 +174,29 @@ def test_overwrite_keeps_the_old_until_the_new_is_whole(tmp_path: Path) -> None:
     work(tmp_path, OTHER, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "model"}
     assert (tmp_path / "model" / "weights").read_text() == "{'bits': 3}"
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+@pytest.mark.parametrize("again", [WANTED, OTHER], ids=["same", "other"])
+def test_a_run_stopped_while_it_sets_the_old_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int, again: Asked
+) -> None:
+    work(tmp_path)
+    rename, renamed = Path.rename, []
+
+    def stop(self: Path, target: Path) -> Path:
+        renamed.append(self)
+        if len(renamed) > moved:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            work(tmp_path, OTHER, overwrite=True)
+    work(tmp_path, again, overwrite=again is OTHER)
+    assert {path.name for path in tmp_path.iterdir()} <= {"run.json", "model", ".replaced"}
+    assert (tmp_path / "model" / "weights").read_text() == str(again.decides)
 
 
 def test_a_run_that_replaces_another_is_continued_without_the_flag(tmp_path: Path) -> None:
