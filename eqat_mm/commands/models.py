@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 
 from eqat_mm.blocks.source import CheckedFolder, WeightSource, say_left_over
 from eqat_mm.checkpoint.folders import check_full_precision, is_packed, load_for_inference
+from eqat_mm.checkpoint.verify import checkpoint_folder
 from eqat_mm.data.smollm2 import smollm2_folder
 from eqat_mm.errors import CheckpointError, DataError
 from eqat_mm.runtime.files import read_json_object
@@ -49,7 +50,7 @@ def model_folder(model: str, files: Sequence[str] = _FILES) -> Path:
         return _ASSET_MODELS[resolved.removeprefix("asset:")]()
     folder = Path(resolved)
     if folder.is_dir():
-        return folder / "model" if is_packed(folder / "model") and not is_packed(folder) else folder
+        return checkpoint_folder(folder)
     try:
         return Path(snapshot_download(resolved, allow_patterns=list(files)))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:

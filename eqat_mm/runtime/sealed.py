@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eqat_mm.errors import CheckpointError
-from eqat_mm.runtime.files import write_json
+from eqat_mm.runtime.files import read_json_object, write_json
 
 _SEAL = "sha256"
 
@@ -24,17 +24,14 @@ def read_sealed(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, or holds anything else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict) or value.pop(_SEAL, None) != _hash(value):
-            raise ValueError("not as it was written")
-    except (OSError, ValueError, RecursionError) as error:
+    value = read_json_object(path)
+    if value.pop(_SEAL, None) != _hash(value):
         raise CheckpointError(
             where=str(path),
-            given=f"unreadable ({error})",
+            given="other content than was written: altered, or of another version",
             allowed="the file as this version of eqat-mm wrote it",
             do="restore it, or give another --output; to begin anew there, remove the run by hand",
-        ) from error
+        )
     return value
 
 

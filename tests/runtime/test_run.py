@@ -151,7 +151,7 @@ def test_a_record_that_was_edited_is_refused(tmp_path: Path) -> None:
     work(tmp_path)
     record = (tmp_path / "run.json").read_text()
     (tmp_path / "run.json").write_text(record.replace('"bits": 2', '"bits": 3'))
-    assert "not as it was written" in refused(tmp_path, OTHER).given
+    assert "other content than was written" in refused(tmp_path, OTHER).given
 
 
 def test_seconds_add_up(tmp_path: Path) -> None:
