@@ -227,7 +227,7 @@ class Run:
         if not self.place.record.exists():
             self._require_no_strangers()
             return
-        found = read_sealed(self.place.record)
+        found = read_sealed(self.place.record, "decides", "environment", "versions")
         changed = found.get("decides") != self.asked.decides
         if overwrite or (changed and on_change == "replace"):
             self._replaces = True

@@ -18,14 +18,14 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
     write_json(path, value | {_SEAL: _hash(value)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Return the object that `write_sealed` wrote.
+def read_sealed(path: Path, *expected: str) -> dict[str, Any]:
+    """Return the object that `write_sealed` wrote, with all expected names in it: not another of our files.
 
     Raises:
         CheckpointError: the file is missing, or holds anything else.
     """
     value = read_json_object(path)
-    if value.pop(_SEAL, None) != _hash(value):
+    if value.pop(_SEAL, None) != _hash(value) or not value.keys() >= set(expected):
         raise CheckpointError(
             where=str(path),
             given="other content than was written: altered, or of another version",

@@ -96,8 +96,10 @@ def left_after(mark: str, patience: float = FAST) -> list[str]:
     while processes_of(mark) and time.monotonic() < end:
         time.sleep(0.2)
     left = processes_of(mark)
-    said = [" ".join(process.cmdline())[-200:] for process in left]
+    said = []
     for process in left:
+        with suppress(psutil.Error):
+            said.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[:300]}")
         with suppress(psutil.Error):
             process.kill()
     return said

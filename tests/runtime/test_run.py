@@ -154,6 +154,12 @@ def test_a_record_that_was_edited_is_refused(tmp_path: Path) -> None:
     assert "other content than was written" in refused(tmp_path, OTHER).given
 
 
+def test_another_sealed_file_is_no_record(tmp_path: Path) -> None:
+    stopped(tmp_path, "on the way")
+    write_sealed(tmp_path / "run.json", {"records": []})
+    assert "run.json" in refused(tmp_path).where
+
+
 def test_seconds_add_up(tmp_path: Path) -> None:
     stopped(tmp_path, "on the way")
     record = read_sealed(tmp_path / "run.json")
