@@ -264,6 +264,9 @@ class Run:
     def _leave(self) -> None:
         """Remove the hidden folder of a finished run, or one that stayed empty."""
         if self.finished or self.finished_meanwhile():
+            with suppress(ConfigError), locked(self.folder):  # nobody else is at work
+                self._alone = True
+                self._sweep()
             shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self.folder.rmdir()

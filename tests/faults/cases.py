@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,18 @@ from tests.tiny_model import WORDS, Tiny, save_tiny
 FOUR_OF_SIX: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "logging_steps": 2}
 """Steps that end within an epoch of six."""
 _TIMES = ("started", "finished", "seconds", "continued", "tokens_per_second", "peak_bytes")
-_ENVIRONMENT = ("environment", "revision", "output", "proof", "sha256", "provenance", "versions", "overwrite", "source")
+_ENVIRONMENT = (
+    "environment",
+    "revision",
+    "output",
+    "proof",
+    "sha256",
+    "provenance",
+    "versions",
+    "overwrite",
+    "source",
+    "quantized",
+)
 _VOLATILE = {*_TIMES, *_ENVIRONMENT}
 
 
@@ -164,6 +176,12 @@ def outcome(folder: Path) -> dict[str, Any]:
 def _content(path: Path) -> Any:
     if path.is_dir():
         return "folder"
+    with suppress(ValueError):
+        return _parsed(path)
+    return path.read_bytes()
+
+
+def _parsed(path: Path) -> Any:
     if path.name in ("run.json", "state.json", "eqat.json", "results.json", "result.json", "texts.jsonl.json"):
         return _steady(json.loads(path.read_text()))
     if path.name == "metrics.jsonl":

@@ -291,6 +291,18 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert not (tmp_path / "run.lock").exists()
 
 
+def test_a_shared_run_leaves_no_temporary_files(tmp_path: Path) -> None:
+    place, left = Place.beside(tmp_path / "texts.jsonl"), tmp_path / ".texts.jsonl.0a1b.partial"
+    left.touch()
+    with Run.open(place, WANTED, shared=True) as first, Run.open(place, WANTED, shared=True) as second:
+        first.begin()
+        second.begin()
+        assert left.exists()  # the other may be writing it
+        place.proof.write_text("all")
+        first.finish()
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl", "texts.jsonl.json"}
+
+
 def test_processes_that_share_a_run(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     with (
