@@ -13,6 +13,7 @@ from types import FrameType
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _LOOK_EVERY = 1.0  # seconds
+_PATIENCE = 5.0  # seconds
 
 
 class Stopped(KeyboardInterrupt):
@@ -58,6 +59,8 @@ def _watch(watched: list[int]) -> None:
     while _ancestors(len(watched)) == watched:
         time.sleep(_LOOK_EVERY)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_PATIENCE)
+    os.kill(os.getpid(), signal.SIGKILL)  # it waits for the others where no handler runs, as in a collective
 
 
 def _launchers() -> list[int]:

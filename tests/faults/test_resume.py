@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eqat_mm.commands.launchers import free_port
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.sealed import read_sealed, write_sealed
@@ -300,7 +301,7 @@ def test_a_run_that_was_moved_goes_on(bench: Bench, tally: Tally, killed: Callab
 
 
 def launched(words: list[str], processes: int) -> Any:
-    launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
     return run(
         [sys.executable, "-m", *launcher, str(ROOT / "scripts" / f"{words[0].replace('-', '_')}.py"), *words[1:]]
     )

@@ -32,12 +32,18 @@ time.sleep(60)
 """
 LAUNCHER = "import subprocess, sys; print(subprocess.Popen([sys.executable, *sys.argv[1:]]).pid, flush=True); input()"
 LAUNCHED = """
-import sys, time
+import ctypes, sys, time
 from pathlib import Path
-from eqat_mm.runtime.signals import end_with_launcher
+from eqat_mm.runtime.signals import end_with_launcher, stoppable
 end_with_launcher()
 Path(sys.argv[1]).write_text("started")
-time.sleep(60)
+"""
+SLEEP = "time.sleep(60)"
+WAIT_WITHOUT_HANDLERS = """
+mutex = ctypes.create_string_buffer(64)
+with stoppable():
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
 """
 
 
@@ -80,14 +86,13 @@ def test_a_child_does_not_outlive_its_parent(tmp_path: Path, number: signal.Sign
         parent.send_signal(number)
         assert parent.wait(30) != 0
     assert wait_for(lambda: not alive(child))
-    if number is signal.SIGKILL:
-        os.kill(below, signal.SIGKILL)  # a parent that is killed can ask its own child alone
     assert wait_for(lambda: not alive(below))
 
 
-def test_a_process_ends_with_its_launcher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("waits", [SLEEP, WAIT_WITHOUT_HANDLERS], ids=["in python", "in a library"])
+def test_a_process_ends_with_its_launcher(tmp_path: Path, waits: str) -> None:
     noted = tmp_path / "started"
-    words = [sys.executable, "-c", LAUNCHER, "-c", LAUNCHED, str(noted)]
+    words = [sys.executable, "-c", LAUNCHER, "-c", LAUNCHED + waits, str(noted)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
         assert started.stdout is not None
         process = int(started.stdout.readline())
