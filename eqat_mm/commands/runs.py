@@ -22,8 +22,9 @@ from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import require_kernels
 from eqat_mm.runtime.files import fingerprint_of, write_json
+from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.run import Asked, Place, Run
+from eqat_mm.runtime.run import Asked, Run
 from eqat_mm.runtime.sealed import read_sealed
 
 Job = TypeVar("Job")

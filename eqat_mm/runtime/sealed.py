@@ -18,8 +18,8 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
     write_json(path, value | {_SEAL: _hash(value)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Return the object that `write_sealed` wrote.
+def read_sealed(path: Path, *expected: str) -> dict[str, Any]:
+    """Return the object that `write_sealed` wrote, with all expected names in it: not another of our files.
 
     Raises:
         CheckpointError: the file is missing, or holds anything else.
@@ -28,7 +28,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         value = read_json_object(path)
     except CheckpointError as error:
         raise _damaged(path, error.given) from error
-    if value.pop(_SEAL, None) != _hash(value):
+    if value.pop(_SEAL, None) != _hash(value) or not value.keys() >= set(expected):
         raise _damaged(path, "other content than was written: altered, or of another version")
     return value
 

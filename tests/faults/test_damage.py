@@ -59,8 +59,12 @@ SPOIL = (truncate, flip_a_bit, empty, fill_with_zeros, remove, swap)
 
 
 def files_in(folder: Path) -> list[str]:
-    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    return [name for name in found if not name.endswith("run.lock")]
+    found = (
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.stat().st_size
+    )
+    return [name for name in found if not name.endswith("lock")]
 
 
 def spoilt(bench: Bench, folder: Path, below: str = "") -> Iterator[tuple[str, Path]]:

@@ -120,7 +120,7 @@ CHANGES: dict[str, list[Change]] = {
         Change(BLOCKS, ("--seed=1",), both=("seed=1", "seed=0")),
         Change(BLOCKS, ("--fit.epochs=2",), both=("epochs=2", "epochs=1")),
         Change(E2E_QP, ("--learning_rate=1e-3",), both=("0.001", "0.002")),
-        Change(E2E_QP, ("--loss=cross-entropy",), both=("cross-entropy", "kl")),
+        Change(E2E_QP, ("--loss=cross-entropy",), both=("inputs.model", "loss")),
         Change(E2E_QP, ("--max_steps=5",), both=("max_steps=5", "max_steps=4")),
         Change(LLM_QAT, ("--bits=8-8-8",), both=("8-8-8", "4-8-4")),
         Change(GENERATE_DATA, ("--length=13",), both=("length=13", "length=12")),

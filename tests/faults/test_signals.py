@@ -24,7 +24,7 @@ from tests.tiny_model import Tiny
 
 ASKED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 LINE = "interrupted; the same command continues from what was saved last"
-FAST = 15.0  # seconds in which ranks that nobody needs are gone, on a busy machine
+FAST = 30.0  # seconds in which ranks that nobody needs are gone, even on a busy machine
 
 
 def stopped(bench: Bench, case: Case, number: int, part: float) -> tuple[bool, list[str]]:
@@ -96,8 +96,10 @@ def left_after(mark: str, patience: float = FAST) -> list[str]:
     while processes_of(mark) and time.monotonic() < end:
         time.sleep(0.2)
     left = processes_of(mark)
-    said = [" ".join(process.cmdline())[-200:] for process in left]
+    said = []
     for process in left:
+        with suppress(psutil.Error):
+            said.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[:300]}")
         with suppress(psutil.Error):
             process.kill()
     return said

@@ -156,6 +156,7 @@ def _work(words: list[str], said: str, fault: Fault, watched: str, cwd: str) -> 
     _watch(Path(said) / "operations", watched, fault.before_operation)
     import torch
 
+    from eqat_kernels import dispatch
     from eqat_mm.cli import main
     from eqat_mm.runtime import room
 
@@ -164,7 +165,8 @@ def _work(words: list[str], said: str, fault: Fault, watched: str, cwd: str) -> 
     if fault.sees_space:
         room.shutil.disk_usage = lambda _: type("Usage", (), {"free": 2**50})  # type: ignore[attr-defined, misc]
 
-    sys.exit(main(words))
+    with dispatch.use(os.environ.get("EQAT_KERNELS", "auto")):  # this, too
+        sys.exit(main(words))
 
 
 def _redirect(said: Path, fault: Fault) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from eqat_mm.errors import CheckpointError, ConfigError, EqatError
 from eqat_mm.runtime.files import read_json
-from eqat_mm.runtime.run import Asked, Place, Run
+from eqat_mm.runtime.place import Place
+from eqat_mm.runtime.run import Asked, Run
 from eqat_mm.runtime.sealed import read_sealed, write_sealed
 from tests.checkpoint.files import assert_four_lines, contents
 
@@ -154,6 +155,12 @@ def test_a_record_that_was_edited_is_refused(tmp_path: Path) -> None:
     assert "other content than was written" in refused(tmp_path, OTHER).given
 
 
+def test_another_sealed_file_is_no_record(tmp_path: Path) -> None:
+    stopped(tmp_path, "on the way")
+    write_sealed(tmp_path / "run.json", {"records": []})
+    assert "run.json" in refused(tmp_path).where
+
+
 def test_seconds_add_up(tmp_path: Path) -> None:
     stopped(tmp_path, "on the way")
     record = read_sealed(tmp_path / "run.json")
@@ -265,7 +272,8 @@ def test_what_was_written_counts_as_room(tmp_path: Path, monkeypatch: pytest.Mon
 HOLD = """
 import sys, time
 from pathlib import Path
-from eqat_mm.runtime.run import Asked, Place, Run
+from eqat_mm.runtime.place import Place
+from eqat_mm.runtime.run import Asked, Run
 with Run.open(Place.within(Path(sys.argv[1]), "model/proof.json"), Asked("work", {}, {"bits": 2})) as run:
     run.begin()
     print("held", flush=True)
