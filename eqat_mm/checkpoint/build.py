@@ -30,11 +30,13 @@ def skeleton(folder: Path, manifest: Manifest) -> PreTrainedModel:
         CheckpointError: transformers builds none, or config.json has more layers than tensors are stored.
     """
     config = read_config(folder, len(weight_map(folder)))
-    vision = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    mapped = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+    images: Any
+    text: Any
+    images, text = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    seeing = "ImageText" in manifest.auto_class if manifest.auto_class else type(config) in images
     with refused(folder / CONFIG, "configuration"), init_empty_weights(include_buffers=False):
-        auto = getattr(transformers, manifest.auto_class or mapped)
-        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+        # not by `from_config`, which under ZeRO-3 scatters the parameters before there are any
+        model: PreTrainedModel = (images if seeing else text)[type(config)](config)
     model.generation_config = read_generation_config(folder) or model.generation_config
     return model
 

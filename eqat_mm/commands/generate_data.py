@@ -30,8 +30,9 @@ from eqat_mm.data.vocabulary import decoded, start_of, vocabulary_of
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.progress import duration, progress, say
-from eqat_mm.runtime.run import Place, Run
+from eqat_mm.runtime.run import Run
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Length, Seed, Settings
 
 _COMMAND = "generate-data"

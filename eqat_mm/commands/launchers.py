@@ -16,9 +16,10 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from eqat_mm.commands.deepspeed_file import DeepSpeedFile
 from eqat_mm.commands.runs import asked, opened_run, settled
 from eqat_mm.runtime.device import launched
+from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.run import Place, Run
+from eqat_mm.runtime.run import Run
 from eqat_mm.train.end_to_end import EndToEndConfig, training_arguments
 
 Job = TypeVar("Job", bound=EndToEndConfig)

@@ -19,9 +19,9 @@ from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.runtime.device import best_device, processes
 from eqat_mm.runtime.files import write_jsonl
+from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.run import Place
 from eqat_mm.train.block_ap import check_groups
 from eqat_mm.train.end_to_end import WindowDataset
 from eqat_mm.train.llm_qat import ROUNDED, STAGE, LLMQATConfig, prepare, run_llm_qat, smooth_model, store

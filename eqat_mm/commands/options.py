@@ -101,8 +101,11 @@ def _check_flags(command: str, kind: type[Settings], argv: Sequence[str]) -> Non
     named = [*known, "config", "help", "print_config"]
     optional = [f"{name}.help" for name, hint in names_of(kind) if settings_in(hint) not in (None, hint)]
     also = ["train-projector"] if "trains" in known else []
-    for word in argv:
-        flag, _, value = word.partition("=")
+    places = {f"--{name}" for name, hint in names_of(kind) if Path in (hint, *get_args(hint))}
+    for word, after in zip(argv, [*argv[1:], None], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag in places and (value if equals else after) == "":
+            raise ConfigError(flag, "an empty path", "a file or folder", f"give one, or leave {flag} out")
         if not is_text(word):
             raise ConfigError(shown(flag), shown(value or word), "text", "write it in UTF-8, without NUL")
         if flag.startswith("--") and flag.removeprefix("--").removesuffix("+") not in [*named, *optional, *also]:

@@ -20,9 +20,11 @@ from eqat_mm.checkpoint.folders import is_packed
 from eqat_mm.checkpoint.verify import read_manifest, verify_checkpoint
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.device import require_kernels
 from eqat_mm.runtime.files import fingerprint_of, write_json
+from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.run import Asked, Place, Run
+from eqat_mm.runtime.run import Asked, Run
 from eqat_mm.runtime.sealed import read_sealed
 
 Job = TypeVar("Job")
@@ -100,18 +102,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     Raises:
         ConfigError: the kernels that `EQAT_KERNELS` asks for cannot run here.
     """
-    try:
-        kernels = select("fake_quantize", "auto", torch.empty(0, device=device))
-    except ValueError as error:
-        raise ConfigError(
-            where="environment: EQAT_KERNELS",
-            given=str(error),
-            allowed="auto, or kernels that run on this device",
-            do="unset EQAT_KERNELS, or choose another --device",
-        ) from error
+    require_kernels(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "kernels": kernels,
+        "kernels": select("fake_quantize", "auto", torch.empty(0, device=device)),
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }

@@ -28,9 +28,9 @@ from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device, processes
 from eqat_mm.runtime.files import write_jsonl
+from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.run import Place
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
 from llava_adapters import arch_for
 

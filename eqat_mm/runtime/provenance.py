@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -51,8 +52,8 @@ def require_same_config(saved: dict[str, Any], given: dict[str, Any], where: str
     for key, (started, now), different in differences(saved, given):
         raise ConfigError(
             where=f"{where}: {different}",
-            given=f"{key}={now!r}",
-            allowed=f"{key}={started!r}, as the run in this folder was started",
+            given=f"{key}={_short(now)}",
+            allowed=f"{key}={_short(started)}, as the run in this folder was started",
             do="use the same settings, --overwrite to replace that run, or another --output",
         )
 
@@ -74,6 +75,12 @@ def require_same_everywhere(configs: Sequence[dict[str, Any]]) -> None:
                 allowed=f"{key}={first!r}, as in process 0",
                 do="start all processes with the same command, on the same model and data",
             )
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message; of a hash its beginning."""
+    is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value)
+    return f"hash {value[:12]}..." if is_hash else repr(value)
 
 
 def differences(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any], str]]:

@@ -24,15 +24,22 @@ def read_sealed(path: Path, *expected: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, or holds anything else.
     """
-    value = read_json_object(path)
+    try:
+        value = read_json_object(path)
+    except CheckpointError as error:
+        raise _damaged(path, error.given) from error
     if value.pop(_SEAL, None) != _hash(value) or not value.keys() >= set(expected):
-        raise CheckpointError(
-            where=str(path),
-            given="other content than was written: altered, or of another version",
-            allowed="the file as this version of eqat-mm wrote it",
-            do="restore it, or give another --output; to begin anew there, remove the run by hand",
-        )
+        raise _damaged(path, "other content than was written: altered, or of another version")
     return value
+
+
+def _damaged(path: Path, given: str) -> CheckpointError:
+    return CheckpointError(
+        where=str(path),
+        given=given,
+        allowed="the file as this version of eqat-mm wrote it",
+        do="restore it, or give another --output; to begin anew there, remove the run by hand",
+    )
 
 
 def _hash(value: dict[str, Any]) -> str:

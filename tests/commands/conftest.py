@@ -1,12 +1,22 @@
-"""A tiny model, made once; not to be altered."""
+"""A tiny model, made once and not to be altered; memory enough, whatever else this machine does."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 
+from eqat_mm.plan import machine
 from tests.tiny_model import Tiny, save_tiny
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return save_tiny(tmp_path_factory.mktemp("tiny"), blocks=2)
+
+
+@pytest.fixture(autouse=True)
+def memory_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SimpleNamespace(available=2**40)
+    monkeypatch.setattr(machine, "psutil", SimpleNamespace(Process=psutil.Process, virtual_memory=lambda: free))

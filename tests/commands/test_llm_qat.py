@@ -177,7 +177,7 @@ def test_generation_stores_integers(
     assert isinstance(cache, QuantizedKVCache)
     tokens = cache.get_seq_length()
     assert cache_bytes(cache) == 2 * 2 * tokens * 2 * (16 // 2 + 2)  # layers, keys and values, heads, bytes
-    monkeypatch.setattr("eqat_eval.generation.new_cache", lambda model: None)
+    monkeypatch.setattr("eqat_eval.decoding.new_cache", lambda model: None)
     assert generate(job) == written
     capsys.readouterr()
 

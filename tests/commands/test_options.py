@@ -60,6 +60,11 @@ def test_a_mistaken_flag_is_answered_with_the_one_that_is_meant(command: str, fl
     assert meant in refused.do
 
 
+@pytest.mark.parametrize("words", [["--output", ""], ["--output="]])
+def test_an_empty_path_is_none(words: list[str]) -> None:
+    assert refusal("rtn", *words).given == "an empty path"
+
+
 def test_an_abbreviated_flag_is_none() -> None:
     assert "--learning_rate" in refusal("e2e-qp", "--learning", "1e-4").do
 

@@ -12,7 +12,8 @@ import pytest
 
 from eqat_mm.errors import CheckpointError, ConfigError, EqatError
 from eqat_mm.runtime.files import read_json
-from eqat_mm.runtime.run import Asked, Place, Run
+from eqat_mm.runtime.place import Place
+from eqat_mm.runtime.run import Asked, Run
 from eqat_mm.runtime.sealed import read_sealed, write_sealed
 from tests.checkpoint.files import assert_four_lines, contents
 
@@ -271,7 +272,8 @@ def test_what_was_written_counts_as_room(tmp_path: Path, monkeypatch: pytest.Mon
 HOLD = """
 import sys, time
 from pathlib import Path
-from eqat_mm.runtime.run import Asked, Place, Run
+from eqat_mm.runtime.place import Place
+from eqat_mm.runtime.run import Asked, Run
 with Run.open(Place.within(Path(sys.argv[1]), "model/proof.json"), Asked("work", {}, {"bits": 2})) as run:
     run.begin()
     print("held", flush=True)

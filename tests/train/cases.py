@@ -113,7 +113,8 @@ def windows() -> Tensor:
 def _samples(place: Path, family: str) -> Samples:
     if family == "llama":
         return Samples(WindowDataset(windows()), None, None, "")
-    return image_text_samples(place / "rtn" / "model", ImageTextData(source=str(place / "mixed.json")), BATCH)
+    data = ImageTextData(source=str(place / "mixed.json"))
+    return image_text_samples(place / "rtn" / "model", data, BATCH, place / "problems.jsonl")
 
 
 def _e2e_qp(place: Path, arch: Arch, family: str, trains: Any) -> Case:
