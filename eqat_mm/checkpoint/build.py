@@ -30,13 +30,11 @@ def skeleton(folder: Path, manifest: Manifest) -> PreTrainedModel:
         CheckpointError: transformers builds none, or config.json has more layers than tensors are stored.
     """
     config = read_config(folder, len(weight_map(folder)))
-    images: Any
-    text: Any
-    images, text = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    seeing = "ImageText" in manifest.auto_class if manifest.auto_class else type(config) in images
+    vision = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    mapped = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     with refused(folder / CONFIG, "configuration"), init_empty_weights(include_buffers=False):
-        # not by `from_config`, which under ZeRO-3 scatters the parameters before there are any
-        model: PreTrainedModel = (images if seeing else text)[type(config)](config)
+        auto = getattr(transformers, manifest.auto_class or mapped)
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     model.generation_config = read_generation_config(folder) or model.generation_config
     return model
 

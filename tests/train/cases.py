@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.checkpoint.adapters import add_adapters
@@ -122,13 +123,16 @@ def _e2e_qp(place: Path, arch: Arch, family: str, trains: Any) -> Case:
     settings = E2EQPConfig(**SETTINGS, trains=trains, lora=lora)
 
     def make() -> PreTrainedModel:
+        unset_hf_deepspeed_config()  # of an earlier run: under ZeRO-3 it scatters what is built
         model = load(place / "rtn" / "model")
         if "lora" in trains:
             add_adapters(model, lora.rank, lora.alpha, seed=0)
         return model
 
+    samples = _samples(place, family)
+
     def train(model: PreTrainedModel, folder: Path, **changes: Any) -> list[dict[str, Any]]:
-        config, samples = replace(settings, **changes), _samples(place, family)
+        config = replace(settings, **changes)
         return run_e2e_qp(
             model,
             samples.dataset,

@@ -63,10 +63,10 @@ class Case:
 
     def _e2e_qp(self, settings: dict[str, Any], teacher: nn.Module) -> set[torch.dtype]:
         config = E2EQPConfig(loss="kl", **settings)
+        model = load(self.packed, dtype=config.precision)
         arguments = training_arguments(config, self.folder, CPU)
         with pytest.MonkeyPatch.context() as patch:
             seen = watch_kernels(patch)
-            model = load(self.packed, dtype=config.precision)
             run_e2e_qp(model, WindowDataset(self.windows), config, arguments, teacher=teacher)
         return seen
 
