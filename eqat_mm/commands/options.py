@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -102,7 +103,7 @@ def _check_flags(command: str, kind: type[Settings], argv: Sequence[str]) -> Non
     optional = [f"{name}.help" for name, hint in names_of(kind) if settings_in(hint) not in (None, hint)]
     also = ["train-projector"] if "trains" in known else []
     places = {f"--{name}" for name, hint in names_of(kind) if Path in (hint, *get_args(hint))}
-    for word, after in zip(argv, [*argv[1:], None], strict=True):
+    for word, after in zip_longest(argv, argv[1:]):
         flag, equals, value = word.partition("=")
         if flag in places and (value if equals else after) == "":
             raise ConfigError(flag, "an empty path", "a file or folder", f"give one, or leave {flag} out")
