@@ -170,7 +170,9 @@ def run_command(name: str, argv: Sequence[str]) -> int:
 
 
 def _refused(error: EqatError) -> int:
-    print(f"{type(error).__name__}\n{error}", file=sys.stderr)
+    from eqat_mm.runtime.progress import complain
+
+    complain(f"{type(error).__name__}\n{error}")
     return 2
 
 

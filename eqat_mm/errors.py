@@ -81,6 +81,7 @@ _IN_WORDS = (
     (re.compile(r"\(os error (\d+)\)"), None),  # safetensors
     (re.compile(r"\d+ requested and \d+ written"), errno.ENOSPC),  # numpy, which does not say why
     (re.compile(r"inline_container|PytorchStreamWriter"), errno.ENOSPC),  # nor does torch
+    (re.compile(r"Symlink loop"), errno.ELOOP),  # Path.resolve
 )
 """Errors of the system as libraries tell them that write files themselves."""
 

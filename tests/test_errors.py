@@ -42,6 +42,15 @@ def test_a_missing_folder_in_the_words_of_safetensors(tmp_path: Path) -> None:
     assert explained.do == "check the path"
 
 
+def test_a_circular_link(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((OSError, RuntimeError)) as raised:
+        (tmp_path / "loop").resolve(strict=True)
+    explained = explained_system_error(raised.value)
+    assert explained is not None
+    assert explained.do == "name another path"
+
+
 def test_what_only_our_code_can_cause_stays_as_it_is() -> None:
     assert explained_system_error(RuntimeError("shapes do not match")) is None
     assert explained_system_error(OSError(errno.EBADF, os.strerror(errno.EBADF))) is None

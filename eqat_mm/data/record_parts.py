@@ -111,7 +111,7 @@ def require_writer(path: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes on these parts out of the body; the folder is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with (folder / "parts.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

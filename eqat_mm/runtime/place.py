@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from eqat_mm.runtime.lock import LOCK
-
 RECORD, REPLACED = "run.json", ".replaced"
 _PROGRESS = ("trainer", "streams")
 _KEPT = ("model", "state.json", "metrics.jsonl", "result.json", "lmms-eval")
@@ -45,7 +43,7 @@ class Place:
     def progress(self) -> list[Path]:
         """Return what goes when the run is finished, or begins anew."""
         if self.hidden:
-            return [path for path in self.folder.glob("*") if path.name not in (LOCK, REPLACED)]
+            return [path for path in self.folder.glob("*") if path.suffix != ".lock" and path.name != REPLACED]
         return [self.folder / name for name in _PROGRESS]
 
     def own(self) -> list[Path]:

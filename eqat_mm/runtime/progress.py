@@ -52,6 +52,11 @@ def say(line: str) -> None:
         silence(sys.stdout)
 
 
+def complain(lines: str) -> None:
+    """Print lines for the user on stderr, without tearing a progress bar that is on the screen."""
+    tqdm.write(lines, file=sys.stderr)
+
+
 def silence(stream: TextIO) -> None:
     """Let a stream that nobody reads any more take everything."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -65,6 +65,10 @@ def test_an_empty_path_is_none(words: list[str]) -> None:
     assert refusal("rtn", *words).given == "an empty path"
 
 
+def test_a_command_may_be_all_there_is() -> None:
+    assert job_of("assets") == COMMANDS["assets"].load()[0]()
+
+
 def test_an_abbreviated_flag_is_none() -> None:
     assert "--learning_rate" in refusal("e2e-qp", "--learning", "1e-4").do
 

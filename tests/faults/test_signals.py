@@ -31,8 +31,8 @@ def stopped(bench: Bench, case: Case, number: int, part: float) -> tuple[bool, l
     """Stop a command in a part of its time; return whether it was still at work, and what went wrong."""
     folder = bench.new()
     ended = bench.run(case, folder, Fault(after=part * bench.whole(case)[1].seconds, signal=number))
-    if ended.status == 0:
-        return False, []
+    if ended.status == 0 or (ended.status == -number and not ended.operations):
+        return False, []  # it was finished, or had not begun
     wrong = [f"status {ended.status}"] if ended.status != 128 + number else []
     wrong += [] if ended.err.splitlines()[-1:] == [LINE] and "Traceback" not in ended.err else [ended.err]
     wrong += ["a lock"] if list(folder.rglob("run.lock")) else []

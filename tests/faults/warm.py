@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -81,8 +82,8 @@ class Ended:
     @property
     def four_lines(self) -> bool:
         """Whether it ended as bad input does: status 2, and where, given, allowed, do."""
-        lines = [line.strip().split(":")[0] for line in self.err.splitlines()[-4:]]
-        return self.status == 2 and lines == ["where", "given", "allowed", "do"] and "Traceback" not in self.err
+        found = re.search(r"^  where: .+\n  given: [^|]+^  allowed: .+\n  do: ", self.err, re.MULTILINE)
+        return self.status == 2 and found is not None and "Traceback" not in self.err
 
 
 class Warm:

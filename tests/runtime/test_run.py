@@ -293,6 +293,15 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert not (tmp_path / "run.lock").exists()
 
 
+def test_locks_of_a_killed_process_are_nothing_strange(tmp_path: Path) -> None:
+    place = Place.beside(tmp_path / "texts.jsonl")
+    place.folder.mkdir()
+    for name in ("run.lock", "parts.lock"):
+        (place.folder / name).touch()
+    with Run.open(place, WANTED, shared=True) as run:
+        run.begin()
+
+
 def test_a_shared_run_leaves_no_temporary_files(tmp_path: Path) -> None:
     place, left = Place.beside(tmp_path / "texts.jsonl"), tmp_path / ".texts.jsonl.0a1b.partial"
     left.touch()
