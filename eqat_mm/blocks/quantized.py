@@ -65,7 +65,7 @@ def _quantized(folder: Path, method: str, evidence: str) -> CheckpointError:
         where=str(folder),
         given=f"a model that is quantized already, by {method} ({evidence})",
         allowed="a full-precision model: weights in floating point of 16 or 32 bits",
-        do="name the unquantized repository that it was made from",
+        do="name the unquantized repository that it was made from; a checkpoint of eqat-mm lacks its eqat.json here",
     )
 
 
