@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="checkpoint with a quantized cache")
     folder = parser.parse_args().model
     model = eqat_mm.load(folder).eval()
-    tokens = text_windows(load_tokenizer(folder), TextWindows(part="held_out", length=TOKENS, count=1))
+    tokens = text_windows(
+        load_tokenizer(folder), TextWindows("demo-wikipedia", part="held_out", length=TOKENS, count=1)
+    )
     if new_cache(model) is None:
         parser.error(f"{folder}: its cache is not quantized")
 

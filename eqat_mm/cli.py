@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -96,6 +95,12 @@ def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
     return AssetsJob, assets
 
 
+def _recipes() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.recipe_list import RecipesJob, list_recipes
+
+    return RecipesJob, list_recipes
+
+
 def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.plan import PlanJob, plan
 
@@ -120,6 +125,7 @@ COMMANDS: dict[str, _Command] = {
     "eval": _Command("perplexity on held-out text, KL and agreement with a reference", _eval),
     "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
+    "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
 }
 
@@ -187,28 +193,27 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
     """Return the job that recipes and flags describe.
 
     Raises:
-        ConfigError: unknown option, or a value that is not allowed.
+        ConfigError: unknown option, no model, or a value that is not allowed.
         SystemExit: after --help or --print_config.
     """
-    from eqat_mm.commands.options import parsed, spelled_out, with_ranges
-    from eqat_mm.commands.recipes import recipe_path
+    from eqat_mm.commands.options import parsed, typed, with_ranges
+    from eqat_mm.commands.recipes import named_recipe
+    from eqat_mm.commands.taken import recipe_taken, require_model_named
     from eqat_mm.runtime.progress import say
 
-    argv = spelled_out(name, job_class, argv)
-    recipe = COMMANDS[name].recipe or _tuned_recipe(COMMANDS[name].settings_of or name, argv, job_class)
-    parser = ArgumentParser(
-        prog=f"eqat {name}",
-        description=COMMANDS[name].help,
-        exit_on_error=False,
-        allow_abbrev=False,
-        default_config_files=[] if recipe is None else [str(recipe_path(recipe))],
-    )
+    words, command = typed(name, job_class, argv), COMMANDS[name]
+    parser = ArgumentParser(prog=f"eqat {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file or name of a shipped recipe")
     parser.add_class_arguments(job_class)
     with_ranges(parser, job_class)
-    job = parsed(parser, name, job_class, argv)
-    if recipe is not None and COMMANDS[name].recipe is COMMANDS[name].settings_of is None:
-        say(f"settings: recipe {recipe}")
+    if not {"--help", "-h"} & set(words.flags):
+        require_model_named(name, job_class, words)
+    if command.recipe is not None:
+        return parsed(parser, name, job_class, words.words(named_recipe(command.recipe)))
+    taken = recipe_taken(command.settings_of or name, job_class, words)
+    job = parsed(parser, name, job_class, words.words(taken.beneath))
+    if taken.line and command.settings_of is None:
+        say(taken.line)
     return job
 
 
@@ -216,30 +221,6 @@ def _unknown_command(name: str) -> ConfigError:
     near = get_close_matches(name, COMMANDS, n=1)
     do = f"did you mean {near[0]}?" if near else "choose one of these commands"
     return ConfigError(f"eqat {ascii(name)[1:-1]}", ascii(name), ", ".join(COMMANDS), do)
-
-
-def _tuned_recipe(name: str, argv: Sequence[str], job_class: type[Any]) -> str | None:
-    """Return the shipped recipe for the model and spec that flags name, where they name no settings themselves."""
-    from eqat_mm.commands.recipes import fitting_recipe
-
-    model = next((field.default for field in fields(job_class) if field.name == "model"), None)
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    bits, group_size = _flags_of_spec(job_class)
-    default_bits = next((str(field.default) for field in fields(job_class) if field.name == "bits"), "2")
-    defaults = {"--config": None, "--model": model, bits: default_bits, group_size: None}
-    for flag, default in defaults.items():
-        flags.add_argument(flag, nargs="?", default=default)  # a missing value is the real parser's to refuse
-    known, _ = flags.parse_known_args(argv)
-    if known.config or not known.model:
-        return None
-    named = vars(known)
-    return fitting_recipe(name, known.model, named[bits.lstrip("-")], named[group_size.lstrip("-")])
-
-
-def _flags_of_spec(job_class: type[Any]) -> tuple[str, str]:
-    """Return the flags of bits and group size."""
-    nested = any(field.name == "quant" for field in fields(job_class))
-    return ("--quant.bits", "--quant.group_size") if nested else ("--bits", "--group_size")
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:

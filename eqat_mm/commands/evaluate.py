@@ -48,7 +48,7 @@ class EvalJob(Settings):
         output: JSON file for the result.
     """
 
-    model: str = "smollm2-135m"
+    model: str
     reference: str | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
     tasks: str | None = None
@@ -66,6 +66,7 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
     Raises:
         EqatError: any bad input.
     """
+    _check_choice(job)
     folder = model_folder(job.model)
     require_weights(folder)
     device = best_device(job.device)
@@ -77,7 +78,6 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
 
 
 def _measure(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
-    _check_choice(job)
     if job.tasks is None:
         return _perplexity(job, folder, device)
     products, dtype = arithmetic(job.precision, job.dtype, device)
@@ -92,11 +92,13 @@ def _products(precision: Decided, dtype: torch.dtype, device: torch.device) -> A
 
 
 def _check_choice(job: EvalJob) -> None:
-    """Refuse options of the measurement that was not chosen."""
+    """Refuse options of the measurement that was not chosen, and held-out text without a name."""
     if job.tasks is None and job.limit is not None:
         raise ConfigError("--limit", "no --tasks", "a limit for tasks", "for held-out text, set --data.count")
     if job.tasks is not None and job.reference is not None:
         raise ConfigError("--reference", "with --tasks", "a reference for held-out text", "evaluate both models")
+    if job.tasks is None:
+        job.data.require_source("--data.source")
 
 
 def _perplexity(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:

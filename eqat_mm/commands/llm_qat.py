@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from eqat_mm.blocks.source import OpenModel
-from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.checkpoint.folders import load_tokenizer, takes_images
 from eqat_mm.commands.deepspeed_file import deepspeed_settings
 from eqat_mm.commands.launchers import training_run, whole_models
 from eqat_mm.commands.models import load_model
@@ -42,7 +42,7 @@ class LLMQATJob(LLMQATConfig):
         recipe_for: models that these settings were tuned for (set by recipes).
     """
 
-    model: str = "smollm2-135m"
+    model: str = field(kw_only=True)
     output: Path | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
     adapter: str | None = None
@@ -58,6 +58,8 @@ def llm_qat(job: LLMQATJob) -> Path:
         EqatError: any bad input, before anything is written.
     """
     deepspeed = deepspeed_settings(job)
+    if job.reads_text:
+        job.data.require_source("--data.source")
     opened = _checked(job)
     stage = STAGE if job.trains else ROUNDED
     folder = job.output or _default_output(job)
@@ -112,6 +114,8 @@ def _checked(job: LLMQATJob) -> OpenModel:
     opened = open_full_precision(job.model, job.adapter)
     if job.trains:
         warn_without_recipe(job.model, job.recipe_for, "llm-qat", job.bits)
+        if takes_images(opened.folder):
+            say(f"{job.model} sees; LLM-QAT trains it on text alone")
     check_groups(opened, job.spec)
     return opened
 

@@ -56,7 +56,7 @@ class LLMQATTableJob(Settings):
         fresh: discard finished rows in the output folder.
     """
 
-    train: LLMQATJob = field(default_factory=LLMQATJob)
+    train: LLMQATJob = field(default_factory=lambda: LLMQATJob(model="smollm2-135m"))
     bits: Annotated[tuple[str, ...], Filled()] = SETTINGS
     generated: Path | None = None
     smooth: Fraction = 0.5

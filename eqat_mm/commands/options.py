@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from eqat_mm.commands.recipes import recipe_path
-from eqat_mm.commands.settings_file import check_names, read_recipe
+from eqat_mm.commands.recipes import Recipe, find_recipe
+from eqat_mm.commands.settings_file import check_names, read_recipe, read_value
 from eqat_mm.errors import ConfigError, EqatError
 from eqat_mm.runtime.settings import Settings, hints_of, is_text, limits_in, require, settings_in, shown
 
@@ -47,8 +49,55 @@ def names_of(kind: type[Settings], under: str = "") -> Iterator[tuple[str, Any]]
             yield from names_of(nested, f"{under}{name}.")
 
 
-def spelled_out(command: str, kind: type[Settings], argv: Sequence[str]) -> list[str]:
-    """Spell out what users may abbreviate, recipes first, for flags win over them wherever they stand.
+@dataclass(frozen=True)
+class Typed:
+    """What a user typed after a command.
+
+    Attributes:
+        configs: recipes and files, in their order: later ones win.
+        flags: the rest; it wins over them wherever it stands.
+    """
+
+    configs: tuple[Recipe | Path, ...]
+    flags: tuple[str, ...]
+
+    def value(self, name: str) -> Any:
+        """Return what is given for a setting such as `quant.bits`, as text or as YAML has it; None without."""
+        if (flag := self._flag(name)) is not None:
+            return flag
+        if (group := self._flag(name.partition(".")[0])) is not None and "." in name:
+            return _setting(read_value(group), name.partition(".")[2])
+        found = [setting for config in self.configs if (setting := _setting(_settings_in(config), name)) is not None]
+        return found[-1] if found else None
+
+    def _flag(self, name: str) -> str | None:
+        for flag, value in zip(reversed(self.flags), (None, *reversed(self.flags)), strict=False):
+            word, equals, joined = flag.partition("=")
+            if word == f"--{name}":
+                return joined if equals else value
+        return None
+
+    def words(self, beneath: Recipe | None = None) -> list[str]:
+        """Return it as a parser takes it, with the settings of a recipe `beneath`."""
+        configs = (*([] if beneath is None else [beneath]), *self.configs)
+        texts = [json.dumps(each.settings) if isinstance(each, Recipe) else str(each) for each in configs]
+        return [word for text in texts for word in ("--config", text)] + list(self.flags)
+
+
+def _settings_in(config: Recipe | Path) -> Mapping[str, Any]:
+    return config.settings if isinstance(config, Recipe) else read_recipe(config)
+
+
+def _setting(settings: Any, name: str) -> Any:
+    """Return a setting by its dotted name, written flat or nested; None without."""
+    if not isinstance(settings, Mapping) or name in settings:
+        return settings.get(name) if isinstance(settings, Mapping) else None
+    first, _, rest = name.partition(".")
+    return _setting(settings.get(first), rest) if rest else None
+
+
+def typed(command: str, kind: type[Settings], argv: Sequence[str]) -> Typed:
+    """Spell out what users may abbreviate, and tell recipes from flags.
 
     A first word without dashes is the model; `--overwrite` means `--overwrite true`, and `--train-projector`
     `--trains scales+projector`. What is given again of several (`--image`) is one more.
@@ -60,7 +109,7 @@ def spelled_out(command: str, kind: type[Settings], argv: Sequence[str]) -> list
     if argv and not argv[0].startswith("-") and "model" in hints:
         argv = ["--model", *argv]
     _check_flags(command, kind, argv)
-    recipes: list[str] = []
+    configs: list[Recipe | Path] = []
     flags: list[str] = []
     words = iter(_with_values(hints, argv))
     for word in words:
@@ -68,10 +117,10 @@ def spelled_out(command: str, kind: type[Settings], argv: Sequence[str]) -> list
         if name != "--config":
             flags.append(word)
         elif equals or (value := next(words, "")):
-            recipes += ["--config", str(_checked_recipe(kind, value))]
+            configs.append(_checked_recipe(command, kind, value))
         else:
             flags.append(word)  # the parser says that a value is missing
-    return recipes + flags
+    return Typed(tuple(configs), tuple(flags))
 
 
 def _with_values(hints: dict[str, Any], argv: Sequence[str]) -> Iterator[str]:
@@ -90,10 +139,20 @@ def _takes_several(hint: Any) -> bool:
     return any(get_origin(each) is list for each in (hint, *get_args(hint)))
 
 
-def _checked_recipe(kind: type[Settings], name: str) -> Path:
-    path = recipe_path(name)
-    check_names(kind, read_recipe(path), path)
-    return path
+def _checked_recipe(command: str, kind: type[Settings], name: str) -> Recipe | Path:
+    found = find_recipe(name)
+    if isinstance(found, Path):
+        check_names(kind, read_recipe(found), found)
+        return found
+    unknown = sorted(set(found.settings) - set(hints_of(kind)))
+    if unknown:
+        raise ConfigError(
+            where=f"--config {name}",
+            given=f"a recipe of {found.stage}, with {', '.join(unknown)}",
+            allowed=f"a recipe whose name ends with the command, {command}",
+            do="`eqat recipes` lists all",
+        )
+    return found
 
 
 def _check_flags(command: str, kind: type[Settings], argv: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ class BlockAPJob(BlockAPConfig):
         recipe_for: models that these settings were tuned for (set by recipes).
     """
 
-    model: str = "smollm2-135m"
+    model: str = field(kw_only=True)
     output: Path | None = None
     calibration: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
     adapter: str | None = None
@@ -67,7 +67,7 @@ class RTNJob(Settings):
         overwrite: discard a checkpoint that is already in the output folder.
     """
 
-    model: str = "smollm2-135m"
+    model: str
     output: Path | None = None
     quant: QuantSpec = field(default_factory=QuantSpec)
     adapter: str | None = None
@@ -80,6 +80,7 @@ def block_ap(job: BlockAPJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    job.calibration.require_source("--calibration.source")
     device = best_device(own_device(job.device))
     with launched_ranks(device) as ranks:
         return _block_ap(job, device, ranks)

@@ -13,6 +13,8 @@ from eqat_mm.data.user_files import printable, told
 from eqat_mm.errors import DataError
 
 HUB_PREFIX = "hf:"
+PUBLIC = ("hf:DKYoon/SlimPajama-6B", "hf:allenai/c4:en")
+"""Text for calibration that anyone may fetch, in plain files, the first choice first."""
 
 
 def load_hub(source: str) -> Any:

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from eqat_mm.data.documents import load_documents, split_documents
+from eqat_mm.data.hub import PUBLIC
+from eqat_mm.data.text_files import SOURCES
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.progress import progress
 from eqat_mm.runtime.seeding import generator
@@ -36,7 +38,7 @@ class TextWindows(Settings, option="data"):
     """Which text, and how it is cut.
 
     Args:
-        source: where the documents come from (see `eqat_mm.data.documents`).
+        source: where the documents come from (see `eqat_mm.data.documents`); there is no text by default.
         part: `train` or `held_out` side of the split by document, or `all` of them.
         length: tokens in a window.
         count: number of windows; None takes all the text.
@@ -45,13 +47,25 @@ class TextWindows(Settings, option="data"):
         split_seed: which documents are held out; the same for training and evaluation.
     """
 
-    source: str = "demo-wikipedia"
+    source: str | None = None
     part: Literal["train", "held_out", "all"] = "train"
     length: Length = 2048
     count: Count | None = None
     held_out_fraction: Share = 0.1
     seed: Seed = 0
     split_seed: Seed = 0
+
+    def require_source(self, option: str) -> None:
+        """Check that text is named, before any work.
+
+        Args:
+            option: that names it, for the message.
+
+        Raises:
+            ConfigError: none is.
+        """
+        if self.source is None:
+            raise ConfigError(option, "no text", f"{SOURCES}, such as {' or '.join(PUBLIC)}", f"name one with {option}")
 
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, config: TextWindows) -> Tensor:
@@ -64,6 +78,7 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, config: TextWindows) -> Ten
         DataError: unreadable text, or not enough of it.
         ConfigError: a package is missing, or the tokenizer has no end-of-sequence token.
     """
+    config.require_source("source")
     documents = _documents_of(config)
     return pack_windows(tokenizer, documents, config.length, config.count, seed=config.seed)
 
@@ -174,6 +189,7 @@ def _beginning(document: str, most: int) -> str:
 
 
 def _documents_of(config: TextWindows) -> list[str]:
+    assert config.source is not None
     documents = load_documents(config.source)
     if config.part == "all":
         return documents

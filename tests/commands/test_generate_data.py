@@ -330,5 +330,5 @@ def test_an_unfinished_run_of_other_settings(tiny: Tiny, tmp_path: Path) -> None
 
 
 def test_bad_input_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate-data", "--sampling", "beam", "--output", str(tmp_path / "texts.jsonl")]) == 2
+    assert main(["generate-data", "m", "--sampling", "beam", "--output", str(tmp_path / "texts.jsonl")]) == 2
     assert "sampling" in capsys.readouterr().err

@@ -74,13 +74,13 @@ def test_an_abbreviated_flag_is_none() -> None:
 
 
 def test_a_mistaken_choice_is_answered_with_the_one_that_is_meant() -> None:
-    assert refusal("block-ap", "--spool", "dsk").do == "did you mean --spool disk?"
-    assert refusal("block-ap", "--spool", "floppy").do == "set --spool to one of these"
-    assert refusal("block-ap", "--spool", "floppy").allowed == "ram, disk"
+    assert refusal("block-ap", "m", "--spool", "dsk").do == "did you mean --spool disk?"
+    assert refusal("block-ap", "m", "--spool", "floppy").do == "set --spool to one of these"
+    assert refusal("block-ap", "m", "--spool", "floppy").allowed == "ram, disk"
 
 
 def test_settings_in_one_word_are_told_by_name() -> None:
-    refused = refusal("e2e-qp", "--conversations", "x.json")
+    refused = refusal("e2e-qp", "m", "--conversations", "x.json")
     assert (refused.where, refused.given) == ("--conversations", "'x.json'")
     assert "--conversations.source" in refused.do
 
@@ -101,7 +101,7 @@ def test_a_later_recipe_wins_over_an_earlier_one(tmp_path: Path) -> None:
     for name, epochs in (("one", 1), ("two", 2)):
         (tmp_path / f"{name}.yaml").write_text(f"fit: {{epochs: {epochs}}}\n", encoding="utf-8")
     recipes = ["--config", str(tmp_path / "one.yaml"), "--batch_tokens", "9", "--config", str(tmp_path / "two.yaml")]
-    assert job_of("block-ap", *recipes).fit.epochs == 2
+    assert job_of("block-ap", "m", *recipes).fit.epochs == 2
 
 
 # ---- paths ------------------------------------------------------------------------------------------
@@ -156,8 +156,9 @@ def test_a_flag_and_a_recipe_are_refused_alike(tmp_path: Path, command: str, opt
     for part in reversed(option.split(".")):
         nested = {part: nested}
     file.write_text(yaml.safe_dump(nested), encoding="utf-8")
-    by_flag = refusal(command, f"--{option}", str(value))
-    assert str(refusal(command, "--config", str(file))) == str(by_flag)
+    model = ["--model", "m"] if command in ("block-ap", "e2e-qp") else []
+    by_flag = refusal(command, *model, f"--{option}", str(value))
+    assert str(refusal(command, *model, "--config", str(file))) == str(by_flag)
     assert by_flag.where == f"--{option}"
     assert by_flag.given == str(value)
 
@@ -172,6 +173,7 @@ AWKWARD = [
     *("%(default)s", "x" * 400, "/", "..", "~", "~nobody/x", "2-2-2", "4-8-4", "2000-01-01", "class_path: os"),
 ]  # fmt: skip
 KINDS = {name: COMMANDS[name].load()[0] for name in ("block-ap", "e2e-qp", "llm-qat", "eval", "generate", "demo-vlm")}
+MODEL = {name: ["--model", "m"] for name in KINDS if name != "demo-vlm"}
 OPTIONS = {name: [option for option, _ in names_of(kind)] for name, kind in KINDS.items()}
 
 
@@ -184,7 +186,9 @@ def options_of(command: str) -> st.SearchStrategy[list[str]]:
     )
 
 
-COMMAND_LINES = st.sampled_from(sorted(KINDS)).flatmap(lambda name: st.tuples(st.just(name), options_of(name)))
+COMMAND_LINES = st.sampled_from(sorted(KINDS)).flatmap(
+    lambda name: st.tuples(st.just(name), options_of(name).map(lambda words: [*MODEL.get(name, []), *words]))
+)
 
 
 def assert_a_job_or_four_lines(command: str, argv: list[str]) -> None:
@@ -236,7 +240,7 @@ CHANGED = st.tuples(st.integers(0, len(WHOLE)), st.binary(max_size=4), st.intege
 def test_any_recipe_makes_a_job_or_four_lines(tmp_path_factory: pytest.TempPathFactory, recipe: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     file.write_bytes(recipe)
-    assert_a_job_or_four_lines("block-ap", ["--config", str(file)])
+    assert_a_job_or_four_lines("block-ap", ["--model", "m", "--config", str(file)])
 
 
 # ---- nothing is lost --------------------------------------------------------------------------------
