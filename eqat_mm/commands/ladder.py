@@ -25,7 +25,8 @@ from eqat_mm.commands.runs import (
     slug,
 )
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.windows import TextWindows, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import text_windows
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision

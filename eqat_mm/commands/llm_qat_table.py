@@ -24,7 +24,8 @@ from eqat_mm.commands.runs import (
     slug,
     what_decides,
 )
-from eqat_mm.data.windows import TextWindows, digest_of, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import digest_of, text_windows
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json

@@ -16,7 +16,16 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from eqat_mm.commands.recipes import Recipe, find_recipe
 from eqat_mm.commands.settings_file import check_names, read_recipe, read_value
 from eqat_mm.errors import ConfigError, EqatError
-from eqat_mm.runtime.settings import Settings, hints_of, is_text, limits_in, require, settings_in, shown
+from eqat_mm.runtime.settings import (
+    Settings,
+    hints_of,
+    is_text,
+    limits_in,
+    require,
+    settings_in,
+    settings_listed,
+    shown,
+)
 
 Job = TypeVar("Job", bound=Settings)
 
@@ -233,6 +242,9 @@ def built(kind: type[Job], values: Namespace, under: str = "") -> Job:
         value, nested = values[name], settings_in(hint)
         if nested is not None and isinstance(value, Namespace):
             value = built(nested, value, f"{under}{name}.")
+        listed = settings_listed(hint)
+        if listed is not None and isinstance(value, list):
+            value = [built(listed, each, f"{under}{name}.") if isinstance(each, Namespace) else each for each in value]
         given[name] = _at_home(value, name)
     try:
         return kind(**given)

@@ -12,7 +12,7 @@ from eqat_mm.blocks.config import MOST_LAYERS, refused, require_layers
 from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.recipes import fitting_recipe
 from eqat_mm.data.image_text import ImageTextData
-from eqat_mm.data.windows import TextWindows
+from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.plan.amounts import Phase, billions
 from eqat_mm.plan.block_ap import plan_block_ap
 from eqat_mm.plan.e2e_qp import plan_e2e_qp

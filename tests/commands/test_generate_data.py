@@ -19,7 +19,8 @@ from eqat_mm.commands.generate_data import GenerateDataJob, generate_data
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.data.documents import load_documents
 from eqat_mm.data.record_parts import Part, parts_folder
-from eqat_mm.data.windows import TextWindows, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import text_windows
 from eqat_mm.errors import ConfigError, EqatError
 from eqat_mm.runtime.files import read_json, sha256_of
 from eqat_mm.runtime.run import Run

@@ -19,7 +19,7 @@ from eqat_mm.commands.evaluate import EvalJob, evaluate
 from eqat_mm.commands.generate import GenerateJob, generate
 from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
 from eqat_mm.commands.llm_qat_table import QUICK_SETTINGS, LLMQATTableJob, llm_qat_table, table
-from eqat_mm.data.windows import TextWindows
+from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.errors import AdapterError, ConfigError, EqatError
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.kv_cache import QuantizedKVCache, cache_bytes

@@ -16,7 +16,7 @@ from eqat_mm.commands import preflight
 from eqat_mm.commands.plan import PlanJob, model_shape, plan
 from eqat_mm.commands.quantize import block_ap
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.windows import TextWindows
+from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.errors import AdapterError, CheckpointError, ResourceError
 from eqat_mm.plan.machine import Machine, this_machine
 from eqat_mm.quant.spec import QuantSpec
