@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
-
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from eqat_mm import __version__
 from eqat_mm.errors import ConfigError, EqatError, explained_system_error
+
+if TYPE_CHECKING:
+    from eqat_mm.commands.outline import Option
+    from eqat_mm.commands.typed import Typed
 
 __all__ = ["main", "run_command"]
 
@@ -154,11 +157,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         end_with_launcher()
     try:
         with stoppable():
-            if name not in COMMANDS:
-                raise _unknown_command(name)
-            job_class, function = COMMANDS[name].load()
-            job = parse_job(name, job_class, argv)
-            function(job)
+            _run(name, argv)
     except EqatError as error:
         return _refused(error)
     except BrokenPipeError:  # whoever reads what it writes has seen enough
@@ -173,6 +172,21 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         print("interrupted; the same command continues from what was saved last", file=sys.stderr)
         return 128 + int(number)
     return 0
+
+
+def _run(name: str, argv: Sequence[str]) -> None:
+    from eqat_mm.commands.outline import options_of, stored_options
+    from eqat_mm.commands.typed import typed
+
+    spelled = name.replace("_", "-")
+    if spelled not in COMMANDS:
+        raise _unknown_command(name)
+    options = stored_options(spelled)  # what is wrong with them is said before torch is imported
+    if options is None:
+        options = list(options_of(COMMANDS[spelled].load()[0]))
+    settled = _settled(spelled, options, typed(spelled, options, argv))
+    job_class, function = COMMANDS[spelled].load()
+    function(_job(spelled, job_class, settled))
 
 
 def _refused(error: EqatError) -> int:
@@ -196,29 +210,67 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
         ConfigError: unknown option, no model, or a value that is not allowed.
         SystemExit: after --help or --print_config.
     """
-    from eqat_mm.commands.options import parsed, typed, with_ranges
-    from eqat_mm.commands.recipes import named_recipe
-    from eqat_mm.commands.taken import recipe_taken, require_model_named
+    from eqat_mm.commands.outline import options_of
+    from eqat_mm.commands.typed import typed
+
+    options = list(options_of(job_class))
+    return _job(name, job_class, _settled(name, options, typed(name, options, argv)))
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The words of a command line with the recipe that lies beneath, files among them, and what is said of it."""
+
+    words: list[str]
+    files: list[Path]
+    line: str
+
+
+def _settled(name: str, options: Sequence[Option], words: Typed) -> _Settled:
+    """Find the recipe of a command line; print help where it asks for that.
+
+    Raises:
+        ConfigError: no model.
+        SystemExit: after --help.
+    """
+    from eqat_mm.commands.help_text import help_of
+    from eqat_mm.commands.recipes import Recipe, named_recipe
+    from eqat_mm.commands.taken import Taken, recipe_taken, require_model_named
+
+    command = COMMANDS[name]
+    if command.recipe is not None:
+        taken = Taken(named_recipe(command.recipe))
+    else:
+        taken = recipe_taken(command.settings_of or name, options, words)
+    if {"--help", "-h"} & set(words.flags):
+        shown = [each.settings for each in (taken.beneath, *words.configs) if isinstance(each, Recipe)]
+        print(help_of(name, command.help, options, shown[-1] if shown else {}, taken.line))
+        raise SystemExit(0)
+    require_model_named(name, options, words)
+    files = [each for each in words.configs if isinstance(each, Path)]
+    return _Settled(words.words(taken.beneath), files, "" if command.settings_of else taken.line)
+
+
+def _job(name: str, job_class: type[Any], settled: _Settled) -> Any:
+    from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+
+    from eqat_mm.commands.options import parsed
+    from eqat_mm.commands.settings_file import check_names, read_recipe
     from eqat_mm.runtime.progress import say
 
-    words, command = typed(name, job_class, argv), COMMANDS[name]
-    parser = ArgumentParser(prog=f"eqat {name}", description=command.help, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file or name of a shipped recipe")
+    for path in settled.files:
+        check_names(job_class, read_recipe(path), path)
+    parser = ArgumentParser(prog=f"eqat {name}", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(job_class)
-    with_ranges(parser, job_class)
-    if not {"--help", "-h"} & set(words.flags):
-        require_model_named(name, job_class, words)
-    if command.recipe is not None:
-        return parsed(parser, name, job_class, words.words(named_recipe(command.recipe)))
-    taken = recipe_taken(command.settings_of or name, job_class, words)
-    job = parsed(parser, name, job_class, words.words(taken.beneath))
-    if taken.line and command.settings_of is None:
-        say(taken.line)
+    job = parsed(parser, name, job_class, settled.words)
+    if settled.line:
+        say(settled.line)
     return job
 
 
 def _unknown_command(name: str) -> ConfigError:
-    near = get_close_matches(name, COMMANDS, n=1)
+    near = get_close_matches(name.lower().replace("_", "-"), COMMANDS, n=1)
     do = f"did you mean {near[0]}?" if near else "choose one of these commands"
     return ConfigError(f"eqat {ascii(name)[1:-1]}", ascii(name), ", ".join(COMMANDS), do)
 

@@ -16,7 +16,7 @@ from eqat_mm import __version__
 from eqat_mm.cli import COMMANDS, main, parse_job
 from eqat_mm.commands.options import names_of
 from eqat_mm.commands.recipes import named_recipe, recipe_names
-from eqat_mm.runtime.settings import limits_in
+from eqat_mm.runtime.settings import limits_in, settings_in
 from tests.tiny_model import Tiny, save_tiny
 
 NAMES = sorted(COMMANDS)
@@ -76,10 +76,11 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_describes_every_option(capsys: pytest.CaptureFixture[str], command: str) -> None:
     said = printed(capsys, command, "--help")
     job_class, _ = COMMANDS[command].load()
-    assert COMMANDS[command].help in " ".join(said.split())
+    assert COMMANDS[command].help[1:] in " ".join(said.split())
     for field in fields(job_class):
         assert f"--{field.name}" in said
         assert any(f"{field.name}:" in str(base.__doc__) for base in job_class.__mro__)
+    assert all(f"--{name}" in said for name, hint in names_of(job_class) if settings_in(hint) is None)
 
 
 @pytest.mark.parametrize("command", NAMES)

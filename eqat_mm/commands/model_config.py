@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eqat_mm.plan.models import shipped_config
-from llava_adapters.registry import ALIASES
+from llava_adapters.aliases import ALIASES
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _CONFIG = "config.json"

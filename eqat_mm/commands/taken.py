@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from eqat_mm.commands.options import Typed
+from eqat_mm.commands.outline import Option
 from eqat_mm.commands.recipes import Recipe, fitting_recipe, why
+from eqat_mm.commands.typed import Typed
 from eqat_mm.errors import ConfigError
-from eqat_mm.runtime.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Taken:
     line: str = ""
 
 
-def recipe_taken(command: str, kind: type[Settings], typed: Typed) -> Taken:
+def recipe_taken(command: str, options: Sequence[Option], typed: Typed) -> Taken:
     """Return the recipe that a command takes: one that is named, or that of its model, bits and group size.
 
     Args:
         command: whose recipes count.
-        kind: its job.
+        options: of it.
         typed: flags and files.
     """
     named = [each.name for each in typed.configs if isinstance(each, Recipe)]
@@ -38,27 +38,27 @@ def recipe_taken(command: str, kind: type[Settings], typed: Typed) -> Taken:
     model = typed.value("model")
     if not isinstance(model, str) or "\0" in model:
         return Taken()
-    bits, group_size = _spec(kind, typed)
+    bits, group_size = _spec(options, typed)
     found = fitting_recipe(command, model, bits, group_size)
     return Taken() if found is None else Taken(found, f"settings: recipe {found.name}, for {why(model)}")
 
 
-def _spec(kind: type[Settings], typed: Typed) -> tuple[str, int | None]:
+def _spec(options: Sequence[Option], typed: Typed) -> tuple[str, int | None]:
     """Return bits and group size, as far as they are given or have a default."""
-    under = "quant." if any(field.name == "quant" for field in fields(kind)) else ""
-    default = next((field.default for field in fields(kind) if field.name == "bits"), 2)
+    defaults = {option.name: option.default for option in options}
+    under = "quant." if "quant.bits" in defaults else ""
     bits, group_size = typed.value(f"{under}bits"), str(typed.value(f"{under}group_size"))
     is_number = group_size.lstrip("-").isdecimal() and len(group_size) < 4
-    return str(default if bits is None else bits), int(group_size) if is_number else None
+    return str(defaults.get(f"{under}bits", 2) if bits is None else bits), int(group_size) if is_number else None
 
 
-def require_model_named(command: str, kind: type[Any], typed: Typed) -> None:
+def require_model_named(command: str, options: Sequence[Option], typed: Typed) -> None:
     """Check that a model is named, where the command needs one.
 
     Raises:
         ConfigError: it is not.
     """
-    needs = any(field.name == "model" and field.default is MISSING for field in fields(kind))
+    needs = any(option.name == "model" and option.required for option in options)
     if needs and "--print_config" not in typed.flags and typed.value("model") is None:
         raise ConfigError(
             where=f"eqat {command}",

@@ -24,7 +24,7 @@ from eqat_mm.commands.recipes import (
 )
 from eqat_mm.errors import ConfigError
 from eqat_mm.plan.models import shipped_config
-from llava_adapters.registry import ALIASES
+from llava_adapters.aliases import ALIASES
 from tests.checkpoint.files import assert_four_lines
 
 MODELS = ["llama-2-13b", "llava-1.5-7b", "llava-v1.6-mistral-7b", "smollm2-135m", "demo-llava"]

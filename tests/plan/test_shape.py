@@ -15,7 +15,7 @@ from eqat_mm.plan.shape import shape_of
 from eqat_mm.plan.storage import checkpoint_bytes, codes, linear_bytes, scales
 from eqat_mm.quant.spec import QuantSpec
 from llava_adapters import arch_for, known_archs
-from llava_adapters.registry import ALIASES
+from llava_adapters.aliases import ALIASES
 from tests.commands.jobs import SPEC, rtn_job
 from tests.plan.shapes import shape
 from tests.tiny_model import save_tiny
