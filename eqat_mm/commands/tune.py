@@ -12,6 +12,7 @@ import transformers
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
 from eqat_mm.checkpoint.read import load
+from eqat_mm.checkpoint.speaker import restyled
 from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.deepspeed_file import DeepSpeedFile, deepspeed_settings
@@ -88,6 +89,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     inputs: dict[str, Path | str] = {"quantized": base}
     if job.loss == "kl":
         inputs["model"] = require_teacher(model_folder(job.model))
+    style = {} if job.conversations is None else restyled(base, job.conversations.style)
     samples = _samples(base, job, folder)
     job.check_warmup_of(len(samples.dataset), processes())  # type: ignore[arg-type]
     if deepspeed is not None:
@@ -100,7 +102,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
             model, log = _trained(job, base, samples, arguments)
             if arguments.process_index == 0:
                 write_jsonl(folder / "metrics.jsonl", log)
-                save_like(model, folder / "model", base, stage, run.record)
+                save_like(model, folder / "model", base, stage, run.record, style)
                 run.finish()
                 say_late(problems_of(folder))
                 say(f"checkpoint: {folder / 'model'}")
