@@ -15,7 +15,7 @@ import transformers
 
 from eqat_mm.checkpoint.folders import is_packed, load_processor, takes_images
 from eqat_mm.data.processors import fit_processor
-from eqat_mm.data.style import MODEL, Style, apply_style, image_settings
+from eqat_mm.data.style import AUTO, MODEL, Style, apply_style, image_settings
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.files import read_json_object, write_text
 from eqat_mm.runtime.progress import say
@@ -34,12 +34,11 @@ def load_speaker(folder: Path, style: Style | None = None) -> Any:
         CheckpointError: there is no processor.
         ConfigError: it contradicts the model, or cannot address it in this way.
     """
-    processor, chosen = _styled(folder, style or Style())
-    if chosen != _wanted(folder, style or Style()):
-        say(
-            f"images: {chosen.images}, template: {chosen.template}, as this model was trained; its own files: "
-            "--images model --template model"
-        )
+    wanted = style or Style()
+    processor, chosen = _styled(folder, wanted)
+    found = [f"{name} {value}" for name, value in vars(chosen).items() if getattr(wanted, name) == AUTO and value != MODEL]
+    if found:
+        say(f"as this model was trained: {', '.join(found)}; {MODEL} is what its own files say")
     fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
     return processor
 

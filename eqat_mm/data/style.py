@@ -7,18 +7,17 @@ the model was trained with where a folder is such a one, and what its own files 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 import transformers
 
-from eqat_mm.data.user_files import decode_utf8, read_bytes, shown
+from eqat_mm.data.user_files import decode_utf8, read_bytes, shown, user_path
 from eqat_mm.errors import ConfigError
 
-VICUNA_V1 = "vicuna_v1"
-TEMPLATES = (VICUNA_V1,)
+VICUNA_V1, LLAVA_HF = "vicuna_v1", "llava_hf"
+TEMPLATES = (VICUNA_V1, LLAVA_HF)
 """Templates that come with this package."""
 
 AUTO: Literal["auto"] = "auto"
@@ -34,7 +33,7 @@ _PROBE = [
     {"role": "assistant", "content": [{"type": "text", "text": "answer"}]},
     {"role": "user", "content": [{"type": "text", "text": "more"}]},
 ]
-_ABRIDGED = "USER: <image>\nquestion ASSISTANT: answer USER: more ASSISTANT:"
+_HUBS = "USER: <image>\nquestion ASSISTANT: answer USER: more ASSISTANT:"
 """What the folders on the hub make of this, for models that were trained with `vicuna_v1`."""
 
 
@@ -86,8 +85,8 @@ def template_text(template: str) -> str:
     """
     if template in TEMPLATES:
         return (files("eqat_mm.data") / "chat_templates" / f"{template}.jinja").read_text(encoding="utf-8")
-    path = Path(template).expanduser()
-    if path.suffix == ".jinja":
+    if template.endswith(".jinja"):
+        path = user_path(template, _ALLOWED)
         return decode_utf8(read_bytes(path, "a chat template"), path)
     raise ConfigError("template", shown(template), _ALLOWED, "choose one of these")
 
@@ -111,7 +110,7 @@ def is_abridged(processor: Any) -> bool:
         said = processor.apply_chat_template(_PROBE, add_generation_prompt=True, tokenize=False)
     except Exception:  # noqa: BLE001  # a template is a program of the model's
         return False
-    return bool(said == _ABRIDGED)
+    return bool(said == _HUBS)
 
 
 def _crops(images: Any) -> bool:
