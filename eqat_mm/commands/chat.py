@@ -16,7 +16,7 @@ from eqat_mm.checkpoint.speaker import load_speaker
 from eqat_mm.commands.generate import ANSWER, text_only
 from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.data.addresses import image_at
-from eqat_mm.data.style import AUTO, ImageShape, Style
+from eqat_mm.data.style import AUTO, ImageShape, Style, require_template
 from eqat_mm.errors import DataError, EqatError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.precision import Precision
@@ -62,6 +62,10 @@ class ChatJob(Settings):
     dtype: Precision = "auto"
     device: str = "auto"
     cuda_graph: CudaGraph = "auto"
+
+    def check_together(self) -> None:
+        """Check that the template is there, before anything is read."""
+        require_template(self.template, "--template")
 
 
 def chat(job: ChatJob) -> None:

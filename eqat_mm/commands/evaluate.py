@@ -17,7 +17,7 @@ from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
 from eqat_mm.commands.models import load_model, model_folder, require_weights
-from eqat_mm.data.style import AUTO, ImageShape, Style
+from eqat_mm.data.style import AUTO, ImageShape, Style, require_template
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
@@ -65,6 +65,10 @@ class EvalJob(Settings):
     precision: Precision | None = None
     device: str = "auto"
     output: Path | None = None
+
+    def check_together(self) -> None:
+        """Check that the template is there, before anything is read."""
+        require_template(self.template, "--template")
 
 
 def evaluate(job: EvalJob) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from eqat_mm.checkpoint.speaker import load_speaker
 from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.data.addresses import image_at
 from eqat_mm.data.conversations import IMAGE
-from eqat_mm.data.style import AUTO, ImageShape, Style
+from eqat_mm.data.style import AUTO, ImageShape, Style, require_template
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.precision import Precision
@@ -66,6 +66,10 @@ class GenerateJob(Settings):
     dtype: Precision = "auto"
     device: str = "auto"
     cuda_graph: CudaGraph = "auto"
+
+    def check_together(self) -> None:
+        """Check that the template is there, before anything is read."""
+        require_template(self.template, "--template")
 
 
 def generate(job: GenerateJob) -> str:

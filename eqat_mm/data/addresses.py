@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import re
 import urllib.request
-from pathlib import Path
+from http.client import HTTPException
 from typing import Any
+from urllib.error import HTTPError
 
 from eqat_mm.data.images import ImageBytes, ImageFile, ImageSource, read_image
 from eqat_mm.data.problems import BadSample
@@ -69,7 +70,9 @@ def _fetched(address: str, where: str) -> bytes:
         request = urllib.request.Request(address, headers={"User-Agent": "eqat-mm"})  # some refuse urllib's own
         with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
             data: bytes = answer.read(MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()
         do = "check the address and the network, or give the path of a file"
         raise DataError(where, f"{address:.60}: {told(error)}", "an address that answers", do) from error
     if len(data) > MOST_BYTES:

@@ -43,7 +43,7 @@ from eqat_mm.data.problems import (
     refusals,
     report,
 )
-from eqat_mm.data.style import AUTO, ImageShape, Style
+from eqat_mm.data.style import AUTO, ImageShape, Style, require_template
 from eqat_mm.data.text_files import package_missing
 from eqat_mm.errors import DataError
 from eqat_mm.runtime.seeding import generator
@@ -83,6 +83,10 @@ class ImageTextData(Settings, option="conversations"):
     max_skipped: Fraction = 0.1
     text_warmup_steps: CountOrZero = 0
     seed: Seed = 0
+
+    def check_together(self) -> None:
+        """Check that the template is there, before anything is read."""
+        require_template(self.template, f"--{self.option}template")
 
     @property
     def style(self) -> Style:

@@ -76,7 +76,17 @@ def apply_style(processor: Any, style: Style) -> Style:
     return chosen
 
 
-def template_text(template: str) -> str:
+def require_template(template: str, option: str) -> None:
+    """Check that there is such a template.
+
+    Raises:
+        ConfigError, DataError: there is none; names the option.
+    """
+    if template not in (AUTO, MODEL):
+        template_text(template, option)
+
+
+def template_text(template: str, option: str = "template") -> str:
     """Return a chat template by its name, or from a file.
 
     Raises:
@@ -88,7 +98,7 @@ def template_text(template: str) -> str:
     if template.endswith(".jinja"):
         path = user_path(template, _ALLOWED)
         return decode_utf8(read_bytes(path, "a chat template"), path)
-    raise ConfigError("template", shown(template), _ALLOWED, "choose one of these")
+    raise ConfigError(option, shown(template), _ALLOWED, "choose one of these")
 
 
 def _chosen(processor: Any, style: Style) -> Style:

@@ -146,7 +146,6 @@ def test_images_given_one_by_one_are_all_seen(
         "https://here/a.png",
         "http://here/a.png",
         "HTTPS://HERE/a.png",
-        "data:image/png;base64,iVBORw0KGgo=",
         "file:///a",
     ],
 )
