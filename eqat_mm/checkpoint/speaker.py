@@ -36,7 +36,9 @@ def load_speaker(folder: Path, style: Style | None = None) -> Any:
     """
     wanted = style or Style()
     processor, chosen = _styled(folder, wanted)
-    found = [f"{name} {value}" for name, value in vars(chosen).items() if getattr(wanted, name) == AUTO and value != MODEL]
+    found = [
+        f"{name} {value}" for name, value in vars(chosen).items() if getattr(wanted, name) == AUTO and value != MODEL
+    ]
     if found:
         say(f"as this model was trained: {', '.join(found)}; {MODEL} is what its own files say")
     fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
@@ -105,9 +107,7 @@ def _template_files(folder: Path, template: str) -> dict[str, str | None]:
     return files
 
 
-def _image_files(
-    folder: Path, files: Mapping[str, str | None], settings: Mapping[str, Any]
-) -> dict[str, str | None]:
+def _image_files(folder: Path, files: Mapping[str, str | None], settings: dict[str, Any]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     if (folder / _IMAGES).is_file():
         found[_IMAGES] = _json(_stored(folder, _IMAGES, files) | settings)

@@ -74,10 +74,10 @@ def evaluate_tasks(
     from eqat_eval.lmms_model import EqatVLM
 
     manager, style = _task_manager(names), style or Style()
-    speaks = {"template": style.template, "images": style.images}
+    options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, **vars(style)}
     started = time.perf_counter()
     found = simple_evaluate(
-        model=EqatVLM(str(folder), device=str(device), dtype=dtype, batch_size=batch_size, **speaks),
+        model=EqatVLM(str(folder), device=str(device), **options),
         tasks=list(names),
         task_manager=manager,
         limit=limit,

@@ -47,8 +47,8 @@ class Dialogue:
         self._renderer = Renderer(speaker)
         self._system = system
         self._seed = seed
-        sampling = {"temperature": temperature, "top_p": top_p}
-        self._settings = decoding(model, self._renderer.tokenizer, max_new_tokens, **sampling)
+        tokenizer = self._renderer.tokenizer
+        self._settings = decoding(model, tokenizer, max_new_tokens, temperature=temperature, top_p=top_p)
         self._graph = uses_graph(model, cuda_graph)
         self.reset()
 

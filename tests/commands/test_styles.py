@@ -66,7 +66,9 @@ def tuned(place: Path, output: Path, **data: Any) -> Path:
     conversations = ImageTextData(source=str(place / "records.json"), max_length=500, **data)
     given = SIX_STEPS | {"max_steps": 1, "batch_size": 2, "conversations": conversations}
     more: dict[str, Any] = {"precision": "float32", "device": "cpu", "recipe_for": (str(place / "full"),)}
-    return e2e_qp(E2EQPJob(model=str(place / "full"), quantized=place / "rtn" / "model", output=output, **given, **more))
+    return e2e_qp(
+        E2EQPJob(model=str(place / "full"), quantized=place / "rtn" / "model", output=output, **given, **more)
+    )
 
 
 def spoken(folder: Path) -> tuple[Any, Any, Any]:

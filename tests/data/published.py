@@ -15,7 +15,8 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-WORDS = "what is it ? a cat, red. How many\tdogs Antwort: größer 日本 猫 🐈 e\u0301 {{ x }} <p> A. 1.5 USER: it's #".split(" ")
+WORDS = ["what", "is", "it", "?", "a", "cat,", "red.", "How", "many\tdogs", "Antwort:", "größer", "日本", "猫", "🐈"]
+WORDS += ["e\u0301", "{{ x }}", "<p>", "A.", "1.5", "USER:", "it's", "#"]
 GAPS = [" ", " ", " ", " ", "  ", "\n", "\n\n", "\n \n"]
 
 
@@ -50,7 +51,9 @@ def published(record: dict[str, Any], tokenizer: Any, image: list[int]) -> Publi
 
 def _tokens(text: str, tokenizer: Any, image: list[int]) -> list[int]:
     """Tokenise the pieces around images one by one."""
-    pieces = [tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else [] for piece in text.split("<image>")]
+    pieces = [
+        tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else [] for piece in text.split("<image>")
+    ]
     return [token for number, piece in enumerate(pieces) for token in ([*image, *piece] if number else piece)]
 
 
@@ -94,6 +97,4 @@ def llama_tokenizer(vocabulary: int = 700) -> Any:
     backend.train_from_iterator(lines, BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False))
     trained = json.loads(backend.to_str())["model"]
     more: dict[str, Any] = {"pad_token": "<unk>", "extra_special_tokens": ["<image>"], "add_bos_token": True}
-    return LlamaTokenizer(
-        trained["vocab"], merges=[tuple(merge) for merge in trained["merges"]], legacy=True, **more
-    )
+    return LlamaTokenizer(trained["vocab"], merges=[tuple(merge) for merge in trained["merges"]], legacy=True, **more)

@@ -118,7 +118,10 @@ def test_a_page_that_is_no_image_is_refused(site: str, page: str, said: str) -> 
     assert said in refusal(f"{site}/{page}", allow_network=True).given
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:1/a.png", "http://[", "https://", "http:///a.png", "http://a b/", "http://\u65e5/\u672c"])
+@pytest.mark.parametrize(
+    "address",
+    ["http://127.0.0.1:1/a.png", "http://[", "https://", "http:///a.png", "http://a b/", "http://\u65e5/\u672c"],
+)
 def test_nobody_answers(address: str) -> None:
     assert address in refusal(address, allow_network=True).given
 

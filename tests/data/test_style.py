@@ -152,7 +152,7 @@ def test_crop_is_what_the_hub_does(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("shape", ["pad", "crop"])
 def test_tiles_have_no_other_shape(tokenizer: Any, shape: Any) -> None:
-    with pytest.raises(ConfigError, match="LLaVA-1.6 pads its tiles") as raised:
+    with pytest.raises(ConfigError, match=r"LLaVA-1\.6 pads its tiles") as raised:
         apply_style(speaker(tokenizer, tiles=TILES), Style(images=shape))
     assert_four_lines(raised.value)
 
