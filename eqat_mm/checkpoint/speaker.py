@@ -13,6 +13,7 @@ from typing import Any
 
 import transformers
 
+from eqat_mm.checkpoint.companions import files_like
 from eqat_mm.checkpoint.folders import is_packed, load_processor, takes_images
 from eqat_mm.data.processors import fit_processor
 from eqat_mm.data.style import AUTO, MODEL, Style, apply_style, image_settings
@@ -64,10 +65,12 @@ def restyled(folder: Path, style: Style | None = None) -> dict[str, str | None]:
         return {}
     try:
         processor, chosen = _styled(folder, wanted)
-    except CheckpointError:
-        if wanted == Style():
-            return {}  # there is nobody to speak
-        raise
+    except CheckpointError as error:
+        if wanted != Style():
+            raise
+        if files_like(folder, ["chat_template*", "*processor_config.json"]):
+            say(f"template and images stay those of {folder}: {error.given}")
+        return {}
     files = {} if chosen.template == MODEL else _template_files(folder, processor.chat_template)
     return files if chosen.images == MODEL else files | _image_files(folder, files, image_settings(chosen.images))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,6 +131,10 @@ def _answer(dialogue: Dialogue, line: str) -> None:
 
 def _lines() -> Iterator[str]:
     """Yield what is typed, or what comes through a pipe."""
+    if sys.stdin is None:  # a process may have none
+        return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused by itself
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -181,11 +181,12 @@ def _require_images_everywhere(deepspeed: DeepSpeedFile, samples: Samples) -> No
 def _require_block_ap(base: Path, job: E2EQPJob) -> None:
     if (base / MANIFEST).is_file():
         return
+    makes = f"make it first: {_block_ap_command(base, job)}, or name one with --quantized"
     raise CheckpointError(
         where=f"--quantized {base}",
         given="no packed checkpoint there",
         allowed="the output of Block-AP (or of round-to-nearest)",
-        do=f"make it first: {_block_ap_command(base, job)}, or name one with --quantized",
+        do=makes if base.name == "model" else "check the path: it is the folder `model` of a run",
     )
 
 

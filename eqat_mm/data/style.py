@@ -1,8 +1,8 @@
 """How a vision-language model is addressed: its chat template, and what becomes of images that are no squares.
 
-LLaVA-1.5 was trained with the conversation of Vicuna 1.5 (a system prompt, `</s>` between turns) and with images padded to
-squares in the mean colour. The folders on the hub have an abridged template and crop images at their centre. `auto` takes what
-the model was trained with where a folder is such a one, and what its own files say of any other.
+LLaVA-1.5 was trained with the conversation of Vicuna 1.5 (a system prompt, `</s>` between turns) and with images padded
+to squares in the mean colour. The folders on the hub have an abridged template and crop images at their centre. `auto`
+takes what the model was trained with where a folder is such a one, and what its own files say of any other.
 """
 
 from __future__ import annotations

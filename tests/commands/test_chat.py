@@ -89,6 +89,27 @@ def test_a_conversation_through_a_pipe(full: Path, packed: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_line_that_is_no_text_is_refused_by_itself(packed: Path) -> None:
+    with subprocess.Popen(
+        command("--model", str(packed)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    ) as process:
+        out, err = process.communicate(b"caf\xe9\n/image caf\xe9.png\n\xff\xfe\nw5\n", timeout=120)
+    assert process.returncode == 0
+    assert (err.count(b"where: "), err.count(b"not Unicode"), err.count(b"is missing")) == (3, 2, 1)
+    assert b"Traceback" not in err
+    assert len([line for line in out.splitlines() if line.strip()]) == 2
+
+
+def test_without_an_input_there_is_nothing_to_say(packed: Path) -> None:
+    words = ["bash", "-c", 'exec "$@" <&-', "-", *command("--model", str(packed))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+
+
 def test_an_answer_comes_before_the_next_question(packed: Path) -> None:
     with subprocess.Popen(
         command("--model", str(packed)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
