@@ -13,10 +13,11 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from eqat_mm.data.chat import Chat
-from eqat_mm.data.conversations import Records
+from eqat_mm.data.conversations import read_records
 from eqat_mm.data.prompt import Renderer
 from eqat_mm.data.style import TEMPLATES, Style, apply_style, template_text
 from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.runtime.files import write_json
 from tests.checkpoint.files import assert_four_lines
 from tests.data.published import SYSTEM, llama_tokenizer, published, records
 from tests.data.tiny_processor import MARKED, MISTRAL, TILES, VICUNA
@@ -36,11 +37,12 @@ def speaker(tokenizer: Any, template: str = VICUNA, tiles: Any = None) -> Any:
 
 
 @pytest.mark.parametrize("tiles", [None, TILES], ids=["llava", "llava-next"])
-def test_ids_and_labels_are_those_of_the_published_format(tokenizer: Any, tiles: Any) -> None:
+def test_ids_and_labels_are_those_of_the_published_format(tokenizer: Any, tmp_path: Path, tiles: Any) -> None:
     processor = speaker(tokenizer, tiles=tiles)
     assert apply_style(processor, Style()).template == "vicuna_v1"
     chat, rows = Chat(processor), records(200)
-    stored = Records("here", rows, "record", range(len(rows)), Path())
+    write_json(tmp_path / "records.json", rows)
+    stored = read_records(str(tmp_path / "records.json"))
     for index, row in enumerate(rows):
         conversation = stored.conversation(index)
         photos = [PHOTO for _ in conversation.images]
