@@ -41,7 +41,7 @@ def load_speaker(folder: Path, style: Style | None = None) -> Any:
         f"{name} {value}" for name, value in vars(chosen).items() if getattr(wanted, name) == AUTO and value != MODEL
     ]
     if found:
-        say(f"as this model was trained: {', '.join(found)}; {MODEL} is what its own files say")
+        say(f"as this model was trained: {', '.join(found)} ({MODEL} takes what its own files say)")
     fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
     return processor
 

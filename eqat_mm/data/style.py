@@ -15,6 +15,7 @@ import transformers
 
 from eqat_mm.data.user_files import decode_utf8, read_bytes, shown, user_path
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.settings import Settings
 
 VICUNA_V1, LLAVA_HF = "vicuna_v1", "llava_hf"
 TEMPLATES = (VICUNA_V1, LLAVA_HF)
@@ -38,16 +39,23 @@ _HUBS = "USER: <image>\nquestion ASSISTANT: answer USER: more ASSISTANT:"
 
 
 @dataclass(frozen=True)
-class Style:
+class Style(Settings):
     """How a model is addressed.
 
     Attributes:
         template: `auto`, `model`, a name in `TEMPLATES`, or the path of a .jinja file.
         images: what becomes of images that are no squares.
+
+    Raises:
+        ConfigError, DataError: no such template, or no such shape.
     """
 
     template: str = AUTO
     images: ImageShape = AUTO
+
+    def check_together(self) -> None:
+        """Check that the template is there."""
+        require_template(self.template, "--template")
 
     @property
     def stored(self) -> Style:

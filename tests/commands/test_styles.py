@@ -13,8 +13,10 @@ from PIL import Image
 
 from eqat_eval import generation
 from eqat_mm.checkpoint.folders import load_processor
-from eqat_mm.checkpoint.speaker import load_speaker, restyled
+from eqat_mm.checkpoint.speaker import load_speaker, restyled, style_digest
 from eqat_mm.checkpoint.verify import verify_checkpoint
+from eqat_mm.cli import parse_job
+from eqat_mm.commands.chat import ChatJob
 from eqat_mm.commands.evaluate import EvalJob, evaluate
 from eqat_mm.commands.generate import GenerateJob, generate
 from eqat_mm.commands.quantize import RTNJob, rtn
@@ -84,7 +86,18 @@ def test_a_packed_checkpoint_is_addressed_as_its_model_was_trained(place: Path, 
     assert (images, pads) == expected
     verify_checkpoint(place / "rtn" / "model")
     assert restyled(place / "rtn" / "model") == {}
-    assert load_speaker(place / "full").chat_template == template
+    speakers = [load_speaker(place / "full"), load_speaker(place / "rtn" / "model")]
+    assert len({style_digest(speaker) for speaker in speakers}) == 1
+
+
+def test_what_is_chosen_is_said(place: Path, arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    load_speaker(place / "full")
+    said = capsys.readouterr().out
+    assert "template vicuna_v1" in said
+    assert ("images pad" in said) == (arch == "llava")
+    load_speaker(place / "full", Style("vicuna_v1", "model"))
+    load_speaker(place / "rtn" / "model")
+    assert capsys.readouterr().out == ""
 
 
 def inputs_of_training(folder: Path, place: Path, **data: Any) -> dict[str, torch.Tensor]:
@@ -173,6 +186,19 @@ def test_a_template_that_is_none_is_refused_before_anything(place: Path, tmp_pat
     assert_four_lines(raised.value)
     assert "template" in raised.value.where or "missing.jinja" in raised.value.where
     assert not (tmp_path / "run").exists()
+
+
+def test_the_options_have_one_name_everywhere(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("mine", encoding="utf-8")
+    words = ["--template", str(mine), "--images", "crop"]
+    for command, job in (("generate", GenerateJob), ("chat", ChatJob), ("eval", EvalJob)):
+        job = parse_job(command, job, ["--model", "demo-llava", *words])
+        assert (job.template, job.images) == (str(mine), "crop")
+    words = ["--conversations.template", str(mine), "--conversations.images", "crop"]
+    trained: E2EQPJob = parse_job("e2e-qp", E2EQPJob, ["--model", "demo-llava", *words])
+    assert trained.conversations is not None
+    assert trained.conversations.style == Style(str(mine), "crop")
 
 
 @pytest.mark.parametrize("option", [{"template": "vicuna_v1"}, {"images": "pad"}], ids=str)

@@ -177,6 +177,12 @@ def test_a_template_that_is_none_is_refused(name: str) -> None:
     assert_four_lines(raised.value)
 
 
+def test_a_shape_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="auto, pad, crop, model") as raised:
+        Style(images="square")  # type: ignore[arg-type]
+    assert_four_lines(raised.value)
+
+
 def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="UTF-8"):
