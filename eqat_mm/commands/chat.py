@@ -144,4 +144,5 @@ def _lines() -> Iterator[str]:
         try:
             yield input("> ")
         except EOFError:
+            say("")  # what is printed next begins a line
             return
