@@ -7,8 +7,9 @@ under the entry-point group `eqat_mm.adapters`.
 from __future__ import annotations
 
 import difflib
+import logging
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from llava_adapters import llama, llava, llava_next, mistral
 from llava_adapters.aliases import ALIASES
 from llava_adapters.original import refuse_original_folder, refuse_original_repository
 
+log = logging.getLogger(__name__)
+
 GROUP = "eqat_mm.adapters"
 
 _BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH, llava.ARCH, llava_next.ARCH)
@@ -28,28 +31,28 @@ _BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH, llava.ARCH, llava_next.
 def known_archs() -> dict[str, Arch]:
     """Return every registered architecture by name: built in, then from other packages.
 
-    Raises:
-        AdapterError: an entry point that does not hold an `Arch`.
+    One that cannot be used is named once and left out; of two with one name the built-in one, or the first, serves.
     """
     archs = {arch.name: arch for arch in _BUILT_IN}
     for entry in entry_points(group=GROUP):
-        arch = entry.load()
-        if not isinstance(arch, Arch):
-            raise AdapterError(
-                where=f"entry point {entry.value} of group {GROUP}",
-                given=type(arch).__name__,
-                allowed="an instance of eqat_mm.blocks.Arch",
-                do="correct the package that registers it",
-            )
-        if arch.name in archs:
-            raise AdapterError(
-                where=f"entry point {entry.value} of group {GROUP}",
-                given=f"the name {arch.name!r}, which is taken",
-                allowed="a name of its own",
-                do="rename the adapter in the package that registers it",
-            )
-        archs[arch.name] = arch
+        arch, reason = _loaded(entry, archs)
+        if arch is not None:
+            archs[arch.name] = arch
+        else:
+            package = entry.dist.name if entry.dist is not None else "?"
+            log.warning("note: the adapter %s of the package %s is not used: %s", entry.value, package, reason)
     return archs
+
+
+def _loaded(entry: EntryPoint, archs: dict[str, Arch]) -> tuple[Arch | None, str]:
+    """Return the adapter behind an entry point, or the reason why it is not used."""
+    try:
+        arch = entry.load()
+    except Exception as error:  # noqa: BLE001 - whatever another package raises, models of others are served
+        return None, f"{type(error).__name__}: {error}"
+    if not isinstance(arch, Arch):
+        return None, f"it is a {type(arch).__name__}, not an instance of eqat_mm.blocks.Arch"
+    return (None, f"the name {arch.name!r} is taken") if arch.name in archs else (arch, "")
 
 
 def arch_for(name: str) -> Arch:

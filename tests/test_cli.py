@@ -20,7 +20,7 @@ from eqat_mm.runtime.settings import limits_in, settings_in
 from tests.tiny_model import Tiny, save_tiny
 
 NAMES = sorted(COMMANDS)
-NEEDS_A_MODEL = ("block-ap", "e2e-qp", "eval", "generate", "generate-data", "llm-qat", "plan", "rtn")
+NEEDS_A_MODEL = ("block-ap", "chat", "e2e-qp", "eval", "generate", "generate-data", "llm-qat", "plan", "rtn")
 RECIPES = recipe_names()
 MODEL = {name: ["--model", "m"] for name in NAMES if name in NEEDS_A_MODEL}
 
@@ -256,7 +256,9 @@ IMPOSSIBLE = {
 )
 def test_a_number_that_cannot_be(capsys: pytest.CaptureFixture[str], command: str, option: str) -> None:
     name, value = option.split()
-    assert f"--{name}" in refusal(capsys, command, *MODEL.get(command, []), f"--{name}", value).splitlines()[1]
+    source = ["--conversations.source", "c.json"] if name.startswith("conversations.") else []
+    words = [*MODEL.get(command, []), *source, f"--{name}", value]
+    assert f"--{name}" in refusal(capsys, command, *words).splitlines()[1]
 
 
 def test_a_warm_up_longer_than_the_run(capsys: pytest.CaptureFixture[str]) -> None:

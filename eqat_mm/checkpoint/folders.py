@@ -11,7 +11,6 @@ import transformers
 from eqat_mm.blocks.config import read_config, refused
 from eqat_mm.blocks.source import CheckedFolder, check_folder
 from eqat_mm.blocks.weights import WeightSource, is_finite
-from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
@@ -57,6 +56,8 @@ def load_for_inference(
     Raises:
         CheckpointError: a packed model is damaged; a full-precision one is not whole, quantized already or not finite.
     """
+    from eqat_mm.checkpoint.read import load  # what is read can be written, with the processor that lies here
+
     if is_packed(folder):
         return load(folder, dtype=dtype, device=device)
     checked, kept = check_full_precision(folder), unquantized_dtype(dtype, device)

@@ -30,6 +30,7 @@ ALIASES: dict[str, Alias] = {
     "dataset_path": Alias(("conversations.source",)),
     "eval_data_path": Alias(("data.source",)),
     "gradient_accumulation_steps": Alias(("accumulation",)),
+    "image_aspect_ratio": Alias(("conversations.images",), {"pad": "pad", "square": "crop"}),
     "image_folder": Alias(("conversations.image_folder",)),
     "lora_alpha": Alias(("lora.alpha",)),
     "lora_enable": Alias(("trains",), {"": "lora", "true": "lora", "false": "scales"}),
@@ -48,6 +49,7 @@ ALIASES: dict[str, Alias] = {
     "per_device_train_batch_size": Alias(("batch_size",)),
     "train_projector": Alias(("trains",), {"": "scales+projector", "true": "scales+projector", "false": "scales"}),
     "tune_mm_mlp_adapter": Alias(("trains",), {"": "projector", "true": "projector", "false": "scales"}),
+    "version": Alias(("conversations.template",), {"v1": "vicuna_v1", "vicuna_v1": "vicuna_v1"}),
 }
 """Their name -> ours."""
 
@@ -70,7 +72,6 @@ ANSWERS: dict[str, str] = {
     "save_strategy": "leave it out: --save_steps says when",
     "save_total_limit": "leave it out: the last two are kept",
     "tf32": "leave it out: see --precision",
-    "version": "leave it out: the processor's chat template says it",
     "vision_tower": "leave it out: it is part of the model",
     "warmup_ratio": "give the number of steps: --warmup_steps",
     "weight_decay": "leave it out: step sizes have none",

@@ -112,7 +112,8 @@ def _not_a_value(name: str, hint: Any, value: str) -> ConfigError:
     nested = settings_in(hint)
     if nested is not None:
         first = next(iter(hints_of(nested)))
-        return ConfigError(f"--{name}", shown(value), f"--{name}.{first} and others", f"name one: --{name}.{first} ...")
+        given = f"no --{name}.{first}" if value.startswith("Namespace(") else shown(value)
+        return ConfigError(f"--{name}", given, f"--{name}.{first} and others", f"name one: --{name}.{first} ...")
     try:
         require(hint, None if value == "None" else value, f"--{name}")
     except ConfigError as refusal:

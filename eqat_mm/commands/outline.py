@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import eqat_mm
-from eqat_mm.runtime.settings import Settings, allowed_by, hints_of, settings_in
+from eqat_mm.runtime.settings import Settings, allowed_by, hints_of, settings_in, settings_listed
 
 OPTIONS_FILE = Path(__file__).with_name("options.json")
 _PACKAGE = Path(eqat_mm.__file__).parent
@@ -83,7 +83,7 @@ def _kind_of(hint: Any) -> Kind:
         return "settings"
     if hint is bool:
         return "flag"
-    if any(get_origin(each) is list for each in inside):
+    if any(get_origin(each) is list for each in inside) and settings_listed(hint) is None:
         return "list"
     return "place" if Path in inside else "value"
 

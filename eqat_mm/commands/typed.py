@@ -70,8 +70,8 @@ def typed(command: str, options: Sequence[Option], argv: Sequence[str]) -> Typed
     """Spell out what users may abbreviate, and tell recipes from flags.
 
     A first word without dashes is the model; `--overwrite` means `--overwrite true`. Dashes stand for underscores. A
-    name that other training scripts use is taken where it means the same. What is given again of several (`--image`) is
-    one more.
+    name that other training scripts use is taken where it means the same. What is given again of several (`--image`),
+    or behind it, is one more.
 
     Args:
         command: its name.
@@ -101,6 +101,7 @@ def typed(command: str, options: Sequence[Option], argv: Sequence[str]) -> Typed
 def _spelled(command: str, known: Mapping[str, Option], argv: Sequence[str]) -> Iterator[str]:
     """Yield the words of a command line with every flag by its name here."""
     given: set[str] = set()
+    several = ""
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -108,21 +109,26 @@ def _spelled(command: str, known: Mapping[str, Option], argv: Sequence[str]) -> 
         if not is_text(word):
             raise ConfigError(shown(flag), shown(value or word), "text", "write it in UTF-8, without NUL")
         if not flag.startswith("--") or flag == "--":
-            yield word
+            yield from [several, word] if several else [word]
             continue
-        name = _name_of(flag, known)
+        name, several = _name_of(flag, known), ""
         own = value if equals else (words[0] if words and not words[0].startswith("--") else None)
         if name not in known and name not in _ALWAYS:
             if own is not None and not equals:
                 words.pop(0)
             yield from _of_elsewhere(command, known, flag, own)
             continue
-        if name in known and known[name].kind == "place" and own == "":
+        kind = known[name].kind if name in known else "value"
+        if kind == "place" and own == "":
             raise ConfigError(f"--{name}", "an empty path", "a file or folder", f"give one, or leave --{name} out")
-        again = "+" if name in given and known[name].kind == "list" else ""  # jsonargparse appends
+        again = "+" if name in given and kind == "list" else ""  # jsonargparse appends
         given |= {name} & set(known)
         yield f"--{name}{again}{equals}{value}"
-        if name in known and known[name].kind == "flag" and not equals and (not words or words[0].startswith("-")):
+        if kind == "list":
+            several = f"--{name}+"  # so does what comes behind the first
+            if not equals and own is not None:
+                yield words.pop(0)
+        elif kind == "flag" and not equals and (not words or words[0].startswith("-")):
             yield "true"
 
 
@@ -150,7 +156,8 @@ def _of_elsewhere(command: str, known: Mapping[str, Option], flag: str, value: s
     elif (value or "").lower() in alias.values:
         yield from [f"--{ours}", alias.values[(value or "").lower()]]
     else:
-        raise ConfigError(flag, shown(value), "true or false", f"say it with --{ours}: {known[ours].takes}")
+        allowed = ", ".join(filter(None, alias.values))
+        raise ConfigError(flag, shown(value), allowed, f"say it with --{ours}: {known[ours].takes}")
 
 
 def _unknown(command: str, flag: str, known: Mapping[str, Option]) -> ConfigError:

@@ -81,6 +81,11 @@ def test_settings_in_one_word_are_told_by_name() -> None:
     assert "--conversations.source" in refused.do
 
 
+def test_conversations_are_named_and_not_those_of_the_demo() -> None:
+    refused = refusal("e2e-qp", "m", "--conversations.count", "5")
+    assert (refused.where, refused.given) == ("--conversations", "no --conversations.source")
+
+
 # ---- order ------------------------------------------------------------------------------------------
 
 

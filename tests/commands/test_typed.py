@@ -82,6 +82,7 @@ def test_a_flag_of_elsewhere_takes_true_or_false() -> None:
         job_of("e2e-qp", "m", "--bf16", "perhaps")
     assert_four_lines(raised.value)
     assert "--precision" in raised.value.do
+    assert raised.value.allowed == "true, false"
 
 
 def test_a_name_of_elsewhere_that_a_command_has_not_is_unknown() -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from eqat_mm.data import image_text as module
 from eqat_mm.data.batching import Collator
 from eqat_mm.data.chat import IGNORED, Chat
+from eqat_mm.data.easy_vqa import EASY_VQA
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.images import FORMATS, image_size
 from eqat_mm.data.problems import MissingImage, TooLong, say_late
@@ -326,15 +327,15 @@ def test_a_data_set_can_be_sent_to_a_worker(source: Path) -> None:
 def test_the_demo_is_its_training_questions(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source.parent / "train.json").write_text(json.dumps(GOOD))
     monkeypatch.setattr(module, "easy_vqa_folder", lambda: source.parent)
-    assert ImageTextData().source == "demo-easy-vqa"
-    assert len(image_text_data(llava_processor(), ImageTextData())) == 4
+    assert ImageTextData(EASY_VQA).source == "demo-easy-vqa"
+    assert len(image_text_data(llava_processor(), ImageTextData(EASY_VQA))) == 4
 
 
 @pytest.mark.parametrize("package", ["PIL", "torchvision"])
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else "there")
     with pytest.raises(ConfigError, match=f"pip install {'pillow' if package == 'PIL' else package}"):
-        image_text_data(llava_processor(), ImageTextData())
+        image_text_data(llava_processor(), ImageTextData(EASY_VQA))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +352,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, package: st
 )
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        ImageTextData(**wrong)
+        ImageTextData("x.json", **wrong)
 
 
 # ---- in a model -----------------------------------------------------------------------------------
