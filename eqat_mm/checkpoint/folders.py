@@ -11,8 +11,8 @@ import transformers
 from eqat_mm.blocks.config import read_config, refused
 from eqat_mm.blocks.source import CheckedFolder, check_folder
 from eqat_mm.blocks.weights import WeightSource, is_finite
+from eqat_mm.checkpoint.manifest import MANIFEST
 from eqat_mm.checkpoint.read import load
-from eqat_mm.checkpoint.verify import MANIFEST
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 
 from eqat_mm.blocks.source import CheckedFolder, WeightSource, say_left_over
 from eqat_mm.checkpoint.folders import check_full_precision, is_packed, load_for_inference
-from eqat_mm.checkpoint.verify import checkpoint_folder
+from eqat_mm.checkpoint.manifest import checkpoint_folder
 from eqat_mm.data.smollm2 import smollm2_folder
 from eqat_mm.errors import CheckpointError, DataError
 from eqat_mm.runtime.files import read_json_object

@@ -264,6 +264,15 @@ def test_an_unreadable_manifest(place: Place, command: Command) -> None:
     assert "manifest" in command(place)
 
 
+@ON_PACKED
+def test_an_altered_manifest(place: Place, command: Command) -> None:
+    path = place.packed / "eqat.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1', 1))
+    said = command(place)
+    assert "eqat.json" in said
+    assert "altered" in said
+
+
 # ---- a run that is there is not lost to bad input ---------------------------------------------------
 
 
