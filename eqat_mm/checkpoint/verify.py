@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from eqat_mm.blocks.config import CONFIG
@@ -24,8 +25,43 @@ def verify_checkpoint(folder: Path) -> Manifest:
     Raises:
         CheckpointError: a file is missing, truncated, altered, or not in the manifest.
     """
+    manifest = verify_all_but_weights(folder)
+    _require_hashes(folder, {name: digest for name, digest in manifest.files.items() if _is_weights(name)})
+    if manifest.unnoticed is not None:
+        warnings.warn(
+            f"{folder / MANIFEST} is of version {manifest.format_version}: {manifest.unnoticed} cannot be checked",
+            stacklevel=2,
+        )
+    return manifest
+
+
+def verify_all_but_weights(folder: Path) -> Manifest:
+    """Check what is read of a checkpoint before its weights are, and takes no time.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: as `verify_checkpoint`.
+    """
     manifest = read_manifest(folder)
-    for name, expected in manifest.files.items():
+    _require_hashes(folder, {name: digest for name, digest in manifest.files.items() if not _is_weights(name)})
+    for name in sorted(_must_be_listed(folder, manifest) - manifest.files.keys()):
+        raise CheckpointError(
+            where=f"{folder / MANIFEST}: files",
+            given=f"no SHA-256 of {name}",
+            allowed="the hash of every file that decides what the model computes",
+            do=f"if {name} was put there later, take it away again; else copy or make the checkpoint again",
+        )
+    return manifest
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _require_hashes(folder: Path, files: Mapping[str, str]) -> None:
+    for name, expected in files.items():
         path = folder / name
         given = sha256_of(path) if path.is_file() else "no such file"
         if given != expected:
@@ -35,19 +71,6 @@ def verify_checkpoint(folder: Path) -> Manifest:
                 allowed=f"sha256 {expected[:16]}..., as recorded in {MANIFEST}",
                 do="the file was truncated or altered: copy or make the checkpoint again",
             )
-    for name in sorted(_must_be_listed(folder, manifest) - manifest.files.keys()):
-        raise CheckpointError(
-            where=f"{folder / MANIFEST}: files",
-            given=f"no SHA-256 of {name}",
-            allowed="the hash of every file that decides what the model computes",
-            do=f"if {name} was put there later, take it away again; else copy or make the checkpoint again",
-        )
-    if manifest.unnoticed is not None:
-        warnings.warn(
-            f"{folder / MANIFEST} is of version {manifest.format_version}: {manifest.unnoticed} cannot be checked",
-            stacklevel=2,
-        )
-    return manifest
 
 
 def weight_map(folder: Path) -> dict[str, str]:

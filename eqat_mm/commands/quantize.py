@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from eqat_mm.blocks.source import OpenModel, open_model
+from eqat_mm.checkpoint.companions import TOKENIZER, files_like
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.commands.models import model_folder, require_finite, require_model
 from eqat_mm.commands.preflight import announce_block_ap
@@ -139,6 +140,8 @@ def rtn(job: RTNJob) -> Path:
     """
     opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.quant)
+    if files_like(opened.folder, TOKENIZER):  # it goes into the checkpoint
+        load_tokenizer(opened.folder)
     folder = job.output or default_output(job.model, job.quant) / "rtn"
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
 
