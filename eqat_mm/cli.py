@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,8 +13,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from eqat_mm import __version__
-from eqat_mm.errors import ConfigError, EqatError, explained_system_error
-from eqat_mm.runtime.signals import INTERRUPTED, end_with_launcher, keep_status, quit_when_asked, stoppable
+from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.ending import status_of, to_its_end
+from eqat_mm.runtime.launcher import end_with_launcher
+from eqat_mm.runtime.signals import stoppable
 
 __all__ = ["main", "run_command", "script"]
 
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             whenever a signal comes.
     """
     if argv is None:
-        return _to_its_end(lambda: main(sys.argv[1:]))
+        return to_its_end(lambda: main(sys.argv[1:]))
     arguments = list(argv)
     if arguments[:1] == ["--version"]:
         print(__version__)
@@ -144,54 +145,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script(name: str) -> int:
     """Entry point of what a launcher starts: a command, with the arguments of this process; returns the exit status."""
-    return _to_its_end(lambda: run_command(name, sys.argv[1:]))
-
-
-def _to_its_end(command: Callable[[], int]) -> int:
-    """Return the exit status of this process, which no signal changes any more."""
-    quit_when_asked()
-    status = command()
-    keep_status(status)
-    return status
+    return to_its_end(lambda: run_command(name, sys.argv[1:]))
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command with its own arguments, those of a launcher left out; returns the exit status."""
-    from eqat_mm.runtime.progress import silence
-
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]  # deepspeed adds it
     warnings.showwarning = _show_warning
     _print_anything()
     if "LOCAL_RANK" in os.environ:
         end_with_launcher()
-    try:
-        if name not in COMMANDS:
-            raise _unknown_command(name)
-        job_class, function = COMMANDS[name].load()
-        job = parse_job(name, job_class, argv)
-        with stoppable():
-            function(job)
-    except EqatError as error:
-        return _refused(error)
-    except BrokenPipeError:  # whoever reads what it writes has seen enough
-        silence(sys.stdout)
-        return 128 + signal.SIGPIPE
-    except Exception as error:
-        if (explained := explained_system_error(error)) is None:
-            raise
-        return _refused(explained)
-    except KeyboardInterrupt as stop:
-        number = getattr(stop, "signal", signal.SIGINT)
-        print(INTERRUPTED, file=sys.stderr)
-        return 128 + int(number)
-    return 0
+    return status_of(lambda: _run(name, argv))
 
 
-def _refused(error: EqatError) -> int:
-    from eqat_mm.runtime.progress import complain
-
-    complain(f"{type(error).__name__}\n{error}")
-    return 2
+def _run(name: str, argv: Sequence[str]) -> None:
+    if name not in COMMANDS:
+        raise _unknown_command(name)
+    job_class, function = COMMANDS[name].load()
+    job = parse_job(name, job_class, argv)
+    with stoppable():
+        function(job)
 
 
 def _print_anything() -> None:

@@ -1,4 +1,4 @@
-"""Being stopped: every way in which a process is asked to end is one exception, and no process is left behind.
+"""Being stopped: every way in which a process is asked to end is one exception.
 
 A command ends with the status of the signal whenever that comes: `quit_when_asked` before it works on something,
 `stoppable` while it does, and `keep_status` behind it, where the interpreter still takes its time to end.
@@ -11,20 +11,18 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from eqat_mm.runtime.launcher import is_first
 
 INTERRUPTED = "interrupted; the same command continues from what was saved last"
 """What a command says that was asked to end."""
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SOON = 0.02  # seconds
-_LOOK_EVERY = 1.0  # seconds
-_PATIENCE = 5.0  # seconds
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -46,7 +44,8 @@ def quit_when_asked() -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         with suppress(OSError, ValueError, AttributeError):  # it may be closed, or there may be none
-            os.write(sys.__stderr__.fileno(), f"{INTERRUPTED}\n".encode())  # type: ignore[union-attr]
+            if is_first():
+                os.write(sys.__stderr__.fileno(), f"{INTERRUPTED}\n".encode())  # type: ignore[union-attr]
         os._exit(128 + number)
 
     _handle(end)
@@ -128,45 +127,3 @@ def _imports_in(frame: FrameType | None) -> int:
         count += frame.f_code.co_filename == "<frozen importlib._bootstrap>"
         frame = frame.f_back
     return count
-
-
-def end_with_launcher() -> None:
-    """End this process, as SIGTERM does, when the launcher that started it is gone, whose other processes are left."""
-    watched = _launchers()
-    if watched:
-        threading.Thread(target=_watch, args=(watched,), daemon=True).start()
-
-
-def _watch(watched: list[int]) -> None:
-    while _ancestors(len(watched)) == watched:
-        time.sleep(_LOOK_EVERY)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_PATIENCE)
-    os.kill(os.getpid(), signal.SIGKILL)  # it waits for the others where no handler runs, as in a collective
-
-
-def _launchers() -> list[int]:
-    """Return the processes above this one that started it as one of several: DeepSpeed's launcher is two."""
-    parents = _ancestors(2)
-    return parents if len(parents) == 2 and "deepspeed" in _command(parents[1]) else parents[:1]
-
-
-def _ancestors(count: int) -> list[int]:
-    found = [os.getppid()]
-    while len(found) < count and (above := _parent(found[-1])) is not None:
-        found.append(above)
-    return found
-
-
-def _parent(process: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _command(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
