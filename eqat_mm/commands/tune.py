@@ -11,9 +11,10 @@ from typing import Any
 import transformers
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
+from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.speaker import restyled
-from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
+from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.deepspeed_file import DeepSpeedFile, deepspeed_settings
 from eqat_mm.commands.launchers import training_run, whole_models

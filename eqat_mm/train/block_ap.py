@@ -17,7 +17,7 @@ import torch
 from eqat_mm.blocks.arch import Inputs, set_submodule
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
-from eqat_mm.checkpoint.verify import Manifest, read_manifest
+from eqat_mm.checkpoint.manifest import Manifest, read_manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.fake_linear import FakeQuantLinear
