@@ -59,16 +59,6 @@ def placed(teacher: nn.Module, arguments: transformers.TrainingArguments, precis
     return engine  # type: ignore[no-any-return]
 
 
-def kind_of(arguments: transformers.TrainingArguments) -> str:
-    """Return how a run holds its state, in words: what one kind has saved another cannot read."""
-    plugin = arguments.deepspeed_plugin
-    if plugin is None:
-        return "without DeepSpeed"
-    division = plugin.deepspeed_config.get("zero_optimization", {})
-    places = {division.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")} - {"none"}
-    return " with offload to ".join([f"ZeRO-{plugin.zero_stage}", *sorted(places)])
-
-
 def shape_of(parameter: nn.Parameter) -> list[int]:
     """Return the shape of a whole parameter, of which ZeRO-3 may leave a part here."""
     return list(getattr(parameter, "ds_shape", parameter.shape))
