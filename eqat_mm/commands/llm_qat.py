@@ -57,6 +57,7 @@ def llm_qat(job: LLMQATJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    job = job.among(processes())
     deepspeed = deepspeed_settings(job)
     opened = _checked(job)
     stage = STAGE if job.trains else ROUNDED

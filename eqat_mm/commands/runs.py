@@ -40,6 +40,7 @@ _HARMLESS = (
     "save_steps",
     "batch_size",
     "accumulation",
+    "global_batch",
     "gradient_checkpointing",
     "spool",
     "commit",

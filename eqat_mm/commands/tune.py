@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.deepspeed_file import DeepSpeedFile, deepspeed_settings
+from eqat_mm.commands.deepspeed_file import deepspeed_settings
 from eqat_mm.commands.launchers import training_run, whole_models
 from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.preflight import announce_e2e_qp
@@ -24,7 +25,7 @@ from eqat_mm.commands.samples import Samples, image_text_samples, problems_of, t
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.problems import say_late
 from eqat_mm.data.windows import TextWindows
-from eqat_mm.errors import CheckpointError, ConfigError, DataError
+from eqat_mm.errors import CheckpointError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device, processes
 from eqat_mm.runtime.files import write_jsonl
@@ -32,6 +33,7 @@ from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
+from eqat_mm.train.imageless import blank_image
 from llava_adapters import arch_for
 
 _INSTRUCTIONS = {
@@ -75,6 +77,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    job = job.among(processes())
     deepspeed = deepspeed_settings(job)
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
@@ -90,8 +93,6 @@ def e2e_qp(job: E2EQPJob) -> Path:
         inputs["model"] = require_teacher(model_folder(job.model))
     samples = _samples(base, job, folder)
     job.check_warmup_of(len(samples.dataset), processes())  # type: ignore[arg-type]
-    if deepspeed is not None:
-        _require_images_everywhere(deepspeed, samples)
     verify_checkpoint(base)
     inputs["data"] = samples.digest
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
@@ -118,7 +119,7 @@ def _trained(
     if _adapts(job):
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
     projector = arch_for(read_manifest(base).arch).find_projector(model)
-    given: dict[str, Any] = {"collator": samples.collator, "order": samples.order}
+    given: dict[str, Any] = {"blank": _blank(samples), "collator": samples.collator, "order": samples.order}
     return model, run_e2e_qp(model, samples.dataset, job, arguments, teacher=teacher, projector=projector, **given)
 
 
@@ -160,20 +161,12 @@ def _require_instructions(config: ImageTextData) -> None:
         )
 
 
-def _require_images_everywhere(deepspeed: DeepSpeedFile, samples: Samples) -> None:
-    """Check that under ZeRO-3 every process needs the same parameters at the same time.
-
-    Raises:
-        ConfigError: some samples have images and some have not.
-    """
-    texts, total = samples.without_images, len(samples.dataset)  # type: ignore[arg-type]
-    if deepspeed.stage == 3 and 0 < texts < total:
-        raise ConfigError(
-            where=f"--deepspeed {deepspeed.name} (ZeRO-3)",
-            given=f"{texts} of {total} samples without images",
-            allowed="images in every sample: ZeRO-3 gathers the vision tower on all processes at once, or waits",
-            do="use --deepspeed zero-2, or leave the samples without images out",
-        )
+def _blank(samples: Samples) -> dict[str, Tensor] | None:
+    """Return the tensors of an image without content, where some samples have images and some have not."""
+    data: Any = samples.dataset
+    if not 0 < samples.without_images < len(data):
+        return None
+    return blank_image(data[list(data.text_only).index(False)])
 
 
 def _require_block_ap(base: Path, job: E2EQPJob) -> None:

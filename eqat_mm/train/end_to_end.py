@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from eqat_mm.data.batching import SampleOrder
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.precision import Decided, Precision, autocast
 from eqat_mm.runtime.progress import interactive
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, Seed, Settings
 from eqat_mm.train.guarded import GuardedTrainer
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
+from eqat_mm.train.order import Filled, Order, Shuffled
 from eqat_mm.train.parallel import keep_precision, make_whole, placed, use_one_device
 
 Sample = dict[str, Tensor]
@@ -42,6 +42,8 @@ class EndToEndConfig(Settings):
         max_steps: optimizer steps; overrides `epochs` where it is given.
         batch_size: sequences per process and forward.
         accumulation: forwards per optimizer step.
+        global_batch: sequences per optimizer step of all processes together; `accumulation` then follows from it, so that
+            a run is the same, and can go on, with any number of processes.
         clip_norm: largest gradient norm.
         gradient_checkpointing: recompute activations of blocks in the backward: more time, much less memory; `auto`
             does so on a GPU, for models of a billion weights and more.
@@ -60,6 +62,7 @@ class EndToEndConfig(Settings):
     max_steps: Count | None = None
     batch_size: Count = 2
     accumulation: Count = 16
+    global_batch: Count | None = None
     clip_norm: Positive = 1.0
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     precision: Precision = "auto"
@@ -72,6 +75,31 @@ class EndToEndConfig(Settings):
         """Check that the learning rate has risen before the run ends."""
         if self.max_steps:
             self._check_warmup(self.max_steps)
+
+    def among(self, processes: int) -> Self:
+        """Return these settings for a number of processes: `accumulation` follows from `global_batch`, if that is given.
+
+        Raises:
+            ConfigError: the batches of all processes do not divide it.
+        """
+        if self.global_batch is None:
+            return self
+        forward = self.batch_size * processes
+        accumulation, rest = divmod(self.global_batch, forward)
+        if rest:
+            raise ConfigError(
+                where=f"--global_batch {self.global_batch}",
+                given=f"forwards of {forward} samples: --batch_size {self.batch_size} in each of {processes} processes",
+                allowed=f"a multiple of {forward}: every forward of a step is full",
+                do=self._mended_batch(self.global_batch, processes),
+            )
+        return replace(self, accumulation=accumulation)
+
+    def _mended_batch(self, wanted: int, processes: int) -> str:
+        each, uneven = divmod(wanted, processes)
+        if uneven:
+            return f"--global_batch {math.ceil(wanted / processes) * processes}, or another number of processes"
+        return f"--batch_size {max(size for size in range(1, self.batch_size + 1) if each % size == 0)}"
 
     def check_warmup_of(self, samples: int, processes: int) -> None:
         """Check that the learning rate has risen before a run on so many samples ends.
@@ -111,7 +139,7 @@ class EndToEndTrainer(GuardedTrainer):
         *,
         groups: list[dict[str, Any]],
         teacher: nn.Module | None = None,
-        order: SampleOrder | None = None,
+        order: Order | None = None,
         precision: Decided = "float32",
         stage: str = "training",
         **kwargs: Any,
@@ -119,12 +147,11 @@ class EndToEndTrainer(GuardedTrainer):
         keep_precision(kwargs["args"], precision)
         super().__init__(stage=stage, teacher=None, **kwargs)
         self.groups = groups
-        self.order = order
+        self.order = order or Shuffled(len(self.samples), self.args.seed)
         self.teacher = None if teacher is None else placed(teacher.eval().requires_grad_(False), self.args, precision)
         self.precision = precision
         self.model_accepts_loss_kwargs = True  # compute_loss averages over all sequences of a step
-        if order is not None:
-            self.add_callback(_EpochOfOrder(order))
+        self.add_callback(_EpochOfOrder(self.order))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give the optimizer what is to be trained, and nothing else."""
@@ -139,7 +166,8 @@ class EndToEndTrainer(GuardedTrainer):
         super()._save(output_dir, self.model.state_dict() if state_dict is None else state_dict)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
+        processes = self.args.world_size
+        return self.order if processes == 1 else Filled(self.order, processes * self.args.per_device_train_batch_size)
 
     def compute_loss(
         self,
@@ -151,12 +179,16 @@ class EndToEndTrainer(GuardedTrainer):
         """Return the mean loss per predicted token over the whole optimizer step."""
         columns, labels = predictions_that_count(inputs["labels"])
         forward = {name: value for name, value in inputs.items() if name != "labels"} | {"logits_to_keep": columns}
-        with autocast(self.precision, columns.device), self.around_forward(inputs):
+        with autocast(self.precision, columns.device), self.around_forward(self.model, inputs):
             outputs = model(**forward, use_cache=False)
         if self.teacher is None:
             loss = cross_entropy(outputs.logits, labels, num_items_in_batch)
         else:
-            with torch.no_grad(), autocast(self.precision, columns.device):
+            with (
+                torch.no_grad(),
+                autocast(self.precision, columns.device),
+                self.around_forward(self.teacher, inputs),
+            ):
                 wanted = self.teacher(**forward, use_cache=False).logits
             loss = kl_divergence(outputs.logits, wanted, labels, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -164,15 +196,15 @@ class EndToEndTrainer(GuardedTrainer):
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)  # gradients then tell all processes
         return (loss, outputs) if return_outputs else loss
 
-    def around_forward(self, inputs: Sample) -> AbstractContextManager[None]:
-        """Return the context in which the trained model sees a batch; nothing special by default."""
+    def around_forward(self, model: nn.Module, inputs: Sample) -> AbstractContextManager[None]:
+        """Return the context in which a model, trained or teacher, sees a batch; nothing special by default."""
         return nullcontext()
 
 
 class _EpochOfOrder(transformers.TrainerCallback):
     """Tells the order which epoch begins: a continued run wraps the sampler where the Trainer does not find it."""
 
-    def __init__(self, order: SampleOrder) -> None:
+    def __init__(self, order: Order) -> None:
         self.order = order
 
     def on_epoch_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
@@ -206,7 +238,7 @@ def run_trainer(trainer: EndToEndTrainer) -> list[dict[str, Any]]:
         The Trainer's log, one record per line.
 
     Raises:
-        ConfigError: the checkpoint is of another number of processes, or of another kind of run.
+        ConfigError: the checkpoint is of another kind of run.
         TrainingError: the model or the data are not finite, or too many steps were not.
     """
     assert isinstance(trainer.model, nn.Module)

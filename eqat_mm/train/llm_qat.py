@@ -143,7 +143,7 @@ def run_llm_qat(
         The Trainer's log, one record per line.
 
     Raises:
-        ConfigError: the last checkpoint is of another number of processes, or of another kind of run.
+        ConfigError: the last checkpoint is of another kind of run.
         TrainingError: the model or the data are not finite, or too many steps were not.
     """
     if not config.trains:
