@@ -37,6 +37,7 @@ _HARMLESS = (
     "device",
     "deepspeed",
     "logging_steps",
+    "report_to",
     "save_steps",
     "batch_size",
     "accumulation",

@@ -16,7 +16,7 @@ from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.deepspeed_file import deepspeed_settings
-from eqat_mm.commands.launchers import training_run, whole_models
+from eqat_mm.commands.launchers import training_run, watched, whole_models
 from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
@@ -32,8 +32,10 @@ from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.reporting import require_reporter
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
 from eqat_mm.train.imageless import blank_image
+from eqat_mm.train.watch import Watch
 from llava_adapters import arch_for
 
 _INSTRUCTIONS = {
@@ -78,6 +80,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
         EqatError: any bad input, before anything is written.
     """
     job = job.among(processes())
+    require_reporter(job.report_to)
     deepspeed = deepspeed_settings(job)
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
@@ -98,7 +101,8 @@ def e2e_qp(job: E2EQPJob) -> Path:
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
     with training_run(job, Place.within(folder), STAGE, inputs, device, deepspeed, room) as (job, arguments, run):
         if not run.finished:
-            model, log = _trained(job, base, samples, arguments)
+            with watched(job, folder) as watch:
+                model, log = _trained(job, base, samples, arguments, watch)
             if arguments.process_index == 0:
                 write_jsonl(folder / "metrics.jsonl", log)
                 save_like(model, folder / "model", base, stage, run.record)
@@ -109,7 +113,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
 
 
 def _trained(
-    job: E2EQPJob, base: Path, samples: Samples, arguments: transformers.TrainingArguments
+    job: E2EQPJob, base: Path, samples: Samples, arguments: transformers.TrainingArguments, watch: Watch
 ) -> tuple[transformers.PreTrainedModel, list[dict[str, Any]]]:
     """Load the packed model, train it; return it with the Trainer's log."""
     with whole_models(arguments):
@@ -120,7 +124,8 @@ def _trained(
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
     projector = arch_for(read_manifest(base).arch).find_projector(model)
     given: dict[str, Any] = {"blank": _blank(samples), "collator": samples.collator, "order": samples.order}
-    return model, run_e2e_qp(model, samples.dataset, job, arguments, teacher=teacher, projector=projector, **given)
+    given |= {"teacher": teacher, "projector": projector, "watch": watch}
+    return model, run_e2e_qp(model, samples.dataset, job, arguments, **given)
 
 
 def _adapts(job: E2EQPJob) -> bool:

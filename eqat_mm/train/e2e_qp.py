@@ -25,6 +25,7 @@ from eqat_mm.train.lora import LoRA
 from eqat_mm.train.order import Order
 from eqat_mm.train.parallel import divides_parameters
 from eqat_mm.train.recompute import recompute_where_it_pays
+from eqat_mm.train.watch import Watch
 
 STAGE = "e2e-qp"
 
@@ -91,6 +92,7 @@ def run_e2e_qp(
     blank: dict[str, Tensor] | None = None,
     collator: transformers.DataCollator | None = None,
     order: Order | None = None,
+    watch: Watch | None = None,
 ) -> list[dict[str, Any]]:
     """Train the step sizes, or what `config.trains` says, of the packed `model` in place.
 
@@ -107,6 +109,7 @@ def run_e2e_qp(
         blank: as `E2EQPTrainer` takes it.
         collator: makes a batch of samples; None stacks them.
         order: of the samples, over all processes; None shuffles them.
+        watch: who is told of the numbers, beside the console.
 
     Returns:
         The Trainer's log, one record per line.
@@ -131,6 +134,7 @@ def run_e2e_qp(
         blank=blank,
         precision=resolve(config.precision, arguments.device),
         stage="E2E-QP",
+        watch=watch,
     )
     log = run_trainer(trainer)
     for module in model.modules():

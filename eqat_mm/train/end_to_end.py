@@ -21,11 +21,13 @@ from torch.utils.data import Dataset
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.precision import Decided, Precision, autocast
 from eqat_mm.runtime.progress import interactive
+from eqat_mm.runtime.reporting import ReportTo
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, Seed, Settings
 from eqat_mm.train.guarded import GuardedTrainer
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 from eqat_mm.train.order import Filled, Order, Shuffled
 from eqat_mm.train.parallel import keep_precision, make_whole, placed, use_one_device
+from eqat_mm.train.watch import Console, Pace, Watch
 
 Sample = dict[str, Tensor]
 
@@ -51,6 +53,7 @@ class EndToEndConfig(Settings):
         deepspeed: JSON file with the settings of DeepSpeed, where a launcher started several processes; without one
             they run as plain data parallelism, and a single process needs none.
         logging_steps: optimizer steps between log lines.
+        report_to: dashboard that is given the same numbers; `none`, `tensorboard` or `wandb`, which must be installed.
         save_steps: optimizer steps between checkpoints to resume from; 0 keeps none.
         seed: of the order of the data.
     """
@@ -68,6 +71,7 @@ class EndToEndConfig(Settings):
     precision: Precision = "auto"
     deepspeed: str | None = None
     logging_steps: Count = 8
+    report_to: ReportTo = "none"
     save_steps: CountOrZero = 100
     seed: Seed = 0
 
@@ -131,6 +135,7 @@ class EndToEndTrainer(GuardedTrainer):
         order: of the samples; None shuffles them.
         precision: of matrix products.
         stage: name of the method, for messages.
+        watch: who is told of its numbers, beside the console.
         **kwargs: as for `transformers.Trainer`; `args` from `training_arguments`.
     """
 
@@ -142,6 +147,7 @@ class EndToEndTrainer(GuardedTrainer):
         order: Order | None = None,
         precision: Decided = "float32",
         stage: str = "training",
+        watch: Watch | None = None,
         **kwargs: Any,
     ) -> None:
         keep_precision(kwargs["args"], precision)
@@ -152,6 +158,24 @@ class EndToEndTrainer(GuardedTrainer):
         self.precision = precision
         self.model_accepts_loss_kwargs = True  # compute_loss averages over all sequences of a step
         self.add_callback(_EpochOfOrder(self.order))
+        self.pace = Pace()
+        self.add_callback(_Clock(self.pace))
+        Console.replace(self, watch or Watch())
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Go forward and backward, and count the tokens."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.pace.see(inputs)
+        return loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log how fast the run goes, too; all processes do at once."""
+        if "loss" in logs:
+            tokens = self.accelerator.reduce(self.pace.tokens.to(self.args.device), "sum")
+            logs |= self.pace.look(int(tokens), self.state, self.args.device)
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give the optimizer what is to be trained, and nothing else."""
@@ -199,6 +223,16 @@ class EndToEndTrainer(GuardedTrainer):
     def around_forward(self, model: nn.Module, inputs: Sample) -> AbstractContextManager[None]:
         """Return the context in which a model, trained or teacher, sees a batch; nothing special by default."""
         return nullcontext()
+
+
+class _Clock(transformers.TrainerCallback):
+    """Starts the clock when training does."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+
+    def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
+        self.pace.begin(state.global_step)
 
 
 class _EpochOfOrder(transformers.TrainerCallback):
