@@ -114,7 +114,7 @@ def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[st
             "answer": sample["filtered_resps"],
         }
         for task, logged in samples.items()
-        for sample in sorted(logged, key=lambda sample: sample["doc_id"])  # type: ignore[no-any-return]
+        for sample in sorted(logged, key=lambda sample: sample["doc_id"])
     ]
 
 

@@ -21,9 +21,9 @@ from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.reporting import reporter, require_reporter
 from eqat_mm.runtime.provenance import require_same_everywhere
 from eqat_mm.runtime.ranks import Ranks, launched_ranks, own_device
+from eqat_mm.runtime.reporting import reporter, require_reporter
 from eqat_mm.runtime.run import Run
 from eqat_mm.runtime.settings import Settings
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import transformers
@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer
 from eqat_mm.data.batching import Collator, SampleOrder
+from eqat_mm.data.held_out import divided
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.processors import fit_processor
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
@@ -26,6 +27,7 @@ class Samples:
         order: in which they come; None shuffles them.
         digest: a hash by which changed data is noticed.
         without_images: number of samples that have no image; 0 where none are to have any.
+        held_out: samples to judge the model by; None where there are none.
     """
 
     dataset: Dataset[Sample]
@@ -33,6 +35,7 @@ class Samples:
     order: SampleOrder | None
     digest: str
     without_images: int = 0
+    held_out: Dataset[Sample] | None = None
 
 
 def text_samples(folder: Path, config: TextWindows) -> Samples:
@@ -65,7 +68,13 @@ def image_text_samples(folder: Path, config: ImageTextData, step: int, problems:
     processor = load_processor(folder)
     fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
     data = image_text_data(processor, config, problems)
+    digest = data.digest()
+    training, held_out = divided(data, config.held_out if config.held_out_source is None else 0, config.seed)
+    if config.held_out_source is not None:
+        other = replace(config, source=config.held_out_source, count=config.held_out or None)
+        held_out, _ = divided(image_text_data(processor, other), 0, config.seed)
     order = SampleOrder(
-        data.lengths, data.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
+        training.lengths, training.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
     )
-    return Samples(data, Collator(processor.tokenizer), order, data.digest(), sum(data.text_only))
+    collator = Collator(processor.tokenizer)
+    return Samples(training, collator, order, digest, sum(training.text_only), held_out if len(held_out) else None)

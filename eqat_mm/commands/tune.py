@@ -25,7 +25,7 @@ from eqat_mm.commands.samples import Samples, image_text_samples, problems_of, t
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.problems import say_late
 from eqat_mm.data.windows import TextWindows
-from eqat_mm.errors import CheckpointError, DataError
+from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device, processes
 from eqat_mm.runtime.files import write_jsonl
@@ -34,6 +34,7 @@ from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.reporting import require_reporter
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
+from eqat_mm.train.held_out import HeldOut
 from eqat_mm.train.imageless import blank_image
 from eqat_mm.train.watch import Watch
 from llava_adapters import arch_for
@@ -92,8 +93,11 @@ def e2e_qp(job: E2EQPJob) -> Path:
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
     inputs: dict[str, Path | str] = {"quantized": base}
+    _require_judged(job)
     if job.loss == "kl":
         inputs["model"] = require_teacher(model_folder(job.model))
+    elif _judges_by_full_precision(job):
+        require_teacher(model_folder(job.model))
     samples = _samples(base, job, folder)
     job.check_warmup_of(len(samples.dataset), processes())  # type: ignore[arg-type]
     verify_checkpoint(base)
@@ -116,16 +120,48 @@ def _trained(
     job: E2EQPJob, base: Path, samples: Samples, arguments: transformers.TrainingArguments, watch: Watch
 ) -> tuple[transformers.PreTrainedModel, list[dict[str, Any]]]:
     """Load the packed model, train it; return it with the Trainer's log."""
+    held_out = _held_out(job, samples, arguments)
     with whole_models(arguments):
         kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
         teacher = load_model(model_folder(job.model), arguments.device, kept) if job.loss == "kl" else None
+        if held_out is not None and _judges_by_full_precision(job):
+            judge = teacher or load_model(model_folder(job.model), arguments.device, kept)
+            held_out.record(judge, arguments.device, resolve(job.precision, arguments.device))
+            del judge
         model = load(base, dtype=kept, device=arguments.device, verify=False)
     if _adapts(job):
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
     projector = arch_for(read_manifest(base).arch).find_projector(model)
     given: dict[str, Any] = {"blank": _blank(samples), "collator": samples.collator, "order": samples.order}
-    given |= {"teacher": teacher, "projector": projector, "watch": watch}
+    given |= {"teacher": teacher, "projector": projector, "watch": watch, "held_out": held_out}
     return model, run_e2e_qp(model, samples.dataset, job, arguments, **given)
+
+
+def _held_out(job: E2EQPJob, samples: Samples, arguments: transformers.TrainingArguments) -> HeldOut | None:
+    if samples.held_out is None:
+        return None
+    place = {"rank": arguments.process_index, "world": arguments.world_size}
+    return HeldOut.of(samples.held_out, samples.collator, job.held_out_steps, job.batch_size, **place)
+
+
+def _judged(job: E2EQPJob) -> bool:
+    """Whether conversations are held out."""
+    config = job.conversations
+    return config is not None and bool(config.held_out or config.held_out_source)
+
+
+def _judges_by_full_precision(job: E2EQPJob) -> bool:
+    return _judged(job) and job.held_out_kl
+
+
+def _require_judged(job: E2EQPJob) -> None:
+    if job.keep_best and not _judged(job):
+        raise ConfigError(
+            where="--keep_best true",
+            given="no held-out conversations",
+            allowed="conversations to judge every step by",
+            do="add --conversations.held_out 256, or leave --keep_best out",
+        )
 
 
 def _adapts(job: E2EQPJob) -> bool:

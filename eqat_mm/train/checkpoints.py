@@ -203,7 +203,7 @@ def _require_same(path: Path, facts: Facts, run: Mapping[str, Any], trained: Map
             where=f"{path}: {', '.join(names)}",
             given=", ".join(f"{name} {run.get(name)}" for name in names),
             allowed=", ".join(f"{name} {facts.run.get(name)}" for name in names) + ", as when it was saved",
-            do="start the same command in the same way (--global_batch keeps the samples per step whatever the number of"
+            do="start the same command in the same way (--global_batch keeps the samples per step with any number of"
             " processes), or --overwrite true to begin again, or another --output",
         )
     names = sorted(

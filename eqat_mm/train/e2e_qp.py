@@ -18,8 +18,9 @@ from eqat_mm.errors import ConfigError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import resolve
-from eqat_mm.runtime.settings import Positive
+from eqat_mm.runtime.settings import Count, Positive
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
+from eqat_mm.train.held_out import HeldOut
 from eqat_mm.train.imageless import adding_nothing, seeing, through
 from eqat_mm.train.lora import LoRA
 from eqat_mm.train.order import Order
@@ -44,12 +45,18 @@ class E2EQPConfig(EndToEndConfig):
         loss: `cross-entropy` (paper), or `kl` to the full-precision model's predictions.
         lr_projector: peak, of the projector; null takes `learning_rate`.
         lora: adapters of `trains: lora`, with their own learning rate.
+        held_out_steps: optimizer steps between two looks at held-out conversations, where there are any.
+        held_out_kl: compare them with the full-precision model, too, which is read once for that.
+        keep_best: end with the step whose loss on held-out conversations was least, instead of the last.
     """
 
     trains: Trained = "scales"
     loss: Literal["cross-entropy", "kl"] = "cross-entropy"
     lr_projector: Positive | None = None
     lora: LoRA = field(default_factory=LoRA)
+    held_out_steps: Count = 100
+    held_out_kl: bool = True
+    keep_best: bool = False
 
 
 class E2EQPTrainer(EndToEndTrainer):
@@ -93,6 +100,7 @@ def run_e2e_qp(
     collator: transformers.DataCollator | None = None,
     order: Order | None = None,
     watch: Watch | None = None,
+    held_out: HeldOut | None = None,
 ) -> list[dict[str, Any]]:
     """Train the step sizes, or what `config.trains` says, of the packed `model` in place.
 
@@ -110,6 +118,7 @@ def run_e2e_qp(
         collator: makes a batch of samples; None stacks them.
         order: of the samples, over all processes; None shuffles them.
         watch: who is told of the numbers, beside the console.
+        held_out: samples to judge the model by.
 
     Returns:
         The Trainer's log, one record per line.
@@ -135,6 +144,8 @@ def run_e2e_qp(
         precision=resolve(config.precision, arguments.device),
         stage="E2E-QP",
         watch=watch,
+        held_out=held_out,
+        keep_best=config.keep_best,
     )
     log = run_trainer(trainer)
     for module in model.modules():

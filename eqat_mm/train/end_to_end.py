@@ -1,14 +1,13 @@
 """What the end-to-end trainers share: E2E-QP, which trains step sizes, and LLM-QAT, which trains weights.
 
-The trainer is transformers' own `Trainer` with another loss and other parameters in the optimizer; schedules, logging,
+The trainer is transformers' own `Trainer` with another loss and other parameters in the optimizer; schedules,
 accumulation and DeepSpeed are those. What a killed run continues from is ours (`train.resumable`), and so is what
-happens to steps that are not finite (`train.guarded`).
+happens to steps that are not finite (`train.guarded`), and what is said of the others (`train.watched`).
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,17 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from eqat_mm.errors import ConfigError
-from eqat_mm.runtime.precision import Decided, Precision, autocast
+from eqat_mm.runtime.precision import Decided, Precision
 from eqat_mm.runtime.progress import interactive
 from eqat_mm.runtime.reporting import ReportTo
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, Seed, Settings
-from eqat_mm.train.guarded import GuardedTrainer
+from eqat_mm.train.held_out import logits_at
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 from eqat_mm.train.order import Filled, Order, Shuffled
 from eqat_mm.train.parallel import keep_precision, make_whole, placed, use_one_device
-from eqat_mm.train.watch import Console, Pace, Watch
-
-Sample = dict[str, Tensor]
+from eqat_mm.train.watched import Sample as Sample
+from eqat_mm.train.watched import WatchedTrainer
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class EndToEndConfig(Settings):
         max_steps: optimizer steps; overrides `epochs` where it is given.
         batch_size: sequences per process and forward.
         accumulation: forwards per optimizer step.
-        global_batch: sequences per optimizer step of all processes together; `accumulation` then follows from it, so that
-            a run is the same, and can go on, with any number of processes.
+        global_batch: sequences per optimizer step of all processes together; `accumulation` then follows from it, so
+            that a run is the same, and can go on, with any number of processes.
         clip_norm: largest gradient norm.
         gradient_checkpointing: recompute activations of blocks in the backward: more time, much less memory; `auto`
             does so on a GPU, for models of a billion weights and more.
@@ -81,7 +79,7 @@ class EndToEndConfig(Settings):
             self._check_warmup(self.max_steps)
 
     def among(self, processes: int) -> Self:
-        """Return these settings for a number of processes: `accumulation` follows from `global_batch`, if that is given.
+        """Return these settings for a number of processes: `accumulation` follows from `global_batch`, if it is given.
 
         Raises:
             ConfigError: the batches of all processes do not divide it.
@@ -125,7 +123,7 @@ class EndToEndConfig(Settings):
             )
 
 
-class EndToEndTrainer(GuardedTrainer):
+class EndToEndTrainer(WatchedTrainer):
     """`Trainer` of some parameters of a model, on labels or on a teacher's predictions.
 
     Args:
@@ -134,9 +132,7 @@ class EndToEndTrainer(GuardedTrainer):
             divided among the processes as what is trained is; otherwise each has the whole.
         order: of the samples; None shuffles them.
         precision: of matrix products.
-        stage: name of the method, for messages.
-        watch: who is told of its numbers, beside the console.
-        **kwargs: as for `transformers.Trainer`; `args` from `training_arguments`.
+        **kwargs: as for `WatchedTrainer`; `args` from `training_arguments`.
     """
 
     def __init__(
@@ -146,36 +142,15 @@ class EndToEndTrainer(GuardedTrainer):
         teacher: nn.Module | None = None,
         order: Order | None = None,
         precision: Decided = "float32",
-        stage: str = "training",
-        watch: Watch | None = None,
         **kwargs: Any,
     ) -> None:
         keep_precision(kwargs["args"], precision)
-        super().__init__(stage=stage, teacher=None, **kwargs)
+        super().__init__(teacher=None, precision=precision, **kwargs)
         self.groups = groups
-        self.order = order or Shuffled(len(self.samples), self.args.seed)
+        self.order = Shuffled(len(self.samples), self.args.seed) if order is None else order
         self.teacher = None if teacher is None else placed(teacher.eval().requires_grad_(False), self.args, precision)
-        self.precision = precision
         self.model_accepts_loss_kwargs = True  # compute_loss averages over all sequences of a step
         self.add_callback(_EpochOfOrder(self.order))
-        self.pace = Pace()
-        self.add_callback(_Clock(self.pace))
-        Console.replace(self, watch or Watch())
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Go forward and backward, and count the tokens."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.pace.see(inputs)
-        return loss
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Log how fast the run goes, too; all processes do at once."""
-        if "loss" in logs:
-            tokens = self.accelerator.reduce(self.pace.tokens.to(self.args.device), "sum")
-            logs |= self.pace.look(int(tokens), self.state, self.args.device)
-        super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give the optimizer what is to be trained, and nothing else."""
@@ -202,37 +177,19 @@ class EndToEndTrainer(GuardedTrainer):
     ) -> Any:
         """Return the mean loss per predicted token over the whole optimizer step."""
         columns, labels = predictions_that_count(inputs["labels"])
-        forward = {name: value for name, value in inputs.items() if name != "labels"} | {"logits_to_keep": columns}
-        with autocast(self.precision, columns.device), self.around_forward(self.model, inputs):
-            outputs = model(**forward, use_cache=False)
+        assert self.model is not None
+        with self.around_forward(self.model, inputs):
+            logits = logits_at(model, inputs, columns, self.precision)
         if self.teacher is None:
-            loss = cross_entropy(outputs.logits, labels, num_items_in_batch)
+            loss = cross_entropy(logits, labels, num_items_in_batch)
         else:
-            with (
-                torch.no_grad(),
-                autocast(self.precision, columns.device),
-                self.around_forward(self.teacher, inputs),
-            ):
-                wanted = self.teacher(**forward, use_cache=False).logits
-            loss = kl_divergence(outputs.logits, wanted, labels, num_items_in_batch)
+            with torch.no_grad(), self.around_forward(self.teacher, inputs):
+                wanted = logits_at(self.teacher, inputs, columns, self.precision)
+            loss = kl_divergence(logits, wanted, labels, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)  # gradients then tell all processes
-        return (loss, outputs) if return_outputs else loss
-
-    def around_forward(self, model: nn.Module, inputs: Sample) -> AbstractContextManager[None]:
-        """Return the context in which a model, trained or teacher, sees a batch; nothing special by default."""
-        return nullcontext()
-
-
-class _Clock(transformers.TrainerCallback):
-    """Starts the clock when training does."""
-
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
-
-    def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
-        self.pace.begin(state.global_step)
+        return (loss, logits) if return_outputs else loss
 
 
 class _EpochOfOrder(transformers.TrainerCallback):
@@ -282,6 +239,7 @@ def run_trainer(trainer: EndToEndTrainer) -> list[dict[str, Any]]:
     else:
         trainer.train(resume_from_checkpoint=None if path is None else str(path))
         make_whole(trainer.model)
+    trainer.take_best()
     trainer.require_steps()
     trainer.require_finite()
     return list(trainer.state.log_history)

@@ -36,7 +36,7 @@ class GuardedTrainer(ResumableTrainer):
         **kwargs: as for `transformers.Trainer`.
     """
 
-    def __init__(self, *, stage: str, teacher: nn.Module | None, **kwargs: Any) -> None:
+    def __init__(self, *, stage: str = "training", teacher: nn.Module | None, **kwargs: Any) -> None:
         args: transformers.TrainingArguments = kwargs["args"]
         ahead = 3 * args.per_device_train_batch_size * args.gradient_accumulation_steps  # a batch is read early
         self.samples = Remembered(kwargs["train_dataset"], ahead)

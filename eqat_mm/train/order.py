@@ -92,5 +92,5 @@ class WithBlank(Dataset[dict[str, Tensor]]):
         if index < len(self.samples):
             sample: dict[str, Tensor] = self.samples[index]
             return sample
-        first = self.samples[0]
+        first: dict[str, Tensor] = self.samples[0]
         return first | {"labels": torch.full_like(first["labels"], IGNORED)}

@@ -37,6 +37,8 @@ from eqat_mm.train.parallel import shape_of, whole
 
 T = TypeVar("T")
 
+_BEST = "best-{}.safetensors"
+
 
 class ResumableTrainer(transformers.Trainer):
     """`Trainer` whose runs end with the same bytes whether they were stopped or not."""
@@ -68,6 +70,27 @@ class ResumableTrainer(transformers.Trainer):
         """Give the model what was trained until a checkpoint, and the Trainer its state."""
         self._take_trained(path)
         self.state = transformers.TrainerState.load_from_json(str(path / STATE))
+
+    def note_best(self, step: int) -> None:
+        """Write what is trained now into the one file of its kind; all processes do at once."""
+        path = self.folder / _BEST.format(step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written(path):
+            self._write_tensors(path, ((name, whole(value)) for name, value in self.trained()))
+        for other in self.folder.glob(_BEST.format("*")) if self.is_world_process_zero() else ():
+            if other != path:
+                other.unlink()
+
+    @torch.no_grad()
+    def take_noted(self, step: int) -> bool:
+        """Give the model, whole in every process, what was noted at a step; return whether it is there."""
+        path = self.folder / _BEST.format(step)
+        if not path.is_file():
+            return False
+        values = load_file(path)
+        for name, parameter in self.trained():
+            parameter.copy_(values[name])
+        return True
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Create the schedule; behind its last step it stays where it is."""

@@ -1,4 +1,4 @@
-"""Watching an end-to-end trainer: a line now and then on the console, the same live in metrics.jsonl, and a dashboard."""
+"""Watching an end-to-end trainer: lines on the console, the same numbers live in metrics.jsonl and on a dashboard."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Console(transformers.TrainerCallback):
             say(line_of(record, state.max_steps))
         elif "held_out_loss" in record:
             kl = f"  KL {record['held_out_kl']:.4f}" if "held_out_kl" in record else ""
-            say(f"{_at(record['step'], state.max_steps)}  held out  loss {record['held_out_loss']:.4f}{kl}")
+            say(f"{_at(state.global_step, state.max_steps)}  held out  loss {record['held_out_loss']:.4f}{kl}")
 
 
 class _Bar(ProgressCallback):

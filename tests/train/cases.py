@@ -139,7 +139,9 @@ def _e2e_qp(place: Path, arch: Arch, trains: Any) -> Case:
     samples = _samples(place, arch)
     blank = None if arch.projector is None else blank_image(samples.dataset[1])
 
-    def train(model: PreTrainedModel, folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    def train(
+        model: PreTrainedModel, folder: Path, watch: Any = None, held_out: Any = None, **changes: Any
+    ) -> list[dict[str, Any]]:
         config = replace(settings, **changes)
         return run_e2e_qp(
             model,
@@ -151,6 +153,8 @@ def _e2e_qp(place: Path, arch: Arch, trains: Any) -> Case:
             blank=blank,
             collator=samples.collator,
             order=samples.order,
+            watch=watch,
+            held_out=held_out,
         )
 
     return Case(make, train)

@@ -6,15 +6,15 @@ A launcher is started once for all cases. What it takes ten seconds for, one pro
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from llava_adapters.registry import known_archs
 from tests.commands.launching import DATA_PARALLEL, ROOT, environment
-from tests.tolerances import assert_close
+from tests.tolerances import TOLERANCES
 from tests.train.cases import cases_in
 from tests.train.contract import STEPS, Contract
 
@@ -68,7 +68,14 @@ def check(contract: Contract) -> None:
         for found in (whole, contract.result(world, "continued")):
             assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
             for name, value in alone["weights"].items():
-                assert_close(found["weights"][name], value, "model")
+                assert_all_but_close(found["weights"][name], value)
+
+
+def assert_all_but_close(found: Tensor, expected: Tensor) -> None:
+    """As close as models are, but for one number in a hundred: Adam makes a whole step of the sign of a last bit."""
+    difference = (found - expected).abs() / expected.abs().max()
+    assert (difference > TOLERANCES["model"][torch.float32]).float().mean() < 0.01
+    assert difference.max() < 0.05
 
 
 def test_stopped_equals_whole(tmp_path: Path) -> None:
