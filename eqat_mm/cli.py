@@ -145,7 +145,10 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     warnings.showwarning = _show_warning
     _print_anything()
     if "LOCAL_RANK" in os.environ:
+        from eqat_mm.runtime.quiet import quiet_libraries
+
         end_with_launcher()
+        quiet_libraries()
     try:
         with stoppable():
             if name not in COMMANDS:
@@ -171,7 +174,9 @@ def run_command(name: str, argv: Sequence[str]) -> int:
 
 def _refused(error: EqatError) -> int:
     from eqat_mm.runtime.progress import complain
+    from eqat_mm.runtime.quiet import leave_it_to_the_first
 
+    leave_it_to_the_first()
     complain(f"{type(error).__name__}\n{error}")
     return 2
 
@@ -243,7 +248,10 @@ def _flags_of_spec(job_class: type[Any]) -> tuple[str, str]:
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
-    print(f"{category.__name__}: {message}", file=sys.stderr)
+    from eqat_mm.runtime.progress import speaks
+
+    if speaks() and not issubclass(category, FutureWarning):  # which is for the developers of what warns
+        print(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def _overview() -> str:

@@ -122,19 +122,6 @@ def test_the_file_is_checked_without_a_launcher_too(tmp_path: Path, monkeypatch:
         deepspeed_settings(EndToEndConfig(deepspeed=written(tmp_path, b"{")))
 
 
-def test_one_process_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = EndToEndConfig(deepspeed=written(tmp_path, b"{"))
-    waited: list[float] = []
-    monkeypatch.setattr(module.time, "sleep", waited.append)
-    with pytest.raises(ConfigError):
-        deepspeed_settings(job)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as ended:
-        deepspeed_settings(job)
-    assert ended.value.code == 2
-    assert waited == [module._UNTIL_ENDED]
-
-
 @pytest.mark.parametrize("command", ["e2e-qp", "llm-qat"])
 def test_a_bad_file_ends_a_command_before_it_looks_for_a_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
