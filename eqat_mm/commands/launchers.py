@@ -72,7 +72,6 @@ def training_run(
         with arguments.main_process_first(local=False):
             job = settled(job, place, {"precision": lambda: resolve("auto", device)})
             wanted = asked(command, job, device, inputs, samples_per_step=_samples_per_step(arguments))
-            wanted.environment["accumulation"] = job.accumulation
             run = stack.enter_context(
                 opened_run(
                     place,

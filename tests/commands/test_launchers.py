@@ -114,9 +114,11 @@ def test_a_run_goes_on_in_one_process_and_says_so(place: Path) -> None:
     assert "samples_per_step=4" in refused.stderr
     assert "--global_batch" in refused.stderr
     said = run_well(command(place, "moved", ALONE, **options | {"max_steps": 90}))
-    assert "accumulation 2 (was 1)" in said
     assert "processes 1 (was 2)" in said
-    assert read_json(place / "moved" / "run.json")["environment"]["processes"] == 2
+    record = read_json(place / "moved" / "run.json")
+    assert record["environment"]["processes"] == 2
+    assert record["config"]["accumulation"] == 1
+    assert record["decides"]["samples_per_step"] == 8
     whole = command(place, "alone-90", ALONE, **options | {"max_steps": 90})
     run_well(whole)
     assert_same_result(place, "moved", "alone-90")
