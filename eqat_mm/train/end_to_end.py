@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.precision import Decided, Precision
-from eqat_mm.runtime.progress import interactive
+from eqat_mm.runtime.progress import interactive, say
 from eqat_mm.runtime.reporting import ReportTo
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, Seed, Settings
 from eqat_mm.train.held_out import logits_at
@@ -94,6 +94,11 @@ class EndToEndConfig(Settings):
                 given=f"forwards of {forward} samples: --batch_size {self.batch_size} in each of {processes} processes",
                 allowed=f"a multiple of {forward}: every forward of a step is full",
                 do=self._mended_batch(self.global_batch, processes),
+            )
+        if self.accumulation not in (accumulation, type(self).accumulation):
+            say(
+                f"--global_batch {self.global_batch} in {processes} processes is --accumulation {accumulation}, "
+                f"not {self.accumulation}"
             )
         return replace(self, accumulation=accumulation)
 

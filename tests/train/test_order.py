@@ -46,6 +46,14 @@ def test_accumulation_follows_from_the_global_batch() -> None:
     assert config.among(8).among(2).accumulation == 4
 
 
+def test_an_accumulation_that_does_not_count_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    E2EQPConfig(batch_size=4, accumulation=3, global_batch=32).among(2).among(2)
+    E2EQPConfig(batch_size=4, global_batch=32).among(2)
+    E2EQPConfig(batch_size=4, accumulation=4, global_batch=32).among(2)
+    said = "--global_batch 32 in 2 processes is --accumulation 4, not 3\n"
+    assert capsys.readouterr().out == said
+
+
 def test_without_a_global_batch_accumulation_stays() -> None:
     assert E2EQPConfig(batch_size=4, accumulation=3).among(8).accumulation == 3
 
