@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import transformers
 from torch.utils.data import Dataset
@@ -68,13 +70,19 @@ def image_text_samples(folder: Path, config: ImageTextData, step: int, problems:
     processor = load_processor(folder)
     fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
     data = image_text_data(processor, config, problems)
-    digest = data.digest()
-    training, held_out = divided(data, config.held_out if config.held_out_source is None else 0, config.seed)
-    if config.held_out_source is not None:
-        other = replace(config, source=config.held_out_source, count=config.held_out or None)
-        held_out, _ = divided(image_text_data(processor, other), 0, config.seed)
+    training, held_out, digest = _apart(data, config, lambda other: image_text_data(processor, other))
     order = SampleOrder(
         training.lengths, training.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
     )
     collator = Collator(processor.tokenizer)
-    return Samples(training, collator, order, digest, sum(training.text_only), held_out if len(held_out) else None)
+    return Samples(training, collator, order, digest, sum(training.text_only), held_out)
+
+
+def _apart(data: Any, config: ImageTextData, read: Callable[[ImageTextData], Any]) -> tuple[Any, Any, str]:
+    """Return what is trained on, what is held out, if anything is, and a hash of both."""
+    if config.held_out_source is not None:
+        other = read(replace(config, source=config.held_out_source, count=config.held_out or None))
+        return data, other, data.digest() + other.digest()
+    if config.held_out:
+        return *divided(data, config.held_out, config.seed), data.digest()
+    return data, None, data.digest()

@@ -21,6 +21,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from eqat_mm.errors import EqatError
 from eqat_mm.train.checkpoints import (
+    KEPT,
     STATE,
     TRAINED,
     Facts,
@@ -72,14 +73,15 @@ class ResumableTrainer(transformers.Trainer):
         self.state = transformers.TrainerState.load_from_json(str(path / STATE))
 
     def note_best(self, step: int) -> None:
-        """Write what is trained now into the one file of its kind; all processes do at once."""
+        """Write what is trained now, beside what was noted before; all processes do at once."""
         path = self.folder / _BEST.format(step)
         self.folder.mkdir(parents=True, exist_ok=True)
         with written(path):
             self._write_tensors(path, ((name, whole(value)) for name, value in self.trained()))
-        for other in self.folder.glob(_BEST.format("*")) if self.is_world_process_zero() else ():
-            if other != path:
-                other.unlink()
+        if self.is_world_process_zero():
+            noted = sorted(self.folder.glob(_BEST.format("*")), key=lambda file: file.stat().st_mtime_ns)
+            for old in noted[:-KEPT]:  # a run that goes on from before the last may need the one before
+                old.unlink()
 
     @torch.no_grad()
     def take_noted(self, step: int) -> bool:

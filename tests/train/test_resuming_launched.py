@@ -91,7 +91,15 @@ def test_a_checkpoint_has_no_frozen_weights(case_of: Callable[[str, str], Case],
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("zero-1", "ddp"), ("ddp", "zero-2"), ("zero-2", "zero-3"), ("zero-3", "zero-1")]
+    ("before", "after"),
+    [
+        ("zero-1", "ddp"),
+        ("ddp", "zero-2"),
+        ("zero-2", "zero-3"),
+        ("zero-3", "zero-1"),
+        ("zero-2-offload", "zero-2-offload"),
+        ("zero-3", "zero-2-offload"),
+    ],
 )
 @pytest.mark.parametrize("trains", ["scales+projector", "lora"])
 def test_a_run_goes_on_under_another_kind(
