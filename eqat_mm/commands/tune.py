@@ -12,8 +12,10 @@ import transformers
 from torch import Tensor
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
+from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
 from eqat_mm.checkpoint.read import load
-from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
+from eqat_mm.checkpoint.speaker import restyled
+from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.deepspeed_file import deepspeed_settings
 from eqat_mm.commands.launchers import training_run, watched, whole_models
@@ -98,6 +100,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
         inputs["model"] = require_teacher(model_folder(job.model))
     elif _judges_by_full_precision(job):
         require_teacher(model_folder(job.model))
+    style = {} if job.conversations is None else restyled(base, job.conversations.style)
     samples = _samples(base, job, folder)
     job.check_warmup_of(len(samples.dataset), processes())  # type: ignore[arg-type]
     verify_checkpoint(base)
@@ -109,7 +112,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
                 model, log = _trained(job, base, samples, arguments, watch)
             if arguments.process_index == 0:
                 write_jsonl(folder / "metrics.jsonl", log)
-                save_like(model, folder / "model", base, stage, run.record)
+                save_like(model, folder / "model", base, stage, run.record, style)
                 run.finish()
                 say_late(problems_of(folder))
                 say(f"checkpoint: {folder / 'model'}")
@@ -213,11 +216,12 @@ def _blank(samples: Samples) -> dict[str, Tensor] | None:
 def _require_block_ap(base: Path, job: E2EQPJob) -> None:
     if (base / MANIFEST).is_file():
         return
+    makes = f"make it first: {_block_ap_command(base, job)}, or name one with --quantized"
     raise CheckpointError(
         where=f"--quantized {base}",
         given="no packed checkpoint there",
         allowed="the output of Block-AP (or of round-to-nearest)",
-        do=f"make it first: {_block_ap_command(base, job)}, or name one with --quantized",
+        do=makes if base.name == "model" else "check the path: it is the folder `model` of a run",
     )
 
 

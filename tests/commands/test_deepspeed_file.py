@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from eqat_mm.cli import main
-from eqat_mm.commands import deepspeed_file as module
 from eqat_mm.commands.deepspeed_file import checked, deepspeed_settings
+from eqat_mm.commands.recipes import deepspeed_path
 from eqat_mm.errors import ConfigError
 from eqat_mm.train.end_to_end import EndToEndConfig
 from tests.checkpoint.files import assert_four_lines
@@ -55,7 +55,7 @@ def refusal(name: str, job: EndToEndConfig = JOB) -> ConfigError:
 def test_shipped_settings_are_taken_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = checked(name, JOB, 2)
     assert found.stage == int(name[5])
-    assert json.loads(str(found)) == found.settings == json.loads(module.deepspeed_path(name).read_text())
+    assert json.loads(str(found)) == found.settings == json.loads(deepspeed_path(name).read_text())
     assert capsys.readouterr().out == ""
 
 

@@ -9,7 +9,6 @@ import warnings
 import pytest
 
 from eqat_mm import cli
-from eqat_mm.cli import main
 from eqat_mm.runtime import quiet
 from eqat_mm.runtime.quiet import quiet_libraries
 
@@ -72,16 +71,3 @@ def test_warnings_are_for_the_user_and_said_once(
         monkeypatch.setattr(warnings, "showwarning", cli._show_warning)
         warnings.warn("look", category, stacklevel=1)
     assert capsys.readouterr().err == expected
-
-
-@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [quiet._UNTIL_ENDED])])
-def test_the_first_process_of_a_machine_says_what_is_wrong_and_the_others_later(
-    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, waits: list[float]
-) -> None:
-    waited: list[float] = []
-    environment.setattr(quiet.time, "sleep", waited.append)
-    environment.setattr("eqat_mm.runtime.signals.end_with_launcher", lambda: None)
-    environment.setenv("LOCAL_RANK", rank)
-    assert main(["no-such-command"]) == 2
-    assert waited == waits
-    assert capsys.readouterr().err.startswith("ConfigError")
