@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,13 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eqat_mm import __version__
-from eqat_mm.errors import ConfigError, EqatError, explained_system_error
+from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.ending import status_of, to_its_end
+from eqat_mm.runtime.launcher import end_with_launcher
+from eqat_mm.runtime.signals import stoppable
 
 if TYPE_CHECKING:
     from eqat_mm.commands.outline import Option
     from eqat_mm.commands.typed import Typed
 
-__all__ = ["main", "run_command"]
+__all__ = ["main", "run_command", "script"]
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,15 @@ COMMANDS: dict[str, _Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `eqat`; returns the exit status: 0, 2 for a user's error, 128 + N when stopped by signal N."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Entry point of `eqat`; returns the exit status: 0, 2 for a user's error, 128 + N when stopped by signal N.
+
+    Args:
+        argv: the command and its arguments; None takes those of this process, which then ends with that status
+            whenever a signal comes.
+    """
+    if argv is None:
+        return to_its_end(lambda: main(sys.argv[1:]))
+    arguments = list(argv)
     if arguments[:1] == ["--version"]:
         print(__version__)
         return 0
@@ -152,33 +161,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(arguments[0], arguments[1:])
 
 
+def script(name: str) -> int:
+    """Entry point of what a launcher starts: a command, with the arguments of this process; returns the exit status."""
+    return to_its_end(lambda: run_command(name, sys.argv[1:]))
+
+
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command with its own arguments, those of a launcher left out; returns the exit status."""
-    from eqat_mm.runtime.progress import silence
-    from eqat_mm.runtime.signals import end_with_launcher, stoppable
-
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]  # deepspeed adds it
     warnings.showwarning = _show_warning
     _print_anything()
     if "LOCAL_RANK" in os.environ:
+        from eqat_mm.runtime.quiet import quiet_libraries
+
         end_with_launcher()
-    try:
-        with stoppable():
-            _run(name, argv)
-    except EqatError as error:
-        return _refused(error)
-    except BrokenPipeError:  # whoever reads what it writes has seen enough
-        silence(sys.stdout)
-        return 128 + signal.SIGPIPE
-    except Exception as error:
-        if (explained := explained_system_error(error)) is None:
-            raise
-        return _refused(explained)
-    except KeyboardInterrupt as stop:
-        number = getattr(stop, "signal", signal.SIGINT)
-        print("interrupted; the same command continues from what was saved last", file=sys.stderr)
-        return 128 + int(number)
-    return 0
+        quiet_libraries()
+    return status_of(lambda: _run(name, argv))
 
 
 def _run(name: str, argv: Sequence[str]) -> None:
@@ -193,14 +191,9 @@ def _run(name: str, argv: Sequence[str]) -> None:
         options = list(options_of(COMMANDS[spelled].load()[0]))
     settled = _settled(spelled, options, typed(spelled, options, argv))
     job_class, function = COMMANDS[spelled].load()
-    function(_job(spelled, job_class, settled))
-
-
-def _refused(error: EqatError) -> int:
-    from eqat_mm.runtime.progress import complain
-
-    complain(f"{type(error).__name__}\n{error}")
-    return 2
+    job = _job(spelled, job_class, settled)
+    with stoppable():
+        function(job)
 
 
 def _print_anything() -> None:
@@ -283,7 +276,10 @@ def _unknown_command(name: str) -> ConfigError:
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
-    print(f"{category.__name__}: {message}", file=sys.stderr)
+    from eqat_mm.runtime.progress import speaks
+
+    if speaks() and not issubclass(category, FutureWarning):  # which is for the developers of what warns
+        print(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def _overview() -> str:

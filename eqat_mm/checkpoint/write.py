@@ -25,12 +25,12 @@ from eqat_mm.checkpoint.layout import (
     quantization_config,
     to_bytes,
 )
+from eqat_mm.checkpoint.manifest import ADAPTER, Manifest
 from eqat_mm.checkpoint.origin import Origin
 from eqat_mm.checkpoint.seal import seal
 from eqat_mm.checkpoint.shards import save_shard
 from eqat_mm.checkpoint.speaker import restyled, write_over
 from eqat_mm.checkpoint.unfinished import folder_in_the_making, replace_files, require_place
-from eqat_mm.checkpoint.verify import ADAPTER, Manifest
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
 from eqat_mm.quant.grid import as_stored

@@ -66,7 +66,6 @@ ANSWERS: dict[str, str] = {
     "mm_projector_type": "leave it out: the model says it",
     "mm_vision_select_layer": "leave it out: the model says it",
     "optim": "leave it out: it is AdamW",
-    "report_to": "leave it out: the log is metrics.jsonl in the run folder",
     "resume": "a stopped run goes on with the same command; --overwrite begins anew",
     "resume_from_checkpoint": "a stopped run goes on with the same command; --overwrite begins anew",
     "save_strategy": "leave it out: --save_steps says when",

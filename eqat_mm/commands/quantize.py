@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from eqat_mm.blocks.source import OpenModel, open_model
-from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
-from eqat_mm.commands.models import model_folder, require_finite, require_model
+from eqat_mm.checkpoint.companions import TOKENIZER, files_like
+from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.commands.models import model_folder, refuse_packed, require_finite, require_model
 from eqat_mm.commands.preflight import announce_block_ap
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import asked, default_output, opened_run, settings, settled
 from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.data.windows import digest_of, text_windows
-from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.place import Place
@@ -24,6 +24,7 @@ from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import require_same_everywhere
 from eqat_mm.runtime.ranks import Ranks, launched_ranks, own_device
+from eqat_mm.runtime.reporting import reporter, require_reporter
 from eqat_mm.runtime.run import Run
 from eqat_mm.runtime.settings import Settings
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap
@@ -82,6 +83,7 @@ def block_ap(job: BlockAPJob) -> Path:
         EqatError: any bad input, before anything is written.
     """
     job.calibration.require_source("--calibration.source")
+    require_reporter(job.report_to)
     device = best_device(own_device(job.device))
     with launched_ranks(device) as ranks:
         return _block_ap(job, device, ranks)
@@ -111,7 +113,9 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     with opened_run(place, wanted, prepare, overwrite=job.overwrite, from_first=ranks.from_first) as run:
         if not run.finished:
             options: dict[str, Any] = {"device": device, "source": job.model, "provenance": run.record, "ranks": ranks}
+            options["reporter"] = reporter(job.report_to, folder, settings(job))
             run_block_ap(opened, batches, job, folder, **options)
+            options["reporter"].close()
             ranks.from_first(run.finish)
             say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
@@ -141,6 +145,8 @@ def rtn(job: RTNJob) -> Path:
     """
     opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.quant)
+    if files_like(opened.folder, TOKENIZER):  # it goes into the checkpoint
+        load_tokenizer(opened.folder)
     folder = job.output or default_output(job.model, job.quant) / "rtn"
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
 
@@ -164,13 +170,7 @@ def open_full_precision(model: str, adapter: str | None) -> OpenModel:
     """
     folder = model_folder(model)
     require_model(folder)
-    if is_packed(folder):
-        raise ConfigError(
-            where=f"--model {model}",
-            given="a checkpoint that is quantized already",
-            allowed="a full-precision model",
-            do="name the model it was made from",
-        )
+    refuse_packed(model, folder)
     opened = open_model(folder, arch_of_folder(folder, adapter))
     require_finite(opened.source)
     return opened
