@@ -61,8 +61,12 @@ def recipes_of(family: Family) -> Iterator[Recipe]:
 
 def _recipe(family: Family, stage: str, bits: str | None, group_size: int | None = None) -> Recipe:
     settings = family.settings(stage, bits, group_size)
-    if not stage.endswith(("demo", "demo-vlm", "table")):
-        settings = {"recipe_for": [family.name], **settings}
+    tuned = {"recipe_for": [family.name]}
+    if stage.endswith(("demo", "demo-vlm", "table")):  # of several commands, each with its model
+        stages = {name: value for name, value in settings.items() if isinstance(value, dict) and "model" in value}
+        settings |= {name: {**tuned, **value} for name, value in stages.items()}
+    else:
+        settings = {**tuned, **settings}
     spec = _spec_of(settings, bits)
     return Recipe("-".join([family.name, *spec, stage]), stage, family.name, settings)
 

@@ -176,6 +176,12 @@ def test_no_recipe_but_those_of_demos_names_a_model() -> None:
         assert found.settings.get("recipe_for", [found.family]) == [found.family]
 
 
+def test_the_commands_of_a_demo_are_tuned_for_its_model() -> None:
+    demo, table = job_of("demo"), job_of("llm-qat-table")
+    for job in (demo.block_ap, demo.e2e_qp, demo.e2e_qp_only, table.train):
+        assert (job.model, job.recipe_for) == ("smollm2-135m", ("smollm2-135m",))
+
+
 def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "own.yaml"
     own.touch()
