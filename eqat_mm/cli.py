@@ -96,6 +96,12 @@ def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
     return AssetsJob, assets
 
 
+def _verify() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.verify import VerifyJob, verify
+
+    return VerifyJob, verify
+
+
 def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.plan import PlanJob, plan
 
@@ -120,6 +126,7 @@ COMMANDS: dict[str, _Command] = {
     "eval": _Command("perplexity on held-out text, KL and agreement with a reference", _eval),
     "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
+    "verify": _Command("check every file of a packed checkpoint against its hash", _verify),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
 }
 
