@@ -72,6 +72,12 @@ def _generate() -> tuple[type[Any], Callable[[Any], Any]]:
     return GenerateJob, generate
 
 
+def _chat() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.chat import ChatJob, chat
+
+    return ChatJob, chat
+
+
 def _generate_data() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.generate_data import GenerateDataJob, generate_data
 
@@ -125,6 +131,7 @@ COMMANDS: dict[str, _Command] = {
     ),
     "eval": _Command("perplexity on held-out text, KL and agreement with a reference", _eval),
     "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
+    "chat": _Command("talk with a model, about images if shown, line by line", _chat),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
     "verify": _Command("check every file of a packed checkpoint against its hash", _verify),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),

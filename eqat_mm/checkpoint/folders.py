@@ -14,7 +14,6 @@ from eqat_mm.blocks.source import CheckedFolder, check_folder
 from eqat_mm.blocks.weights import WeightSource, is_finite
 from eqat_mm.checkpoint.companions import PROCESSOR, TOKENIZER, files_like
 from eqat_mm.checkpoint.manifest import MANIFEST
-from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import verify_all_but_weights
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
@@ -60,6 +59,8 @@ def load_for_inference(
     Raises:
         CheckpointError: a packed model is damaged; a full-precision one is not whole, quantized already or not finite.
     """
+    from eqat_mm.checkpoint.read import load  # what is read can be written, with the processor that lies here
+
     if is_packed(folder):
         return load(folder, dtype=dtype, device=device)
     checked, kept = check_full_precision(folder), unquantized_dtype(dtype, device)

@@ -8,10 +8,10 @@ from pathlib import Path
 import transformers
 from torch.utils.data import Dataset
 
-from eqat_mm.checkpoint.folders import load_processor, load_tokenizer
+from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.checkpoint.speaker import load_speaker, style_digest
 from eqat_mm.data.batching import Collator, SampleOrder
 from eqat_mm.data.image_text import ImageTextData, image_text_data
-from eqat_mm.data.processors import fit_processor
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.train.end_to_end import Sample, WindowDataset
 
@@ -62,10 +62,10 @@ def image_text_samples(folder: Path, config: ImageTextData, step: int, problems:
     Raises:
         EqatError: unreadable data, bad samples, or a model without a processor, or with another model's.
     """
-    processor = load_processor(folder)
-    fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
+    processor = load_speaker(folder, config.style)
     data = image_text_data(processor, config, problems)
     order = SampleOrder(
         data.lengths, data.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
     )
-    return Samples(data, Collator(processor.tokenizer), order, data.digest(), sum(data.text_only))
+    digest = f"{data.digest()} {style_digest(processor)}"
+    return Samples(data, Collator(processor.tokenizer), order, digest, sum(data.text_only))

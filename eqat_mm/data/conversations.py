@@ -50,7 +50,7 @@ _SOURCES = "a .json or .jsonl file in LLaVA's format, hf:NAME[:CONFIG[:SPLIT]] o
 
 
 class Turn(NamedTuple):
-    """One turn: who speaks, and the text without white space at its ends."""
+    """One turn: who speaks, and the text as it is written, white space at its ends included."""
 
     role: Role
     text: str
@@ -228,8 +228,8 @@ def _turn(item: Any, number: int) -> Turn:
     role = _ROLES.get(item["from"])
     if role is None:
         raise BadSample(f"unknown speaker {item['from']!r:.40} in turn {number} (known: {', '.join(_ROLES)})")
-    text = item["value"].strip()
-    if not text:
+    text = item["value"]
+    if not text.strip():
         raise BadSample(f"empty {'answer' if role == 'assistant' else 'text'} in turn {number}")
     if role != "user" and IMAGE in text:
         raise BadSample(f"{IMAGE} in turn {number}, which is the {role}'s")

@@ -43,6 +43,7 @@ from eqat_mm.data.problems import (
     refusals,
     report,
 )
+from eqat_mm.data.style import AUTO, ImageShape, Style, require_template
 from eqat_mm.data.text_files import package_missing
 from eqat_mm.errors import DataError
 from eqat_mm.runtime.seeding import generator
@@ -58,6 +59,10 @@ class ImageTextData(Settings, option="conversations"):
             `eqat_mm.data.conversations`).
         image_folder: what the records' image paths are relative to. Default: the folder of the source file.
         count: number of records, drawn at random; None takes all.
+        template: of the conversation: `auto` (the one that the model was trained with), `vicuna_v1`, `model` (the one
+            in its folder), or the path of a .jinja file. The checkpoint keeps it.
+        images: what becomes of images that are no squares: `pad`, `crop`, `model` (what its folder says), or `auto`
+            (what the model was trained with). The checkpoint keeps it.
         max_length: most tokens of a sample, those of its images counted. Longer ones are bad samples.
         check: how images are checked before training: `header`, or `decode`, which takes as long as reading them all.
         on_bad_sample: `error` stops before training, `skip` leaves bad samples out and says how many.
@@ -70,12 +75,23 @@ class ImageTextData(Settings, option="conversations"):
     source: str = EASY_VQA
     image_folder: Path | None = None
     count: Count | None = None
+    template: str = AUTO
+    images: ImageShape = AUTO
     max_length: Count = 2048
     check: Literal["header", "decode"] = "header"
     on_bad_sample: OnBadSample = "error"
     max_skipped: Fraction = 0.1
     text_warmup_steps: CountOrZero = 0
     seed: Seed = 0
+
+    def check_together(self) -> None:
+        """Check that the template is there, before anything is read."""
+        require_template(self.template, f"--{self.option}template")
+
+    @property
+    def style(self) -> Style:
+        """How the model is addressed."""
+        return Style(self.template, self.images)
 
 
 class ImageTextDataset(Dataset[dict[str, Tensor]]):
