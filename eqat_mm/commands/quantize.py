@@ -15,7 +15,8 @@ from eqat_mm.commands.models import model_folder, refuse_packed, require_finite,
 from eqat_mm.commands.preflight import announce_block_ap
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import asked, default_output, opened_run, settings, settled
-from eqat_mm.data.windows import TextWindows, digest_of, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import digest_of, text_windows
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.place import Place
@@ -23,6 +24,7 @@ from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import require_same_everywhere
 from eqat_mm.runtime.ranks import Ranks, launched_ranks, own_device
+from eqat_mm.runtime.reporting import reporter, require_reporter
 from eqat_mm.runtime.run import Run
 from eqat_mm.runtime.settings import Settings
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap
@@ -46,7 +48,7 @@ class BlockAPJob(BlockAPConfig):
         recipe_for: models that these settings were tuned for (set by recipes).
     """
 
-    model: str = "smollm2-135m"
+    model: str = field(kw_only=True)
     output: Path | None = None
     calibration: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
     adapter: str | None = None
@@ -67,7 +69,7 @@ class RTNJob(Settings):
         overwrite: discard a checkpoint that is already in the output folder.
     """
 
-    model: str = "smollm2-135m"
+    model: str
     output: Path | None = None
     quant: QuantSpec = field(default_factory=QuantSpec)
     adapter: str | None = None
@@ -80,6 +82,8 @@ def block_ap(job: BlockAPJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    job.calibration.require_source("--calibration.source")
+    require_reporter(job.report_to)
     device = best_device(own_device(job.device))
     with launched_ranks(device) as ranks:
         return _block_ap(job, device, ranks)
@@ -109,7 +113,9 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     with opened_run(place, wanted, prepare, overwrite=job.overwrite, from_first=ranks.from_first) as run:
         if not run.finished:
             options: dict[str, Any] = {"device": device, "source": job.model, "provenance": run.record, "ranks": ranks}
+            options["reporter"] = reporter(job.report_to, folder, settings(job))
             run_block_ap(opened, batches, job, folder, **options)
+            options["reporter"].close()
             ranks.from_first(run.finish)
             say(f"checkpoint: {folder / 'model'}")
     return folder / "model"

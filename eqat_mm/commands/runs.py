@@ -38,9 +38,11 @@ _HARMLESS = (
     "device",
     "deepspeed",
     "logging_steps",
+    "report_to",
     "save_steps",
     "batch_size",
     "accumulation",
+    "global_batch",
     "gradient_checkpointing",
     "spool",
     "commit",
@@ -229,3 +231,5 @@ def _named(config: dict[str, Any], name: str) -> Iterator[str]:
             yield from _named(value, name)
         elif key == name and isinstance(value, str):
             yield value
+        elif key == name and isinstance(value, list):
+            yield from (each["path"] for each in value)
