@@ -106,6 +106,12 @@ def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
     return AssetsJob, assets
 
 
+def _verify() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.verify import VerifyJob, verify
+
+    return VerifyJob, verify
+
+
 def _recipes() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.recipe_list import RecipesJob, list_recipes
 
@@ -137,6 +143,7 @@ COMMANDS: dict[str, _Command] = {
     "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
     "chat": _Command("talk with a model, about images if shown, line by line", _chat),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
+    "verify": _Command("check every file of a packed checkpoint against its hash", _verify),
     "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
 }

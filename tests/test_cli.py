@@ -20,7 +20,7 @@ from eqat_mm.runtime.settings import limits_in, settings_in
 from tests.tiny_model import Tiny, save_tiny
 
 NAMES = sorted(COMMANDS)
-NEEDS_A_MODEL = ("block-ap", "chat", "e2e-qp", "eval", "generate", "generate-data", "llm-qat", "plan", "rtn")
+NEEDS_A_MODEL = ("block-ap", "chat", "e2e-qp", "eval", "generate", "generate-data", "llm-qat", "plan", "rtn", "verify")
 RECIPES = recipe_names()
 MODEL = {name: ["--model", "m"] for name in NAMES if name in NEEDS_A_MODEL}
 

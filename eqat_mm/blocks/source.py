@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ def empty_model(config: transformers.PreTrainedConfig, arch: Arch) -> transforme
     """
     build = getattr(transformers, arch.auto_class).from_config
     with init_empty_weights(include_buffers=False):
-        model: transformers.PreTrainedModel = build(config, dtype=torch.float32)
+        model: transformers.PreTrainedModel = build(copy.deepcopy(config), dtype=torch.float32)
+    model.config.dtype = config.dtype  # what the files hold
     model.eval()
     return model
 

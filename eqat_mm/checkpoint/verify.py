@@ -46,6 +46,16 @@ def verify_all_but_weights(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     _require_hashes(folder, {name: digest for name, digest in manifest.files.items() if not _is_weights(name)})
+    require_listed(folder, manifest)
+    return manifest
+
+
+def require_listed(folder: Path, manifest: Manifest) -> None:
+    """Check that every file that decides what the model computes is in the manifest.
+
+    Raises:
+        CheckpointError: one is not.
+    """
     for name in sorted(_must_be_listed(folder, manifest) - manifest.files.keys()):
         raise CheckpointError(
             where=f"{folder / MANIFEST}: files",
@@ -53,7 +63,6 @@ def verify_all_but_weights(folder: Path) -> Manifest:
             allowed="the hash of every file that decides what the model computes",
             do=f"if {name} was put there later, take it away again; else copy or make the checkpoint again",
         )
-    return manifest
 
 
 def _is_weights(name: str) -> bool:
@@ -62,15 +71,21 @@ def _is_weights(name: str) -> bool:
 
 def _require_hashes(folder: Path, files: Mapping[str, str]) -> None:
     for name, expected in files.items():
-        path = folder / name
-        given = sha256_of(path) if path.is_file() else "no such file"
-        if given != expected:
-            raise CheckpointError(
-                where=str(path),
-                given=given if not path.is_file() else f"sha256 {given[:16]}...",
-                allowed=f"sha256 {expected[:16]}..., as recorded in {MANIFEST}",
-                do="the file was truncated or altered: copy or make the checkpoint again",
-            )
+        if (error := what_is_wrong(folder / name, expected)) is not None:
+            raise error
+
+
+def what_is_wrong(path: Path, expected: str) -> CheckpointError | None:
+    """Return what is wrong with a file of a checkpoint that had the SHA-256 `expected`, None if nothing is."""
+    given = sha256_of(path) if path.is_file() else "no such file"
+    if given == expected:
+        return None
+    return CheckpointError(
+        where=str(path),
+        given=given if not path.is_file() else f"sha256 {given[:16]}...",
+        allowed=f"sha256 {expected[:16]}..., as recorded in {MANIFEST}",
+        do="the file was truncated or altered: copy or make the checkpoint again",
+    )
 
 
 def weight_map(folder: Path) -> dict[str, str]:

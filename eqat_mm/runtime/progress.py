@@ -54,8 +54,10 @@ def say(line: str) -> None:
 
 
 def complain(lines: str) -> None:
-    """Print lines for the user on stderr, without tearing a progress bar that is on the screen."""
+    """Print the last lines for the user, on stderr; no progress bar comes after them."""
     with suppress(OSError, ValueError):  # nobody reads, or it is closed
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
         tqdm.write(lines, file=sys.stderr)
 
 

@@ -225,7 +225,7 @@ class TestText:
 
 
 def test_e2e_qp_without_a_checkpoint_says_how_to_make_one(place: Place) -> None:
-    said = place.e2e_qp(quantized=place.scratch)
+    said = place.e2e_qp(quantized=place.scratch / "model")
     assert f"eqat block-ap --model {place.model}" in said
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eqat_mm.runtime.progress import duration, progress, say
+from eqat_mm.runtime.progress import complain, duration, progress, say
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,12 @@ def test_progress_yields_every_item_and_writes_to_stderr(capsys: pytest.CaptureF
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "numbers" in captured.err
+
+
+def test_no_bar_comes_after_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = progress(range(3), what="numbers", unit="number")
+    next(numbers)
+    complain("the end")
+    assert capsys.readouterr().err.endswith("the end\n")
+    numbers.close()
+    assert capsys.readouterr().err == ""
