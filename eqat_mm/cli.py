@@ -90,6 +90,12 @@ def _demo_vlm() -> tuple[type[Any], Callable[[Any], Any]]:
     return VLMLadderJob, vlm_ladder
 
 
+def _prepare_data() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.prepare_data import PrepareDataJob, prepare_data
+
+    return PrepareDataJob, prepare_data
+
+
 def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.assets import AssetsJob, assets
 
@@ -120,6 +126,7 @@ COMMANDS: dict[str, _Command] = {
     "eval": _Command("perplexity on held-out text, KL and agreement with a reference", _eval),
     "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
+    "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
 }
 

@@ -47,6 +47,7 @@ _HARMLESS = (
     "on_bad_sample",
     "max_skipped",
     "check",
+    "dataloader_num_workers",
 )
 """Settings that may change while a run goes on: they decide its course, not its result, but for the last bits."""
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")

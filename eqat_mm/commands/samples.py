@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 from torch.utils.data import Dataset
@@ -11,6 +13,7 @@ from torch.utils.data import Dataset
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer
 from eqat_mm.data.batching import Collator, SampleOrder
 from eqat_mm.data.image_text import ImageTextData, image_text_data
+from eqat_mm.data.kept import Kept
 from eqat_mm.data.processors import fit_processor
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.train.end_to_end import Sample, WindowDataset
@@ -26,6 +29,7 @@ class Samples:
         order: in which they come; None shuffles them.
         digest: a hash by which changed data is noticed.
         without_images: number of samples that have no image; 0 where none are to have any.
+        keep: writes into the folder of a run what it needs to find its samples again where the data change.
     """
 
     dataset: Dataset[Sample]
@@ -33,6 +37,7 @@ class Samples:
     order: SampleOrder | None
     digest: str
     without_images: int = 0
+    keep: Callable[[Path], None] = lambda folder: None
 
 
 def text_samples(folder: Path, config: TextWindows) -> Samples:
@@ -50,7 +55,20 @@ def problems_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.problems.jsonl")
 
 
-def image_text_samples(folder: Path, config: ImageTextData, step: int, problems: Path) -> Samples:
+def processor_of(folder: Path, config: ImageTextData) -> Any:
+    """Return the processor of the model in `folder`, as conversations are to be read.
+
+    Raises:
+        EqatError: it has none, or another model's.
+    """
+    processor = load_processor(folder)
+    fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
+    return processor
+
+
+def image_text_samples(
+    folder: Path, config: ImageTextData, step: int, problems: Path, before: Kept | None = None
+) -> Samples:
     """Return checked conversations, with the processor of the model in `folder`.
 
     Args:
@@ -58,14 +76,16 @@ def image_text_samples(folder: Path, config: ImageTextData, step: int, problems:
         config: which conversations.
         step: samples in one optimizer step, over all processes and accumulated forwards.
         problems: file in which bad samples are listed.
+        before: the samples of the run that goes on, if one does.
 
     Raises:
         EqatError: unreadable data, bad samples, or a model without a processor, or with another model's.
     """
-    processor = load_processor(folder)
-    fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
+    processor = processor_of(folder, config)
     data = image_text_data(processor, config, problems)
+    if before is not None:
+        data = data.as_before(before) or data
     order = SampleOrder(
         data.lengths, data.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
     )
-    return Samples(data, Collator(processor.tokenizer), order, data.digest(), sum(data.text_only))
+    return Samples(data, Collator(processor.tokenizer), order, data.digest(), sum(data.text_only), data.known.save)

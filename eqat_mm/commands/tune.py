@@ -22,6 +22,7 @@ from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import default_output
 from eqat_mm.commands.samples import Samples, image_text_samples, problems_of, text_samples
 from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.data.kept import Kept
 from eqat_mm.data.problems import say_late
 from eqat_mm.data.windows import TextWindows
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
@@ -97,6 +98,8 @@ def e2e_qp(job: E2EQPJob) -> Path:
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
     with training_run(job, Place.within(folder), STAGE, inputs, device, deepspeed, room) as (job, arguments, run):
         if not run.finished:
+            if arguments.process_index == 0:
+                samples.keep(folder)
             model, log = _trained(job, base, samples, arguments)
             if arguments.process_index == 0:
                 write_jsonl(folder / "metrics.jsonl", log)
@@ -131,7 +134,8 @@ def _samples(base: Path, job: E2EQPJob, folder: Path) -> Samples:
         return text_samples(base, job.data)
     _require_instructions(job.conversations)
     step = job.batch_size * job.accumulation * processes()
-    return image_text_samples(base, job.conversations, step, problems_of(folder))
+    before = None if job.overwrite else Kept.open(folder)
+    return image_text_samples(base, job.conversations, step, problems_of(folder), before)
 
 
 def _require_instructions(config: ImageTextData) -> None:

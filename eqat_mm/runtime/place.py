@@ -7,7 +7,7 @@ from pathlib import Path
 
 RECORD, REPLACED = "run.json", ".replaced"
 _PROGRESS = ("trainer", "streams")
-_KEPT = ("model", "state.json", "metrics.jsonl", "result.json", "lmms-eval")
+_KEPT = ("model", "state.json", "metrics.jsonl", "samples.safetensors", "result.json", "lmms-eval")
 """Names that runs give to what they write; the first go when a run is finished."""
 
 
