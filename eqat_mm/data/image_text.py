@@ -21,6 +21,7 @@ from the files alone: all processes and a continued run take the same, and the n
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
@@ -53,6 +54,7 @@ from eqat_mm.data.problems import (
 )
 from eqat_mm.data.text_files import package_missing
 from eqat_mm.data.user_files import printable
+from eqat_mm.data.worker_errors import told_outside
 from eqat_mm.errors import DataError
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Seed, Settings
@@ -129,6 +131,10 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
         Raises:
             DataError: the sample cannot be used after all, and no other may stand in for it.
         """
+        with told_outside():
+            return self._usable_from(index)
+
+    def _usable_from(self, index: int) -> dict[str, Tensor]:
         for candidate in chain(range(index, len(self)), range(index)):
             if self.text_only[candidate] == self.text_only[index] and self._places[candidate] >= 0:
                 try:
@@ -248,6 +254,8 @@ def _opened(processor: Any, config: ImageTextData) -> tuple[Chat, Source]:
     for module, package in (("PIL", "pillow"), ("torchvision", "torchvision")):
         if find_spec(module) is None:
             raise package_missing("image-text data", package)
+    # What is tokenised is spread over processes; in forked ones, threads of the library's would be no more than a warning.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     chat = Chat(processor)
     name = str(easy_vqa_folder() / "train.json") if config.source == EASY_VQA else config.source
     return chat, open_source(name, config.image_folder)

@@ -20,10 +20,13 @@ from eqat_mm.data.problems import BadSample, Inexact
 _TRIED = 4
 """Of each batch."""
 
+_SIZE: Size = (90, 40)
+"""Of any image, where it does not matter."""
+
 _MARK = "qvjz{}zjvq"
 _MOST_OUTLINES = 2**12
-_MOST_WORDS = 2**17
-"""Remembered by a process: some 20 MB."""
+_MOST_WORDS = 2**18
+"""Remembered by a process: some 40 MB."""
 
 _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
@@ -135,7 +138,9 @@ class QuickLengths(ExactLengths):
 
     def _fitting(self, texts: list[str]) -> tuple[str, int]:
         """Return what stands before a word that follows another, and the tokens that every text has besides."""
-        known = self.chat.lengths(texts, [()] * len(texts))
+        images = [text.count(self.chat.processor.image_token) for text in texts]
+        known = self.chat.lengths(texts, [[_SIZE] * count for count in images])
+        known = [length - count * self._image_gain(_SIZE) for length, count in zip(known, images, strict=True)]
         for lead in ("", " "):
             self._words.clear()
             more = {whole - counted for whole, counted in zip(known, self._counted(texts, lead), strict=True)}
@@ -144,11 +149,10 @@ class QuickLengths(ExactLengths):
         raise Inexact("the tokenizer")
 
     def _counted(self, texts: Sequence[str], lead: str) -> list[int]:
-        stretches = [self._added.split(text) for text in texts]
-        rows = [_words_of(each[::2], lead) for each in stretches]
+        rows = [_words_of(self._added.split(text), lead) for text in texts]
         self._learn(set().union(*rows))
         known = self._words.__getitem__
-        return [sum(map(known, row)) + len(each) // 2 for row, each in zip(rows, stretches, strict=True)]
+        return [sum(map(known, row)) for row in rows]
 
     def _learn(self, words: set[str]) -> None:
         if len(self._words) > _MOST_WORDS:
@@ -160,13 +164,22 @@ class QuickLengths(ExactLengths):
 
 
 def _words_of(stretches: Sequence[str], lead: str) -> list[str]:
+    """Return a text word by word; those behind an added token together with it, which may decide how they begin.
+
+    Args:
+        stretches: of text, with an added token between each two.
+        lead: what stands before a word that follows another.
+    """
     words: list[str] = []
-    for stretch in stretches:
-        if stretch:
-            even = "  " not in stretch and stretch[0] != " " != stretch[-1]
-            first, *rest = stretch.split(" ") if even else _BETWEEN_WORDS.split(stretch)
-            words.append(first)
-            words += [lead + word for word in rest] if lead else rest
+    token = ""
+    for at, stretch in enumerate(stretches):
+        if at % 2:
+            token = stretch
+            continue
+        even = "  " not in stretch and not stretch.startswith(" ") and not stretch.endswith(" ")
+        first, *rest = stretch.split(" ") if even else _BETWEEN_WORDS.split(stretch)
+        words.append(token + first)
+        words += [lead + word for word in rest] if lead else rest
     return words
 
 
@@ -177,8 +190,11 @@ def _taken_apart(conversation: Conversation) -> tuple[_Shape, list[str]]:
         pieces = []
         for piece in text.split(IMAGE) if role == "user" else [text]:
             spoken = piece.strip()
-            before, _, behind = piece.partition(spoken) if spoken != piece else ("", "", "")
-            words += [spoken] if spoken else []
-            pieces.append((before, True, behind) if spoken else (piece, False, ""))
+            if spoken:
+                before, _, behind = ("", "", "") if spoken == piece else piece.partition(spoken)
+                words.append(spoken)
+                pieces.append((before, True, behind))
+            else:
+                pieces.append((piece, False, ""))
         shape.append((role, tuple(pieces)))
     return tuple(shape), words

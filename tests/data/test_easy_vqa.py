@@ -129,7 +129,7 @@ def test_the_folder_is_in_llavas_format(asset: Path) -> None:
     conversation = records.conversation(4)
     assert [turn.text for turn in conversation.turns] == ["<image>\nis no blue shape present?", "no"]
     assert Image.open(conversation.images[0].file()).getpixel((0, 0)) == (0, 0, 255)
-    assert [row["type"] for row in records.rows[:3]] == ["colour", "yes_no_negated", "yes_no"]
+    assert [records.rows[at]["type"] for at in range(3)] == ["colour", "yes_no_negated", "yes_no"]
     assert "dequantized" not in (folder / "README.md").read_text()
     assert (folder / "LICENSE").read_text() == "MIT"
 

@@ -13,6 +13,7 @@ import transformers
 from PIL import Image
 
 from eqat_mm.data import image_text as module
+from eqat_mm.data import preparing
 from eqat_mm.data.batching import Collator
 from eqat_mm.data.chat import IGNORED, Chat
 from eqat_mm.data.image_text import ImageTextData, image_text_data
@@ -78,7 +79,7 @@ BAD = [
     record("<image>", "yes", "gone.png"),
     record("<image>", "yes", "broken.png"),
     record("<image>", "yes", "../a.png"),
-    record("what?", "yes", "a.png"),
+    record("<image>", "yes", ["a.png", "b.png"]),
     record("what?", " "),
     record("what? " * 40, "yes"),
     {"conversations": [{"from": "human", "value": "a"}, {"from": "alien", "value": "b"}]},
@@ -86,7 +87,7 @@ BAD = [
 PROBLEMS = """\
     4 not in the format:
         {source}, record 2: the path ../a.png leaves the image folder {folder}
-        {source}, record 3: 0 <image> in the text for 1 images
+        {source}, record 3: 1 <image> in the text for 2 images
         {source}, record 4: empty answer in turn 2
         {source}, record 6: unknown speaker 'alien' in turn 2 (known: human, gpt, system, user, assistant)
     1 image missing:
@@ -94,7 +95,7 @@ PROBLEMS = """\
     1 image unreadable:
         {source}, record 1: image {folder}/broken.png is unreadable (none of {formats})
     1 too long:
-        {source}, record 5: {length} tokens, more than max_length (60)"""
+        {source}, record 5: {length} tokens, more than max_length (60); cut, no answer is left"""
 
 
 def test_all_problems_are_reported_together_by_their_kind(source: Path) -> None:
@@ -169,7 +170,8 @@ def test_skip_does_not_hide_that_much_is_wrong(source: Path, bad: Any, options: 
 
 def test_a_wrong_image_folder_is_noticed_early(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Any] = []
-    monkeypatch.setattr(module, "image_size", lambda image: looked.append(image) or image_size(image))
+    monkeypatch.setattr(preparing, "image_size", lambda image: looked.append(image) or image_size(image))
+    monkeypatch.setattr(preparing, "_FEW", 2**20)  # in this process
     gone = [record("<image>", "yes", f"{index}.png") for index in range(3000)]
     for how in ("error", "skip"):
         with pytest.raises(DataError, match="images are all missing") as caught:
@@ -277,6 +279,7 @@ def test_what_is_far_too_long_is_not_tokenized(source: Path, monkeypatch: pytest
     texts: list[str] = []
     rendered = Chat.text
     monkeypatch.setattr(Chat, "text", lambda chat, each: texts.append(each.where) or rendered(chat, each))
+    monkeypatch.setattr(preparing, "_identity", lambda chat: 0)
     turns = [{"from": who, "value": "a"} for who in ("human", "gpt")]
     long = [record("a" * 20_000, "b"), {"conversations": turns * 40}, record("<image>" * 71, "b", ["a.png"] * 71)]
     data = image_text_data(llava_processor(), given(source, [GOOD[1], *long], max_length=70, on_bad_sample="skip"))
