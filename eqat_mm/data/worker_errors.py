@@ -17,7 +17,7 @@ class ToldByWorker(DataError):
     """A `DataError` that torch can make anew from its words; outside of a worker it is one again."""
 
     def __init__(self, said: str) -> None:
-        found = _ROWS.search(said)
+        found = _ROWS.search(said, said.rfind("  where:   "))
         assert found is not None, said
         super().__init__(*(part.strip() for part in found.groups()))
         if get_worker_info() is None:
