@@ -2,7 +2,7 @@
 
     python benchmarks/instruction_mix.py FOLDER [--records 665298] [--images 200] [--odd]
 
-FOLDER gets `mix.json` and `images/`. Words are those of Wikipedia's lead sections, so that a tokenizer has natural work.
+FOLDER gets `mix.json` and `images/`. Words are those of Wikipedia's lead sections: natural work for a tokenizer.
 Of the records 6% are long talks without an image, 30% two or three long answers, the others up to fourteen short ones.
 `--odd` adds, one in a thousand each, what the published data have: a first turn by the model, several `<image>` for one
 image, a literal `<image>` in a text, an image without `<image>`, a missing image, and more than 2,048 tokens.

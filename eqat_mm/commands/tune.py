@@ -19,7 +19,7 @@ from eqat_mm.commands.launchers import training_run, whole_models
 from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import default_output
+from eqat_mm.commands.runs import default_output, require_startable
 from eqat_mm.commands.samples import Samples, image_text_samples, problems_of, text_samples
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.kept import Kept
@@ -84,6 +84,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     announce_e2e_qp(base, job.model, job.quant, job, job.conversations or job.data, device, folder)
     _require_block_ap(base, job)
     warn_without_recipe(job.model, job.recipe_for, STAGE)
+    require_startable(job, Place.within(folder))
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
     inputs: dict[str, Path | str] = {"quantized": base}

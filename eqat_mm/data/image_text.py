@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from eqat_mm.data.chat import IGNORED, Chat
-from eqat_mm.data.conversations import MENDED, Records, Source, open_source
+from eqat_mm.data.conversations import MENDED, Records
 from eqat_mm.data.easy_vqa import EASY_VQA, easy_vqa_folder
 from eqat_mm.data.images import read_image
 from eqat_mm.data.index import Array, Index
@@ -52,6 +52,7 @@ from eqat_mm.data.problems import (
     refusals,
     report,
 )
+from eqat_mm.data.record_sources import Source, open_source
 from eqat_mm.data.text_files import package_missing
 from eqat_mm.data.user_files import printable
 from eqat_mm.data.worker_errors import told_outside
@@ -220,9 +221,7 @@ def image_text_data(processor: Any, config: ImageTextData, problems: Path | None
     places = np.flatnonzero(good)
     _say_what_is_mended(index, places, config, records.source)
     known = Kept(index.contents[places], index.lengths[places], index.shown[places] == 0)
-    return ImageTextDataset(
-        chat, records, places, known, config, LateProblems(records.source, len(places), tolerance)
-    )
+    return ImageTextDataset(chat, records, places, known, config, LateProblems(records.source, len(places), tolerance))
 
 
 def prepare(processor: Any, config: ImageTextData, problems: Path | None) -> tuple[Index, Path]:
@@ -254,7 +253,7 @@ def _opened(processor: Any, config: ImageTextData) -> tuple[Chat, Source]:
     for module, package in (("PIL", "pillow"), ("torchvision", "torchvision")):
         if find_spec(module) is None:
             raise package_missing("image-text data", package)
-    # What is tokenised is spread over processes; in forked ones, threads of the library's would be no more than a warning.
+    # Processes do this work side by side: threads of the library would not help, and forking them is warned of.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     chat = Chat(processor)
     name = str(easy_vqa_folder() / "train.json") if config.source == EASY_VQA else config.source

@@ -134,7 +134,11 @@ def joined(parts: Sequence[Index]) -> Index:
     """Return the index of all records of several, in this order."""
     firsts = np.cumsum([0, *map(len, parts)])
     owners = [part.owners + first for part, first in zip(parts, firsts[:-1], strict=True)]
-    words = {int(first) + at: said for part, first in zip(parts, firsts[:-1], strict=True) for at, said in part.words().items()}
+    words = {
+        int(first) + at: said
+        for part, first in zip(parts, firsts[:-1], strict=True)
+        for at, said in part.words().items()
+    }
     columns = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Index)}
     return Index(**columns | {"owners": np.concatenate(owners).astype(np.int32), "problems": _lines(words)})
 

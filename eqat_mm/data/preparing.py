@@ -2,9 +2,9 @@
 
 It lies in `FILE.prepared/` beside the file, or below the cache of eqat-mm where that folder cannot be written or the
 source is a data set of the hub. Its name is a hash of what decides it: the source (size, time, contents in 64 places),
-template, tokenizer and processor, the image folder, `max_length`, and which records are drawn. The images themselves are
-not part of it: one that goes or breaks later is found when its turn comes. Images that were missing or unreadable are
-looked for again wherever they would be an error.
+template, tokenizer and processor, the image folder, `max_length`, and which records are drawn. The images themselves
+are not part of it: one that goes or breaks later is found when its turn comes. Images that were missing or unreadable
+are looked for again wherever they would be an error.
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,25 +25,25 @@ from safetensors import SafetensorError, safe_open
 
 from eqat_mm.data.assets import asset_cache
 from eqat_mm.data.chat import Chat
-from eqat_mm.data.conversations import IMAGE, Conversation, Records, Source, Turn
-from eqat_mm.data.images import decoded_size, image_size
+from eqat_mm.data.conversations import IMAGE, Conversation, Records, Turn
+from eqat_mm.data.images import ImageSource, Size, decoded_size, image_size
 from eqat_mm.data.index import Index, collected, joined
 from eqat_mm.data.inspection import Finding, Inspector, hash_of
 from eqat_mm.data.problems import BadSample, Inexact, MissingImage, UnreadableImage, refusals
 from eqat_mm.data.quick_lengths import ExactLengths, QuickLengths
 from eqat_mm.data.record_files import Places
+from eqat_mm.data.record_sources import Source
+from eqat_mm.data.spread import spread
 from eqat_mm.data.user_files import printable
 from eqat_mm.errors import DataError
-from eqat_mm.runtime.progress import progress, say
+from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.seeding import generator
-from eqat_mm.runtime.signals import end_with_launcher
 
 _LAYOUT = 1  # raise it whenever an index means something else than before
 _PER_BATCH = 256
 _FEW = 2048
-"""Records that one process looks through before others have started."""
+"""Records for which no shortcut is worth its while."""
 
-_MOST_PROCESSES = 32
 _HOPELESS = 1000
 """Images missing, and none there."""
 
@@ -96,7 +92,7 @@ class Preparation:
                 index = self._made()
                 index.save(plain, self._stamp)
             elif look_again and len(index.without_images):
-                index = self._looked_again(index)
+                index = self._looked_again(index, image_size if with_pixels is None else decoded_size)
                 index.save(path, self._stamp)
             if decode and with_pixels is None:
                 self._decoded(index).save(decoded, self._stamp)
@@ -109,7 +105,15 @@ class Preparation:
         """Return where the index is, or is to be, and where the one of decoded images is."""
         drawn = None if self._count is None else (self._count, self._seed)
         folder = str(self._source.image_folder.resolve())
-        decides = (_LAYOUT, transformers.__version__, self._stamp, _identity(self._chat), folder, self._max_length, drawn)
+        decides = (
+            _LAYOUT,
+            transformers.__version__,
+            self._stamp,
+            _identity(self._chat),
+            folder,
+            self._max_length,
+            drawn,
+        )
         name = f"{hash_of(*decides):016x}"
         folders = [*_beside(self._source), asset_cache().parent / "prepared" / f"{hash_of(self._source.name):016x}"]
         found = [each for each in folders if (each / f"{name}.safetensors").is_file()]
@@ -164,7 +168,7 @@ class Preparation:
         stretches = [range(at, min(at + _PER_BATCH, len(records))) for at in range(0, len(records), _PER_BATCH)]
         parts: list[Index] = []
         missing = shown = 0
-        for part in _spread(lambda each: _part_of(inspector, places, each), stretches, "check samples"):
+        for part in spread(lambda each: _part_of(inspector, places, each), stretches, "check samples"):
             parts.append(part)
             missing, shown = missing + len(part.of_kind(MissingImage)), shown + len(part.owners)
             if missing >= _HOPELESS and not shown:
@@ -181,12 +185,12 @@ class Preparation:
             MissingImage.do,
         )
 
-    def _looked_again(self, index: Index) -> Index:
+    def _looked_again(self, index: Index, look: Callable[[ImageSource], Size]) -> Index:
         again = index.without_images.tolist()
         records = self._source.records(index.places)
-        inspector = Inspector(ExactLengths(self._chat), records, self._max_length, image_size)
+        inspector = Inspector(ExactLengths(self._chat), records, self._max_length, look)
         stretches = [again[at : at + _PER_BATCH] for at in range(0, len(again), _PER_BATCH)]
-        found = _spread(inspector.inspect_all, stretches, "look for images again")
+        found = spread(inspector.inspect_all, stretches, "look for images again")
         return index.corrected(again, [*chain.from_iterable(found)])
 
     def _decoded(self, index: Index) -> Index:
@@ -196,9 +200,13 @@ class Preparation:
         within = np.arange(len(index.owners)) - np.searchsorted(index.owners, index.owners)
         images = [(int(at), int(index.owners[at]), int(within[at])) for at in np.sort(firsts)]
         stretches = [images[at : at + _PER_BATCH // 8] for at in range(0, len(images), _PER_BATCH // 8)]
-        found = _spread(lambda each: _unreadable(records, each), stretches, "decode images")
+        found = spread(lambda each: _unreadable(records, each), stretches, "decode images")
         broken = {int(index.images[at]): said for at, said in chain.from_iterable(found)}
-        bad = {int(owner): broken[int(image)] for owner, image in zip(index.owners, index.images, strict=True) if int(image) in broken}
+        bad = {
+            int(owner): broken[int(image)]
+            for owner, image in zip(index.owners, index.images, strict=True)
+            if int(image) in broken
+        }
         findings = [Finding(content=int(index.contents[at]), problem=UnreadableImage(said)) for at, said in bad.items()]
         return index.corrected([*bad], findings) if bad else index
 
@@ -258,32 +266,3 @@ def _alone_in(folder: Path, unless: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-_work: Callable[[Any], Any]
-
-
-def _spread(work: Callable[[Any], Any], stretches: Sequence[Any], what: str) -> Iterator[Any]:
-    """Yield what `work` returns for each stretch, in their order, by all cores; a few are done here."""
-    cores = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES, len(stretches))
-    if len(stretches) * _PER_BATCH <= _FEW or cores == 1:
-        yield from map(work, progress(stretches, what=what, unit="batch"))
-        return
-    # Forked, so that what the work needs is there without being sent or loaded again.
-    pool = ProcessPoolExecutor(cores, get_context("fork"), initializer=_begin, initargs=(work,))
-    try:
-        yield from progress(pool.map(_do, stretches), what=what, total=len(stretches), unit="batch")
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _begin(work: Callable[[Any], Any]) -> None:
-    global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one says when to end
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_launcher()
-    _work = work
-
-
-def _do(stretch: Any) -> Any:
-    return _work(stretch)

@@ -90,7 +90,8 @@ class QuickLengths(ExactLengths):
         parts = [""] * (2 * len(words) + 1)
         parts[::2], parts[1::2] = found, words
         text = "".join(parts)
-        return text if text.count(self.chat.processor.image_token) == len(conversation.images) else self.chat.text(conversation)
+        images = text.count(self.chat.processor.image_token)
+        return text if images == len(conversation.images) else self.chat.text(conversation)
 
     def lengths(self, texts: Sequence[str], sizes: Sequence[Sequence[Size]]) -> list[int]:
         """Return the number of tokens of each text; some are compared with the tokenizer.

@@ -220,7 +220,9 @@ class _Window:
     def broken(self, problem: str, at: int) -> DataError:
         """Return the error for text that is no JSON from a place on."""
         byte = self.byte + len(self.text[self.at : at].encode())
-        return self._refused(f"not JSON: {problem.removesuffix(' at')} at byte {byte:,}, in line {_line_at(self._path, byte):,}")
+        return self._refused(
+            f"not JSON: {problem.removesuffix(' at')} at byte {byte:,}, in line {_line_at(self._path, byte):,}"
+        )
 
     def _more(self) -> None:
         piece = next(self._pieces, b"")

@@ -19,10 +19,10 @@ from eqat_mm.data.conversations import (
     IMAGE_NOT_SHOWN,
     IMAGE_REPEATED,
     Turn,
-    read_records,
 )
 from eqat_mm.data.images import ImageFile, TableImage
 from eqat_mm.data.problems import BadSample
+from eqat_mm.data.record_sources import read_records
 from eqat_mm.errors import DataError
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from eqat_mm.data import easy_vqa as module
-from eqat_mm.data.conversations import read_records
 from eqat_mm.data.easy_vqa import (
     COLOURS,
     SHAPES,
@@ -25,6 +24,7 @@ from eqat_mm.data.easy_vqa import (
     parse_question,
     published_questions,
 )
+from eqat_mm.data.record_sources import read_records
 from eqat_mm.errors import DataError
 from tests.checkpoint.files import contents
 

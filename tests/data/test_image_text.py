@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from eqat_mm.data import image_text as module
-from eqat_mm.data import preparing
+from eqat_mm.data import preparing, spread
 from eqat_mm.data.batching import Collator
 from eqat_mm.data.chat import IGNORED, Chat
 from eqat_mm.data.image_text import ImageTextData, image_text_data
@@ -174,7 +174,7 @@ def test_skip_does_not_hide_that_much_is_wrong(source: Path, bad: Any, options: 
 def test_a_wrong_image_folder_is_noticed_early(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Any] = []
     monkeypatch.setattr(preparing, "image_size", lambda image: looked.append(image) or image_size(image))
-    monkeypatch.setattr(preparing, "_FEW", 2**20)  # in this process
+    monkeypatch.setattr(spread, "FEW", 2**20)  # in this process
     gone = [record("<image>", "yes", f"{index}.png") for index in range(3000)]
     for how in ("error", "skip"):
         with pytest.raises(DataError, match="images are all missing") as caught:
@@ -431,7 +431,7 @@ def test_workers_give_the_same_and_their_errors_keep_four_lines(source: Path) ->
     for index, sample in enumerate(itertools.islice(loaded, 4)):
         assert all(torch.equal(value, data[index][name]) for name, value in sample.items())
     with pytest.raises(DataError, match=r"cut\.jpg is unreadable") as caught:
-        [*loaded]
+        list(loaded)
     assert type(caught.value) is DataError
     assert caught.value.where == f"{source}, record 4"
     assert caught.value.do.startswith("start the same command again")

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from eqat_mm.data import preparing as module
+from eqat_mm.data import spread
 from eqat_mm.data.chat import Chat
-from eqat_mm.data.conversations import open_source
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.index import Index
 from eqat_mm.data.preparing import Preparation
 from eqat_mm.data.problems import MissingImage, UnreadableImage
+from eqat_mm.data.record_sources import open_source
 from eqat_mm.errors import DataError
 from tests.data.tiny_processor import MISTRAL, llava_processor
 
@@ -55,9 +56,9 @@ def preparation(source: Path, processor: Any = None, **options: Any) -> Preparat
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records looked at in each pass."""
     found: list[int] = []
-    spread = module._spread
+    whole = module.spread
     monkeypatch.setattr(
-        module, "_spread", lambda work, all, what: found.append(sum(map(len, all))) or spread(work, all, what)
+        module, "spread", lambda work, all, what: found.append(sum(map(len, all))) or whole(work, all, what)
     )
     return found
 
@@ -120,6 +121,7 @@ def test_all_cores_find_what_one_finds(source: Path, monkeypatch: pytest.MonkeyP
     alone, path = preparation(many).index()
     path.unlink()
     monkeypatch.setattr(module, "_FEW", 1)
+    monkeypatch.setattr(spread, "FEW", 1)
     monkeypatch.setattr(module, "_PER_BATCH", 50)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
     together, _ = preparation(many).index()
@@ -129,6 +131,7 @@ def test_all_cores_find_what_one_finds(source: Path, monkeypatch: pytest.MonkeyP
 
 def test_an_error_of_another_process_is_that_of_the_command(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FEW", 1)
+    monkeypatch.setattr(spread, "FEW", 1)
     monkeypatch.setattr(module, "_PER_BATCH", 2)
     monkeypatch.setattr(module, "_HOPELESS", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})

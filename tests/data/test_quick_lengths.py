@@ -16,7 +16,23 @@ from eqat_mm.data.problems import BadSample, Inexact
 from eqat_mm.data.quick_lengths import QuickLengths
 from tests.data.tiny_processor import MARKED, MISTRAL, VICUNA, llava_next_processor, llava_processor
 
-_WORDS = ["a", "red", "cat", "is", "it", "big?", "yes", "Ünicode", "1,234", "</s>", "<s>", "two\nlines", "x  y", "\t", "。"]
+_WORDS = [
+    "a",
+    "red",
+    "cat",
+    "is",
+    "it",
+    "big?",
+    "yes",
+    "Ünicode",
+    "1,234",
+    "</s>",
+    "<s>",
+    "two\nlines",
+    "x  y",
+    "\t",
+    "。",
+]
 Processor = Callable[[str], Any]
 
 

@@ -1,4 +1,4 @@
-"""Records are found where they are, whatever the pieces in which a file is read; what is no JSON is named by its place."""
+"""Records are found where they are, in whatever pieces a file is read; what is no JSON is named by its place."""
 
 from __future__ import annotations
 

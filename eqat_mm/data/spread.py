@@ -1,0 +1,45 @@
+"""Work that is spread over all cores of this machine, by processes that do not outlive this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from eqat_mm.runtime.progress import progress
+from eqat_mm.runtime.signals import end_with_launcher
+
+_MOST_PROCESSES = 32
+FEW = 8
+"""Stretches that one process does before others have started."""
+
+_work: Callable[[Any], Any]
+
+
+def spread(work: Callable[[Any], Any], stretches: Sequence[Any], what: str) -> Iterator[Any]:
+    """Yield what `work` returns for each stretch, in their order, by all cores; a few are done here."""
+    cores = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES, len(stretches))
+    if len(stretches) <= FEW or cores == 1:
+        yield from map(work, progress(stretches, what=what, unit="batch"))
+        return
+    # Forked, so that what the work needs is there without being sent or loaded again.
+    pool = ProcessPoolExecutor(cores, get_context("fork"), initializer=_begin, initargs=(work,))
+    try:
+        yield from progress(pool.map(_do, stretches), what=what, total=len(stretches), unit="batch")
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one says when to end
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_launcher()
+    _work = work
+
+
+def _do(stretch: Any) -> Any:
+    return _work(stretch)
