@@ -91,7 +91,7 @@ class Preparation:
                 self._forget_others(plain.parent)
                 index = self._made()
                 index.save(plain, self._stamp)
-            elif look_again and len(index.without_images):
+            elif look_again and len(index.without_images) and _can_write(path.parent):
                 index = self._looked_again(index, image_size if with_pixels is None else decoded_size)
                 index.save(path, self._stamp)
             if decode and with_pixels is None:
@@ -105,17 +105,10 @@ class Preparation:
         """Return where the index is, or is to be, and where the one of decoded images is."""
         drawn = None if self._count is None else (self._count, self._seed)
         folder = str(self._source.image_folder.resolve())
-        decides = (
-            _LAYOUT,
-            transformers.__version__,
-            self._stamp,
-            _identity(self._chat),
-            folder,
-            self._max_length,
-            drawn,
-        )
+        makers = (_LAYOUT, transformers.__version__, _identity(self._chat))
+        decides = (*makers, self._stamp, folder, self._max_length, drawn)
         name = f"{hash_of(*decides):016x}"
-        folders = [*_beside(self._source), asset_cache().parent / "prepared" / f"{hash_of(self._source.name):016x}"]
+        folders = _folders(self._source)
         found = [each for each in folders if (each / f"{name}.safetensors").is_file()]
         place = (found or [each for each in folders if _can_write(each)] or folders)[0]
         return place / f"{name}.safetensors", place / f"{name}.decoded.safetensors"
@@ -239,8 +232,11 @@ def _identity(chat: Chat) -> int:
     return hash_of(type(processor).__name__, processor.chat_template, json.dumps(tokenizer), repr(images), tried)
 
 
-def _beside(source: Source) -> list[Path]:
-    return [] if source.file is None else [source.file.with_name(f"{source.file.name}.prepared")]
+def _folders(source: Source) -> list[Path]:
+    """Return where indices of a source may be, the best place first."""
+    name = source.name if source.file is None else source.file.resolve()
+    beside = [] if source.file is None else [source.file.with_name(f"{source.file.name}.prepared")]
+    return [*beside, asset_cache().parent / "prepared" / f"{hash_of(name):016x}"]
 
 
 def _can_write(folder: Path) -> bool:
