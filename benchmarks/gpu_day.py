@@ -26,11 +26,14 @@ os.environ["TRITON_INTERPRET"] = "1" if "--dry" in sys.argv else "0"  # Triton r
 
 import gpu_day_kernels  # noqa: E402
 import gpu_day_models  # noqa: E402
+import gpu_day_whole  # noqa: E402
 import torch  # noqa: E402
 from gpu_sizes import Sizes  # noqa: E402
 
 Part = Callable[[Sizes], dict[str, Any]]
-PARTS: dict[str, tuple[float, Part]] = gpu_day_kernels.PARTS | gpu_day_models.PARTS | gpu_day_kernels.LAST
+PARTS: dict[str, tuple[float, Part]] = (
+    gpu_day_kernels.PARTS | gpu_day_models.PARTS | gpu_day_whole.PARTS | gpu_day_kernels.LAST
+)
 """Seconds a part may take, and the part."""
 
 

@@ -36,9 +36,12 @@ class _E2EQP(EndToEnd):
         packed, sizes = codes(self.shape, self.spec), scales(self.shape, self.spec)
         projector = self.shape.projector * ("projector" in self.config.trains)
         other = self.shape.unquantized
+        # the peak is where the backward begins: gradients are there if they are kept from an earlier one
+        kept = sizes if self.config.accumulation > 1 or self.stage else sizes / len(self.shape.blocks)
         return self.teacher() + amount(
             ("codes", packed, f"{self.spec.bits} bits x {billions(self.shape.weights)}, zero points"),
             ("step sizes", self.costs.step_size * sizes, f"{self.costs.step_size:g} B x {billions(sizes)}"),
+            ("their gradients", self.costs.step_gradient * kept, f"{self.costs.step_gradient:g} B x {billions(kept)}"),
             ("not quantized", self.width * other, f"{self.width} B x {billions(other)}"),
             ("projector", 16 * projector, f"16 B x {billions(projector)}"),
         )

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from eqat_kernels.columns import LARGEST, compensate_columns
+
 DAMPING = 0.05
 """Added to the diagonal of the Hessian, as a fraction of its mean."""
 
@@ -43,22 +45,18 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, top: int, group_grid: Grou
     for start in range(0, w_OI.shape[1], group):
         end = start + group
         s_O1, z_O1 = group_grid(w_OI[:, start:end].unsqueeze(1), importance_I[start:end].unsqueeze(0))
-        errors = _compensate_group(w_OI[:, start:end], factor_II[start:end, start:end], s_O1[:, 0], z_O1[:, 0], top)
-        w_OI[:, end:] -= errors @ factor_II[start:end, end:]
+        for columns in slices(start, end):
+            square_BB = factor_II[columns, columns]
+            errors = compensate_columns(w_OI[:, columns], square_BB, s_O1[:, 0], z_O1[:, 0], top)
+            w_OI[:, columns.stop :] -= errors @ factor_II[columns, columns.stop :]
         scales.append(s_O1)
         zeros.append(z_O1)
     return w_OI, torch.cat(scales, 1), torch.cat(zeros, 1)
 
 
-def _compensate_group(w_Og: Tensor, factor_gg: Tensor, s_O: Tensor, z_O: Tensor, top: int) -> Tensor:
-    """Compensate the columns of one group in place; return the scaled rounding errors [O, g]."""
-    errors = torch.empty_like(w_Og)
-    for j in range(w_Og.shape[1]):
-        w_O = w_Og[:, j]
-        rounded = (w_O / s_O).round_().add_(z_O).clamp_(0, top).sub_(z_O).mul_(s_O)
-        errors[:, j] = (w_O - rounded) / factor_gg[j, j]
-        w_Og[:, j + 1 :].addr_(errors[:, j], factor_gg[j, j + 1 :], alpha=-1)
-    return errors
+def slices(start: int, end: int) -> list[slice]:
+    """Cut the columns of a group into parts that are rounded at a time."""
+    return [slice(at, min(at + LARGEST, end)) for at in range(start, end, LARGEST)]
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

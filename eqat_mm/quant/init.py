@@ -1,6 +1,6 @@
 """Where a grid starts: min-max, the range with the least weighted error, GPTQ on that range, or GPTQ refined.
 
-Shape letters: O output rows, I inputs, G groups, g group size.
+Shape letters: O output rows, I inputs, G groups, g group size, C candidates.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ SMALLEST_SHRINK = {2: 0.3, 3: 0.55, 4: 0.75, 8: 0.95}
 
 CANDIDATES = 6
 """Fractions tried for the lower and for the upper end of the range, evenly spaced up to 1."""
+
+
+NUMBERS = {"cpu": 1, "cuda": 1 << 25}
+"""How many weights, each counted once for every candidate, are tried at a time, and one candidate at least: a GPU
+wants few large operations, 128 MiB for a copy of them, a CPU what stays in its cache."""
 
 
 class Grid(NamedTuple):
@@ -71,8 +76,13 @@ def initial_grid(weight: Tensor, spec: QuantSpec, *, layer: str, init: Init, hes
     return Grid(scale, zero_point, compensated)
 
 
-def _range_grid(w_OGg: Tensor, spec: QuantSpec, shrink_low: float, shrink_high: float) -> tuple[Tensor, Tensor]:
-    """Grid that covers the group's range, each end shrunk towards zero; zero itself is always covered."""
+def _range_grid(
+    w_OGg: Tensor, spec: QuantSpec, shrink_low: float | Tensor, shrink_high: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Grid that covers the group's range, each end shrunk towards zero; zero itself is always covered.
+
+    Several ratios, [C, 1, 1], give a grid for each, [C, O, G].
+    """
     if spec.symmetric:
         largest = w_OGg.gather(-1, w_OGg.abs().argmax(-1, keepdim=True)).squeeze(-1)
         scale = away_from_zero(-largest * shrink_low / spec.middle, signed=True)
@@ -88,21 +98,25 @@ def _search(w_OGg: Tensor, h_Gg: Tensor, spec: QuantSpec) -> tuple[Tensor, Tenso
 
     The full range comes first: a group that no input reaches keeps it.
     """
-    best_error = torch.full(w_OGg.shape[:2], torch.inf, device=w_OGg.device)
-    best_scale = torch.ones_like(best_error)
-    best_zero = torch.zeros_like(best_error)
     smallest = SMALLEST_SHRINK[spec.bits]
     fractions = [1 - (1 - smallest) * i / (CANDIDATES - 1) for i in range(CANDIDATES)]
-    for low in fractions:
-        for high in (low,) if spec.symmetric else fractions:
-            scale, zero = _range_grid(w_OGg, spec, low, high)
-            scale = _refit(w_OGg, h_Gg, scale, zero, spec)
-            error = _error(w_OGg, h_Gg, scale, zero, spec)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    pairs = [(low, high) for low in fractions for high in ((low,) if spec.symmetric else fractions)]
+    at_a_time = max(1, NUMBERS[w_OGg.device.type] // w_OGg.numel())
+    best: tuple[Tensor, ...] = ()
+    for shrink_C2 in torch.tensor(pairs, device=w_OGg.device).split(at_a_time):
+        found = _best(w_OGg, h_Gg, shrink_C2, spec)
+        best = tuple(map(torch.where, [found[0] < best[0]] * 3, found, best)) if best else found
+    _, scale, zero = best
+    return scale, zero
+
+
+def _best(w_OGg: Tensor, h_Gg: Tensor, shrink_C2: Tensor, spec: QuantSpec) -> tuple[Tensor, ...]:
+    """Return error, s and z, [O, G] each, of the candidate with the least error in each group, the first of equals."""
+    scale_COG, zero_COG = _range_grid(w_OGg, spec, *shrink_C2[:, :, None, None].unbind(1))
+    scale_COG = _refit(w_OGg, h_Gg, scale_COG, zero_COG, spec)
+    error_COG = _error(w_OGg, h_Gg, scale_COG, zero_COG, spec).nan_to_num(nan=torch.inf)
+    best_1OG = error_COG.argmin(0, keepdim=True)
+    return tuple(each.gather(0, best_1OG)[0] for each in (error_COG, scale_COG, zero_COG))
 
 
 def _centred(w_OGg: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:

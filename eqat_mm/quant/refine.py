@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eqat_mm.quant.gptq import damp
+from eqat_kernels import descend_columns
+from eqat_mm.quant.gptq import damp, slices
 
 DAMPING = 0.03
 """Added to the diagonal of the Hessian, as a fraction of its mean."""
@@ -86,20 +87,15 @@ def _descend(
 ) -> None:
     """Round each column of `c_OI` in place to its minimum; leave the minimum itself, in steps, in `wanted_OI`.
 
-    The residual (W - C s) H is kept for the columns of one group while that group is visited, and brought up to date
-    for all by one matrix product behind it.
+    The residual (W - C s) H is kept for some columns while they are visited, and brought up to date for all by one
+    matrix product behind them.
     """
     group = c_OI.shape[1] // s_OG.shape[1]
     residual_OI = wh_OI - (c_OI * s_OG.repeat_interleave(group, 1)) @ h_II
     for k, start in enumerate(range(0, c_OI.shape[1], group)):
-        columns = slice(start, start + group)
         s_O, z_O = s_OG[:, k], z_OG[:, k]
-        h_BB = h_II[columns, columns]
-        c_OB, r_OB, before_OB = c_OI[:, columns], residual_OI[:, columns].clone(), c_OI[:, columns].clone()
-        for j in range(group):
-            wanted_O = c_OB[:, j] + r_OB[:, j] / (h_BB[j, j] * s_O)
-            rounded_O = wanted_O.round().add_(z_O).clamp_(0, top).sub_(z_O)
-            r_OB.addr_((rounded_O - c_OB[:, j]) * s_O, h_BB[j], alpha=-1)
-            c_OB[:, j] = rounded_O
-            wanted_OI[:, start + j] = wanted_O
-        residual_OI -= ((c_OB - before_OB) * s_O.unsqueeze(1)) @ h_II[columns]
+        for columns in slices(start, start + group):
+            c_OB, before_OB = c_OI[:, columns], c_OI[:, columns].clone()
+            residual_OB, h_BB = residual_OI[:, columns], h_II[columns, columns]
+            wanted_OI[:, columns] = descend_columns(c_OB, residual_OB, h_BB, s_O, z_O, top)
+            residual_OI -= ((c_OB - before_OB) * s_O.unsqueeze(1)) @ h_II[columns]

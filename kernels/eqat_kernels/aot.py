@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from eqat_kernels.columns import triton_impl as columns_in_turn
 from eqat_kernels.dequant import triton_impl as dequant
 from eqat_kernels.fake_quant import triton_impl as fake_quant
 from eqat_kernels.layout import BITS, PackedLayout, columns_of_tile
@@ -99,6 +100,7 @@ class Compiled:
 def kernels() -> Iterator[Kernel]:
     """Every kernel for every bit width."""
     yield from _fake_quantize()
+    yield from _columns()
     for bits in BITS:
         yield from _elementwise(bits)
         for dtype in ("bf16", "fp32", "fp16") if bits == 4 else ("bf16", "fp32"):
@@ -114,6 +116,14 @@ def _fake_quantize() -> Iterator[Kernel]:
         name, kernel = f"fake_quantize backward {product}", fake_quant.backward_kernel
         yield Kernel(name, kernel, backward, tile | {"out_ptr": None}, {})
         yield Kernel(f"{name}, W_hat again", kernel, backward | {"out_ptr": f"*{product}"}, tile, {})
+
+
+def _columns() -> Iterator[Kernel]:
+    for columns in (GROUP, 128):
+        rows, width = columns_in_turn.tile_of(columns)
+        for kernel in (columns_in_turn.compensate_kernel, columns_in_turn.descend_kernel):
+            name = f"{kernel.__name__.removesuffix('_kernel')} {columns} columns"
+            yield Kernel(name, kernel, _types("fp32"), {"R": rows, "B": width}, {})
 
 
 def _elementwise(bits: int) -> Iterator[Kernel]:
@@ -145,7 +155,26 @@ def _layout(bits: int) -> PackedLayout:
 def _types(values: str, **others: str) -> dict[str, str]:
     """Pointer types by argument name: words and zero points int32, step sizes and sums float32, all else `values`."""
     fixed = {"words": "i32", "zeros": "i32", "scale": "fp32", "grad_s": "fp32", "grad_z": "fp32"}
-    names = ("x", "y", "w", "s", "z", "out", "bias", "codes", "weight", "grad", "grad_w", "grad_x")
+    names = (
+        "x",
+        "y",
+        "w",
+        "s",
+        "z",
+        "out",
+        "bias",
+        "codes",
+        "weight",
+        "grad",
+        "grad_w",
+        "grad_x",
+        "factor",
+        "error",
+        "c",
+        "residual",
+        "h",
+        "wanted",
+    )
     return {f"{name}_ptr": f"*{kind}" for name, kind in ({**dict.fromkeys(names, values), **fixed} | others).items()}
 
 

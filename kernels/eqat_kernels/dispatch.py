@@ -34,6 +34,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "quant_linear": _ALL,
     "pack": _ALL,
     "unpack": _ALL,
+    "columns": ("triton", "reference"),
 }
 """Implementations of each op in order of preference."""
 
@@ -57,7 +58,7 @@ def select(
     Args:
         op: a key of `IMPLEMENTATIONS`.
         impl: `auto`, or the name of an implementation. `auto` yields to `use`, and to the environment variable
-            `EQAT_KERNELS` as it was at import.
+            `EQAT_KERNELS` as it was at import; an op that has no such implementation takes its reference then.
         tensor: decides by its device.
         dtype: floating-point dtype the op computes in; by default that of `tensor`.
         layout: of the packed weight, for ops that read one.
@@ -65,7 +66,9 @@ def select(
     Raises:
         ValueError: `impl` does not exist for this op, or cannot run on this tensor; says why.
     """
-    return _choose(op, _auto if impl == "auto" else impl, tensor.device, dtype or tensor.dtype, layout)
+    if impl == "auto":
+        impl = "reference" if _auto in _MODULES and _auto not in IMPLEMENTATIONS[op] else _auto
+    return _choose(op, impl, tensor.device, dtype or tensor.dtype, layout)
 
 
 @contextmanager
@@ -85,7 +88,7 @@ def _choose(op: str, impl: str, device: torch.device, dtype: torch.dtype, layout
     known = IMPLEMENTATIONS[op]
     if impl == "auto":
         fast = "triton" if device.type == "cuda" else "cpu"
-        chosen = "reference" if _obstacle(op, fast, device, dtype, layout) else fast
+        chosen = "reference" if fast not in known or _obstacle(op, fast, device, dtype, layout) else fast
     elif impl not in known:
         raise ValueError(f"{op}: implementation {impl!r} does not exist; choose one of {('auto', *known)}")
     elif reason := _obstacle(op, impl, device, dtype, layout):

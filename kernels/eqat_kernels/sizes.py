@@ -101,6 +101,29 @@ def check_gradient(grad: Tensor, rows: int, columns: int, device: torch.device) 
         raise _wrong("gradient", grad, (rows, columns), f"floating point, on {device}")
 
 
+def check_columns(tiles: dict[str, Tensor], square: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> None:
+    """Check columns that are rounded in turn, [O, B] by name, a square [B, B], and one number per row, [O].
+
+    Raises:
+        ValueError: as `check_packed`.
+    """
+    (name, first), *_ = tiles.items()
+    if first.dim() != 2 or not 0 < first.shape[1] <= largest:
+        raise _wrong(name, first, ("O", f"1 to {largest}"), "float32")
+    rows, columns = first.shape
+    for name, tensor in tiles.items():
+        if tensor.shape != (rows, columns) or tensor.stride(1) != 1 or not _as(tensor, first):
+            raise _wrong(name, tensor, (rows, columns), f"float32, columns next to each other, on {first.device}")
+    shapes = {"square": (columns, columns), "step sizes": (rows,), "zero points": (rows,)}
+    for (name, shape), tensor in zip(shapes.items(), (square, scale, zero_point), strict=True):
+        if tensor.shape != shape or not _as(tensor, first):
+            raise _wrong(name, tensor, shape, f"float32, on {first.device}")
+
+
+def _as(tensor: Tensor, first: Tensor) -> bool:
+    return tensor.dtype is torch.float32 and tensor.device == first.device
+
+
 def _wrong(name: str, tensor: Tensor, shape: tuple[int | str, ...], kind: str) -> ValueError:
     wanted = ", ".join(map(str, shape))
     return ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device}, not [{wanted}], {kind}")

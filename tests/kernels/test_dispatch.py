@@ -18,6 +18,7 @@ import torch
 from eqat_kernels import (
     IMPLEMENTATIONS,
     PackedLayout,
+    compensate_columns,
     dequantize,
     dispatch,
     fake_quantize,
@@ -55,6 +56,8 @@ def call(op: str, impl: str) -> torch.Tensor:
         return pack(packed.codes_OI, 2, impl=impl)
     if op == "unpack":
         return unpack(packed.words, 2, 32, impl=impl)
+    if op == "columns":
+        return compensate_columns(torch.randn(3, 4), torch.eye(4), torch.ones(3), torch.zeros(3), 3, impl=impl)
     assert op == "quant_linear"
     return quant_linear(torch.randn(2, 32), packed.words, packed.scale, packed.zero_words, packed.layout, impl=impl)
 
@@ -89,6 +92,13 @@ def test_what_auto_means_inside_a_block(op: str) -> None:
             call(op, "auto")
         assert select(op, "auto", TENSOR) == "reference"
     assert select(op, "auto", TENSOR) == before
+
+
+def test_an_op_without_the_wanted_implementation_takes_its_reference() -> None:
+    with use("cpu"):
+        assert select("columns", "auto", TENSOR) == "reference"
+    with pytest.raises(ValueError, match="columns: implementation 'cpu' does not exist"):
+        select("columns", "cpu", TENSOR)
 
 
 def test_an_argument_beats_the_block() -> None:

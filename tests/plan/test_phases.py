@@ -79,10 +79,19 @@ def test_time_grows_with_epochs_and_memory_with_the_batch() -> None:
 
 def test_static_memory_of_e2e_qp() -> None:
     phase = plan_e2e_qp(shape("llama-2-7b"), SPEC, E2EQPConfig(), text_work(4096, 4096), H100)
-    assert term(phase.gpu, "step sizes") == 16 * 101_187_584
+    assert term(phase.gpu, "step sizes") == 12 * 101_187_584
+    assert term(phase.gpu, "their gradients") == 4 * 101_187_584
     assert term(phase.gpu, "not quantized") == 2 * 262_410_240
     assert term(phase.gpu, "inputs of blocks") == 32 * 4096 * 2 * 8192
     assert term(phase.gpu, "projector") == term(phase.gpu, "teacher") == 0
+
+
+def test_gradients_of_one_backward_come_as_activations_go() -> None:
+    alone = E2EQPConfig(accumulation=1)
+    phase = plan_e2e_qp(shape("llama-2-7b"), SPEC, alone, text_work(4096, 4096), H100)
+    assert term(phase.gpu, "their gradients") == 4 * 101_187_584 / 32
+    sharded = plan_e2e_qp(shape("llama-2-7b"), SPEC, replace(alone, deepspeed="zero-2"), text_work(4096, 4096), H100)
+    assert term(sharded.gpu, "their gradients") == 4 * 101_187_584
 
 
 def test_a_teacher_is_there_as_well() -> None:
