@@ -140,23 +140,32 @@ class Inspector:
                 length = self._length_of(self._chat.text(conversation), finding.images)
             finding = finding._replace(length=length)
             require_short(length, self._max_length)
+            return finding
         except TooLong as error:
-            cuts = self._cuts(conversation, finding.images)
-            return finding._replace(problem=error if cuts else TooLong(f"{error}; cut, no answer is left"), cuts=cuts)
+            problem: BadSample = error
         except BadSample as error:
             return finding._replace(problem=error)
-        return finding
+        try:
+            self._require_cut(conversation, finding.images, problem)
+        except BadSample as error:
+            return finding._replace(problem=error)
+        return finding._replace(problem=problem, cuts=True)
 
-    def _cuts(self, conversation: Conversation, images: Sequence[Image]) -> bool:
-        """Whether all images, and a token of the first answer, are among the first `max_length` tokens."""
-        answer = next(place for place, turn in enumerate(conversation.turns) if turn.role == "assistant")
-        text = self._chat.text(conversation)
-        start = self._chat.answers(replace(conversation, turns=conversation.turns[: answer + 1]), text)[0][0]
-        last = text.rfind(self._chat.processor.image_token) + 1
-        behind = last + len(self._chat.processor.image_token) - 1 if last else 0
-        prompt, shown = text[:start], text[:behind]
-        before = self._length_of(prompt, images[: prompt.count(self._chat.processor.image_token)])
-        return before + 1 < self._max_length and self._length_of(shown, images) <= self._max_length
+    def _require_cut(self, conversation: Conversation, images: Sequence[Image], problem: BadSample) -> None:
+        """Check that all images, and a token of the first answer, are among the first `max_length` tokens.
+
+        Raises:
+            BadSample: they are not, or the template puts the answer elsewhere.
+        """
+        token = self._chat.processor.image_token
+        first = next(place for place, turn in enumerate(conversation.turns) if turn.role == "assistant")
+        with refusals():
+            text = self._chat.text(conversation)
+            start = self._chat.answers(replace(conversation, turns=conversation.turns[: first + 1]), text)[0][0]
+        asked = self._length_of(text[:start], images[: text[:start].count(token)])
+        shown = self._length_of(text[: text.rfind(token) + len(token)], images) if images else 0
+        if asked + 1 >= self._max_length or shown > self._max_length:
+            raise TooLong(f"{problem}; cut, no answer is left, or no whole image")
 
     def _length_of(self, text: str, images: Sequence[Image]) -> int:
         with refusals():

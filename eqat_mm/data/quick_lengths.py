@@ -160,8 +160,9 @@ class QuickLengths(ExactLengths):
             self._words.clear()
         new = [*(words - self._words.keys())]
         if new:
-            ids = self.chat.tokenizer(new, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            self._words |= zip(new, map(len, ids["input_ids"]), strict=True)
+            # The tokenizer itself: what transformers wraps around it takes longer than a word does.
+            found = self.chat.tokenizer.backend_tokenizer.encode_batch(new, add_special_tokens=False)
+            self._words |= zip(new, map(len, found), strict=True)
 
 
 def _words_of(stretches: Sequence[str], lead: str) -> list[str]:

@@ -98,7 +98,7 @@ PROBLEMS = """\
     1 image unreadable:
         {source}, record 1: image {folder}/broken.png is unreadable (none of {formats})
     1 too long:
-        {source}, record 5: {length} tokens, more than max_length (60); cut, no answer is left"""
+        {source}, record 5: {length} tokens, more than max_length (60); cut, no answer is left, or no whole image"""
 
 
 def test_all_problems_are_reported_together_by_their_kind(source: Path) -> None:
