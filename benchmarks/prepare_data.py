@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 from instruction_mix import RECORDS, write_mix
 
+from eqat_mm.checkpoint.speaker import load_speaker
 from eqat_mm.commands.models import model_folder
-from eqat_mm.commands.samples import processor_of
 from eqat_mm.data.batching import SampleOrder
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 
@@ -41,7 +41,7 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def _measure(work: Callable[[], Any], sender: Any) -> None:
-    processor_of(model_folder(work.model), work.config)  # libraries and tokenizer
+    load_speaker(model_folder(work.model))  # libraries and tokenizer
     memory, cpu, started = psutil.Process().memory_info().rss, _cpu(), time.perf_counter()
     returned = work()
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
@@ -57,7 +57,7 @@ class Start:
 
     def __call__(self) -> dict[str, float]:
         """Return the number of samples."""
-        data = image_text_data(processor_of(model_folder(self.model), self.config), self.config)
+        data = image_text_data(load_speaker(model_folder(self.model)), self.config)
         next(iter(SampleOrder(data.lengths, data.text_only, 128, seed=0)))
         return {"samples": len(data)}
 
@@ -67,7 +67,7 @@ class Samples(Start):
 
     def __call__(self) -> dict[str, float]:
         """Return CPU milliseconds per sample."""
-        data = image_text_data(processor_of(model_folder(self.model), self.config), self.config)
+        data = image_text_data(load_speaker(model_folder(self.model)), self.config)
         data[0]
         cpu = _cpu()
         for index in range(SAMPLES):

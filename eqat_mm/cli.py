@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,12 +12,13 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
-
 from eqat_mm import __version__
-from eqat_mm.errors import ConfigError, EqatError, explained_system_error
+from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.ending import status_of, to_its_end
+from eqat_mm.runtime.launcher import end_with_launcher
+from eqat_mm.runtime.signals import stoppable
 
-__all__ = ["main", "run_command"]
+__all__ = ["main", "run_command", "script"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ def _generate() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.generate import GenerateJob, generate
 
     return GenerateJob, generate
+
+
+def _chat() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.chat import ChatJob, chat
+
+    return ChatJob, chat
 
 
 def _generate_data() -> tuple[type[Any], Callable[[Any], Any]]:
@@ -125,6 +131,7 @@ COMMANDS: dict[str, _Command] = {
     ),
     "eval": _Command("perplexity on held-out text, KL and agreement with a reference", _eval),
     "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
+    "chat": _Command("talk with a model, about images if shown, line by line", _chat),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
     "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
@@ -132,8 +139,15 @@ COMMANDS: dict[str, _Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `eqat`; returns the exit status: 0, 2 for a user's error, 128 + N when stopped by signal N."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Entry point of `eqat`; returns the exit status: 0, 2 for a user's error, 128 + N when stopped by signal N.
+
+    Args:
+        argv: the command and its arguments; None takes those of this process, which then ends with that status
+            whenever a signal comes.
+    """
+    if argv is None:
+        return to_its_end(lambda: main(sys.argv[1:]))
+    arguments = list(argv)
     if arguments[:1] == ["--version"]:
         print(__version__)
         return 0
@@ -143,44 +157,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(arguments[0], arguments[1:])
 
 
+def script(name: str) -> int:
+    """Entry point of what a launcher starts: a command, with the arguments of this process; returns the exit status."""
+    return to_its_end(lambda: run_command(name, sys.argv[1:]))
+
+
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command with its own arguments, those of a launcher left out; returns the exit status."""
-    from eqat_mm.runtime.progress import silence
-    from eqat_mm.runtime.signals import end_with_launcher, stoppable
-
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]  # deepspeed adds it
     warnings.showwarning = _show_warning
     _print_anything()
     if "LOCAL_RANK" in os.environ:
         end_with_launcher()
-    try:
-        with stoppable():
-            if name not in COMMANDS:
-                raise _unknown_command(name)
-            job_class, function = COMMANDS[name].load()
-            job = parse_job(name, job_class, argv)
-            function(job)
-    except EqatError as error:
-        return _refused(error)
-    except BrokenPipeError:  # whoever reads what it writes has seen enough
-        silence(sys.stdout)
-        return 128 + signal.SIGPIPE
-    except Exception as error:
-        if (explained := explained_system_error(error)) is None:
-            raise
-        return _refused(explained)
-    except KeyboardInterrupt as stop:
-        number = getattr(stop, "signal", signal.SIGINT)
-        print("interrupted; the same command continues from what was saved last", file=sys.stderr)
-        return 128 + int(number)
-    return 0
+    return status_of(lambda: _run(name, argv))
 
 
-def _refused(error: EqatError) -> int:
-    from eqat_mm.runtime.progress import complain
-
-    complain(f"{type(error).__name__}\n{error}")
-    return 2
+def _run(name: str, argv: Sequence[str]) -> None:
+    if name not in COMMANDS:
+        raise _unknown_command(name)
+    job_class, function = COMMANDS[name].load()
+    job = parse_job(name, job_class, argv)
+    with stoppable():
+        function(job)
 
 
 def _print_anything() -> None:
@@ -197,6 +195,8 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
         ConfigError: unknown option, or a value that is not allowed.
         SystemExit: after --help or --print_config.
     """
+    from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+
     from eqat_mm.commands.options import parsed, spelled_out, with_ranges
     from eqat_mm.commands.recipes import recipe_path
     from eqat_mm.runtime.progress import say

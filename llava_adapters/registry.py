@@ -7,8 +7,9 @@ under the entry-point group `eqat_mm.adapters`.
 from __future__ import annotations
 
 import difflib
+import logging
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.runtime.files import read_json_object
 from llava_adapters import llama, llava, llava_next, mistral
 from llava_adapters.original import refuse_original_folder, refuse_original_repository
+
+log = logging.getLogger(__name__)
 
 GROUP = "eqat_mm.adapters"
 
@@ -48,28 +51,28 @@ ALIASES: dict[str, str] = {
 def known_archs() -> dict[str, Arch]:
     """Return every registered architecture by name: built in, then from other packages.
 
-    Raises:
-        AdapterError: an entry point that does not hold an `Arch`.
+    One that cannot be used is named once and left out; of two with one name the built-in one, or the first, serves.
     """
     archs = {arch.name: arch for arch in _BUILT_IN}
     for entry in entry_points(group=GROUP):
-        arch = entry.load()
-        if not isinstance(arch, Arch):
-            raise AdapterError(
-                where=f"entry point {entry.value} of group {GROUP}",
-                given=type(arch).__name__,
-                allowed="an instance of eqat_mm.blocks.Arch",
-                do="correct the package that registers it",
-            )
-        if arch.name in archs:
-            raise AdapterError(
-                where=f"entry point {entry.value} of group {GROUP}",
-                given=f"the name {arch.name!r}, which is taken",
-                allowed="a name of its own",
-                do="rename the adapter in the package that registers it",
-            )
-        archs[arch.name] = arch
+        arch, reason = _loaded(entry, archs)
+        if arch is not None:
+            archs[arch.name] = arch
+        else:
+            package = entry.dist.name if entry.dist is not None else "?"
+            log.warning("note: the adapter %s of the package %s is not used: %s", entry.value, package, reason)
     return archs
+
+
+def _loaded(entry: EntryPoint, archs: dict[str, Arch]) -> tuple[Arch | None, str]:
+    """Return the adapter behind an entry point, or the reason why it is not used."""
+    try:
+        arch = entry.load()
+    except Exception as error:  # noqa: BLE001 - whatever another package raises, models of others are served
+        return None, f"{type(error).__name__}: {error}"
+    if not isinstance(arch, Arch):
+        return None, f"it is a {type(arch).__name__}, not an instance of eqat_mm.blocks.Arch"
+    return (None, f"the name {arch.name!r} is taken") if arch.name in archs else (arch, "")
 
 
 def arch_for(name: str) -> Arch:

@@ -2,7 +2,7 @@
 
 import sys
 
-from eqat_mm.cli import run_command
+from eqat_mm.cli import script
 
 if __name__ == "__main__":
-    sys.exit(run_command("e2e-qp", sys.argv[1:]))
+    sys.exit(script("e2e-qp"))

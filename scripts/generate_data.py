@@ -2,7 +2,7 @@
 
 import sys
 
-from eqat_mm.cli import run_command
+from eqat_mm.cli import script
 
 if __name__ == "__main__":
-    sys.exit(run_command("generate-data", sys.argv[1:]))
+    sys.exit(script("generate-data"))

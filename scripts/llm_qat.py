@@ -2,7 +2,7 @@
 
 import sys
 
-from eqat_mm.cli import run_command
+from eqat_mm.cli import script
 
 if __name__ == "__main__":
-    sys.exit(run_command("llm-qat", sys.argv[1:]))
+    sys.exit(script("llm-qat"))

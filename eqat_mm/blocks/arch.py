@@ -40,7 +40,9 @@ class Arch:
         auto_class: transformers class that builds the model from its config.
         blocks: exact path of the `ModuleList` of decoder blocks.
         stages: paths inside one block of the linears that are quantized, in the order data passes them;
-            linears of one stage read the same input and are fused by serving engines.
+            linears of one stage read the same input and are fused by serving engines. Of blocks of several kinds each
+            has those that it has.
+        kept: paths inside one block of the linears that stay in full precision, such as routers.
         sums: (path of a linear, path of a module) pairs: the linear's output is added to the residual stream, and the
             sum is the module's input; an empty path stands for the block's output.
         full_precision: exact paths of the modules, and of the parameters outside them, that are never quantized;
@@ -59,14 +61,25 @@ class Arch:
     stages: tuple[tuple[str, ...], ...]
     full_precision: tuple[str, ...]
     tiny: Callable[[], tuple[nn.Module, list[Inputs]]]
+    kept: tuple[str, ...] = ()
     sums: tuple[tuple[str, str], ...] = ()
     norms: tuple[tuple[str, int], ...] = (("input_layernorm", 0), ("post_attention_layernorm", 2))
     projector: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Paths of all quantized linears of one block."""
+        """Paths of all quantized linears, of blocks of all kinds."""
         return tuple(path for stage in self.stages for path in stage)
+
+    def stages_of(self, block: nn.Module) -> tuple[tuple[str, ...], ...]:
+        """Return the stages of one block: of the declared linears those that it has."""
+        names = dict(block.named_modules())
+        stages = (tuple(path for path in stage if path in names) for stage in self.stages)
+        return tuple(stage for stage in stages if stage)
+
+    def linears_of(self, block: nn.Module) -> tuple[str, ...]:
+        """Return the paths of the quantized linears of one block."""
+        return tuple(path for stage in self.stages_of(block) for path in stage)
 
     def find_blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return the decoder blocks of `model`.
@@ -82,10 +95,12 @@ class Arch:
                 allowed="a ModuleList with at least one decoder block",
                 do="correct the path of the decoder blocks in the adapter",
             )
+        for path in self.linears:
+            self._require_somewhere(blocks, path)
         for index, block in enumerate(blocks):
-            for path in self.linears:
-                self._require_linear(block, path, index)
-            for path in (path for pair in self.sums for path in pair):
+            self._require_linears(block, index)
+            mine = self.linears_of(block)
+            for path in (path for pair in self.sums if pair[0] in mine for path in pair):
                 self.find(block, path)
         self._require_every_parameter(model)
         return blocks
@@ -132,7 +147,7 @@ class Arch:
     def named_linears(self, block: nn.Module) -> list[tuple[str, nn.Linear]]:
         """Return (path inside the block, module) of every linear to be quantized, in the order data passes them."""
         pairs = []
-        for path in self.linears:
+        for path in self.linears_of(block):
             module = block.get_submodule(path)
             assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}"
             pairs.append((path, module))
@@ -149,8 +164,9 @@ class Arch:
             linears = dict(self.named_linears(block))
             for path, stage in self.norms:
                 name = f"{self.blocks}.{index}.{path}"
-                reading = [linears[linear] for linear in self.stages[stage]]
-                found.append(NormedLinears(name, self.find(block, path), reading))
+                reading = [linears[linear] for linear in self.stages[stage] if linear in linears]
+                if reading:
+                    found.append(NormedLinears(name, self.find(block, path), reading))
         return found
 
     def _require_every_parameter(self, model: nn.Module) -> None:
@@ -166,14 +182,30 @@ class Arch:
                 do="list what holds them under full_precision in the adapter, or choose another one with --adapter",
             )
 
-    def _require_linear(self, block: nn.Module, path: str, index: int) -> None:
-        module = self.find(block, path)
-        if not isinstance(module, nn.Linear):
+    def _require_somewhere(self, blocks: nn.ModuleList, path: str) -> None:
+        if not any(path in dict(block.named_modules()) for block in blocks):
+            self.find(blocks[0], path)  # which is an error that lists near names
+
+    def _require_linears(self, block: nn.Module, index: int) -> None:
+        """Check that what is declared is linear, and that every linear is declared."""
+        where = f"adapter {self.name}: {self.blocks}.{index}"
+        for path in self.linears_of(block):
+            module = block.get_submodule(path)
+            if not isinstance(module, nn.Linear):
+                raise AdapterError(
+                    where=f"{where}.{path}",
+                    given=type(module).__name__,
+                    allowed="a linear layer",
+                    do="list only linear layers in the adapter's stages",
+                )
+        declared = {*self.linears, *self.kept}
+        linears = (path for path, module in block.named_modules() if isinstance(module, nn.Linear))
+        for path in (path for path in linears if path not in declared):
             raise AdapterError(
-                where=f"adapter {self.name}: {self.blocks}.{index}.{path}",
-                given=type(module).__name__,
-                allowed="a linear layer",
-                do="list only linear layers in the adapter's stages",
+                where=f"{where}.{path}",
+                given="a linear layer that the adapter does not mention",
+                allowed="every linear layer of a block in `stages` (quantized) or in `kept` (full precision)",
+                do="list it in one of the two (docs/adding_a_model.md)",
             )
 
 

@@ -1,8 +1,9 @@
 """Recording how a model calls its blocks, with the model's own forward.
 
 Each block is replaced for the time of the capture by a recorder that keeps the complete arguments of its call
-and passes the hidden states on unchanged; the last one ends the forward. Masks, position ids and rotary tables
-therefore come from the model itself, per block, and the weights of the blocks are never needed.
+and returns zeros in place of hidden states, in what the block would return; the last one ends the forward. Masks,
+position ids and rotary tables therefore come from the model itself, per block, and the weights of the blocks are never
+needed. What a block then receives in place of zeros is what the model adds between two blocks, and is kept as well.
 
 Tensors that are equal are kept once, whatever the number of samples and blocks.
 """
@@ -10,12 +11,15 @@ Tensors that are equal are kept once, whatever the number of samples and blocks.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from eqat_mm.blocks.arch import Inputs
@@ -30,11 +34,24 @@ class BlockCall:
         args: positional arguments after the hidden states.
         kwargs: keyword arguments.
         batch: size of the batch dimension of the call.
+        added: what the model adds to the hidden states before it calls the block, [B, T, H]; None where nothing.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     batch: int
+    added: Tensor | None = None
+
+    @property
+    def tree(self) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+        """All that is recorded, as a tree of tensors and values."""
+        return self.args, self.kwargs, self.added
+
+    @classmethod
+    def of(cls, tree: Any, batch: int) -> BlockCall:
+        """Make a call of what `tree` gives."""
+        args, kwargs, added = tree
+        return cls(args, kwargs, batch, added)
 
 
 @dataclass(frozen=True)
@@ -86,26 +103,18 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Inputs]) 
         One sample per batch, on the CPU.
 
     Raises:
-        AdapterError: a forward ended without the last block.
+        AdapterError: a forward ended without the last block, or called blocks in another order.
     """
     pool = TensorPool()
-    recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-    last = len(blocks) - 1
-
-    def recorder(index: int) -> Any:
-        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            recorded.append((hidden, args, kwargs))
-            if index == last:
-                raise _LastBlockReached
-            return hidden
-
-        return record
-
-    for index, block in enumerate(blocks):
-        block.forward = recorder(index)
+    recorders = [_Recorder(block, index) for index, block in enumerate(blocks)]
+    recorders[-1].is_last = True
+    for recorder in recorders:
+        recorder.block.forward = recorder
     try:
         for inputs in batches:
-            recorded.clear()
+            recorded: list[_Recorded] = []
+            for recorder in recorders:
+                recorder.recorded = recorded
             try:
                 model(**inputs, use_cache=False)
             except _LastBlockReached:
@@ -117,6 +126,74 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Inputs]) 
             del block.forward
 
 
+class _Recorded(NamedTuple):
+    """Hidden states and arguments of one call; `added` as in `BlockCall`."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    added: Tensor | None
+
+
+class _Recorder:
+    """Stands in for the forward of one block."""
+
+    def __init__(self, block: nn.Module, index: int) -> None:
+        self.block, self.index, self.is_last = block, index, False
+        self.recorded: list[_Recorded] = []
+        self._more: int | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Record a call and return what the block would, with zeros for hidden states."""
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+        if len(self.recorded) != self.index:
+            raise _out_of_order(self.index, len(self.recorded))
+        # every block before returned zeros: what is not zero the model has added
+        added = hidden if self.index and bool(hidden.any()) else None
+        self.recorded.append(_Recorded(hidden, args, kwargs, added))
+        if self.is_last:
+            raise _LastBlockReached
+        if self._more is None:
+            self._more = returned_beside_hidden(self.block, hidden, args, kwargs)
+        zeros = torch.zeros_like(hidden)
+        return zeros if self._more < 0 else (zeros, *[None] * self._more)
+
+
+def returned_beside_hidden(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return how many values a block returns behind the hidden states, -1 where it returns those alone, not in a tuple.
+
+    Nothing is computed: the block's own forward runs on fake tensors. One that decides by values, or whose parameters
+    are on the meta device, cannot; it is taken to return hidden states alone, as most do.
+    """
+    try:
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            tree = pytree.tree_map_only(Tensor, fake.from_tensor, (hidden, args, kwargs))
+            output = type(block).forward(block, tree[0], *tree[1], **tree[2])
+    except Exception:  # noqa: BLE001 - whatever a model's own code raises on tensors without values
+        return -1
+    return len(output) - 1 if isinstance(output, tuple) else -1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing why an operator cannot be tried on fake tensors."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _out_of_order(index: int, expected: int) -> AdapterError:
+    return AdapterError(
+        where="capture of the decoder blocks",
+        given=f"block {index} called where block {expected} should be",
+        allowed="a model that calls every block of the adapter's list once, in order",
+        do="this model skips or repeats blocks for such inputs, which the walker cannot; give it other inputs",
+    )
+
+
 def _unreached(called: int, count: int) -> AdapterError:
     return AdapterError(
         where="capture of the decoder blocks",
@@ -126,8 +203,8 @@ def _unreached(called: int, count: int) -> AdapterError:
     )
 
 
-def _sample(recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]], pool: TensorPool) -> Sample:
-    hidden = recorded[0][0].detach().cpu()
+def _sample(recorded: list[_Recorded], pool: TensorPool) -> Sample:
+    hidden = recorded[0].hidden.detach().cpu()
     interned: dict[int, Any] = {}  # blocks mostly get the same objects: each is looked at once
 
     def intern(leaf: Any) -> Any:
@@ -136,18 +213,14 @@ def _sample(recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]], pool
         return interned[id(leaf)]
 
     calls = []
-    for _, args, kwargs in recorded:
-        call_args, call_kwargs = pytree.tree_map(intern, (args, kwargs))
-        calls.append(BlockCall(call_args, call_kwargs, batch=hidden.shape[0]))
+    for one in recorded:
+        calls.append(BlockCall.of(pytree.tree_map(intern, one[1:]), hidden.shape[0]))
     return Sample(hidden, tuple(calls))
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], call: BlockCall) -> BlockCall:
     """Return the call with `function` applied to each of its tensors."""
-    args, kwargs = pytree.tree_map(
-        lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs)
-    )
-    return BlockCall(args, kwargs, call.batch)
+    return BlockCall.of(pytree.tree_map_only(Tensor, function, call.tree), call.batch)
 
 
 def collate(calls: Sequence[BlockCall]) -> BlockCall:
@@ -159,10 +232,9 @@ def collate(calls: Sequence[BlockCall]) -> BlockCall:
     """
     if len(calls) == 1:
         return calls[0]
-    flat, structure = zip(*(pytree.tree_flatten((call.args, call.kwargs)) for call in calls), strict=True)
+    flat, structure = zip(*(pytree.tree_flatten(call.tree) for call in calls), strict=True)
     leaves = [_join(column, calls) for column in zip(*flat, strict=True)]
-    args, kwargs = pytree.tree_unflatten(leaves, structure[0])
-    return BlockCall(args, kwargs, batch=sum(call.batch for call in calls))
+    return BlockCall.of(pytree.tree_unflatten(leaves, structure[0]), sum(call.batch for call in calls))
 
 
 def _join(column: tuple[Any, ...], calls: Sequence[BlockCall]) -> Any:
@@ -183,7 +255,7 @@ def signature(call: BlockCall, hidden_shape: torch.Size, identity: Callable[[Ten
 
     Leaves that carry the batch count by shape and dtype, other tensors by `identity`, the rest by value.
     """
-    leaves, structure = pytree.tree_flatten((call.args, call.kwargs))
+    leaves, structure = pytree.tree_flatten(call.tree)
     described: list[Any] = []
     for leaf in leaves:
         if _carries_batch(leaf, call.batch):

@@ -56,6 +56,16 @@ def refuse_quantized(
     if traces:
         method = named or _method_of(traces[0])
         raise _quantized(folder, method, f"{traces[0].name} of {traces[0].dtype} in {traces[0].path.name}")
+    refuse_named_quantized(folder, config)
+
+
+def refuse_named_quantized(folder: Path, config: dict[str, Any]) -> None:
+    """Check that a model is in full precision by what its config.json says.
+
+    Raises:
+        CheckpointError: it is quantized already.
+    """
+    named = _named_method(config)
     if named is not None and not _is_undone(config):
         raise _quantized(folder, named, "quantization_config in config.json")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
@@ -87,9 +88,13 @@ class CheckedFolder:
 
 
 def empty_model(config: transformers.PreTrainedConfig, arch: Arch) -> transformers.PreTrainedModel:
-    """Build a model whose parameters are on the meta device; computed buffers are real."""
+    """Build a model whose parameters are on the meta device, float32; computed buffers are real.
+
+    Float32 whatever the files hold: models compute factors in the dtype they are built in, and blocks run in float32.
+    """
+    build = getattr(transformers, arch.auto_class).from_config
     with init_empty_weights(include_buffers=False):
-        model: transformers.PreTrainedModel = getattr(transformers, arch.auto_class).from_config(config)
+        model: transformers.PreTrainedModel = build(config, dtype=torch.float32)
     model.eval()
     return model
 

@@ -8,7 +8,7 @@ memory at a time. The walker knows no architecture and never calls anything but 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from eqat_mm.blocks.feed import Copies, feed_for
 from eqat_mm.blocks.parts import Part, Sort, sorts_of
 from eqat_mm.blocks.source import OpenModel, release
 from eqat_mm.blocks.spool import FP, QUANTIZED, Stream, stream_path
+from eqat_mm.blocks.weights import stand_in
 from eqat_mm.runtime.precision import autocast
 from eqat_mm.runtime.ranks import ALONE, Ranks
 
@@ -158,8 +159,11 @@ class BlockWalker:
     def run(self, block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
         """Return the output [B, T, H] of `block` for a recorded call, on the walker's device and in its precision."""
         call = map_tensors(lambda recorded: recorded.to(self.device), call)
+        hidden = hidden.to(self.device).float()
+        if call.added is not None:
+            hidden = hidden + call.added
         with autocast(self.precision, self.device):
-            output = block(hidden.to(self.device).float(), *call.args, **call.kwargs)
+            output = block(hidden, *call.args, **call.kwargs)
         hidden_states: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden_states
 
@@ -207,23 +211,32 @@ def capture_front(opened: OpenModel, batches: Iterable[Inputs], dtype: torch.dty
 
 @contextmanager
 def _read_when_called(opened: OpenModel, dtype: torch.dtype) -> Iterator[None]:
-    def reader(part: ModelPart) -> Any:
-        prefix = f"{part.path}." if part.path else ""
+    """Read a part when it is first called; until then, and for the blocks, numbers stand in that take no memory.
 
-        def read(module: nn.Module, _: Any) -> None:
-            opened.source.materialise(module, prefix, dtype, torch.device("cpu"), recurse=part.whole)
-
-        return read
-
-    parts = opened.arch.full_precision_parts(opened.model)
-    handles = [part.module.register_forward_pre_hook(reader(part)) for part in parts]
+    Models look at parameters before they call what holds them, at their device and dtype above all.
+    """
+    stand_in(opened.model, dtype)
+    handles = []
+    for part in opened.arch.full_precision_parts(opened.model):
+        handles.append(part.module.register_forward_pre_hook(_reader(opened, part, dtype)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for part in parts:
-            release(part.module, recurse=part.whole)
+        release(opened.model)
+
+
+def _reader(opened: OpenModel, part: ModelPart, dtype: torch.dtype) -> Callable[[nn.Module, Any], None]:
+    prefix, unread = f"{part.path}." if part.path else "", [part]
+
+    def read(module: nn.Module, _: Any) -> None:
+        if unread:
+            unread.clear()
+            release(module, recurse=part.whole)
+            opened.source.materialise(module, prefix, dtype, torch.device("cpu"), recurse=part.whole)
+
+    return read
 
 
 def _mean_square(value: Tensor) -> Tensor:

@@ -126,6 +126,13 @@ def release(module: nn.Module, *, recurse: bool = True) -> None:
         _assign(module, name, parameter.detach().to("meta"), is_parameter=True)
 
 
+def stand_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Put one zero on the CPU, expanded, in place of every meta parameter: shape, device and dtype without memory."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta:
+            _assign(module, name, torch.zeros((), dtype=dtype).expand(parameter.shape), is_parameter=True)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; whole numbers and 8-bit floats are taken as finite.
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from eqat_mm.checkpoint.manifest import ADAPTER
 from eqat_mm.checkpoint.shards import save_shard
-from eqat_mm.checkpoint.verify import ADAPTER
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.runtime.files import fsync

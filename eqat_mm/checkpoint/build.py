@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eqat_mm.blocks.arch import set_submodule
-from eqat_mm.blocks.config import read_config, read_generation_config, refused
+from eqat_mm.blocks.config import CONFIG, read_config, read_generation_config, refused
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX, described
-from eqat_mm.checkpoint.verify import CONFIG, MANIFEST, Manifest, weight_map
+from eqat_mm.checkpoint.manifest import MANIFEST, Manifest
+from eqat_mm.checkpoint.verify import weight_map
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
 from eqat_mm.quant.dynamic_linear import DynamicPackedLinear

@@ -13,11 +13,18 @@ from pathlib import Path
 
 from eqat_mm.runtime.files import atomic_path
 
-DECIDING = (
-    *("generation_config.json", "*processor_config.json", "*.jinja", "chat_template.json"),
-    "additional_chat_templates/*.jinja",
+TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.tiktoken"),
     *("tekken.json", "normalizer.json"),
+)
+"""Patterns of a tokenizer's files."""
+
+PROCESSOR = ("*processor_config.json",)
+"""Patterns of what a processor has beside its tokenizer."""
+
+DECIDING = (
+    *("generation_config.json", "*.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *(*PROCESSOR, *TOKENIZER),
 )
 """Patterns of the files that decide what a model is asked and what it answers."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +12,9 @@ import transformers
 from eqat_mm.blocks.config import read_config, refused
 from eqat_mm.blocks.source import CheckedFolder, check_folder
 from eqat_mm.blocks.weights import WeightSource, is_finite
-from eqat_mm.checkpoint.read import load
-from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.checkpoint.companions import PROCESSOR, TOKENIZER, files_like
+from eqat_mm.checkpoint.manifest import MANIFEST
+from eqat_mm.checkpoint.verify import verify_all_but_weights
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
 
@@ -57,6 +59,8 @@ def load_for_inference(
     Raises:
         CheckpointError: a packed model is damaged; a full-precision one is not whole, quantized already or not finite.
     """
+    from eqat_mm.checkpoint.read import load  # what is read can be written, with the processor that lies here
+
     if is_packed(folder):
         return load(folder, dtype=dtype, device=device)
     checked, kept = check_full_precision(folder), unquantized_dtype(dtype, device)
@@ -92,9 +96,11 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
 
     Raises:
-        CheckpointError: there is none, or it is that of another model.
+        CheckpointError: there is none, or it is that of another model; or a packed checkpoint was altered.
     """
-    with refused(folder, "tokenizer", do="put the files of the model's tokenizer beside the weights, all of them"):
+    _require_unaltered(folder)
+    do = "put the files of the model's tokenizer beside the weights, all of them"
+    with refused(folder, _with_files("tokenizer", folder, TOKENIZER), do=do):
         auto = transformers.AutoTokenizer
         tokenizer: transformers.PreTrainedTokenizerBase = auto.from_pretrained(folder, trust_remote_code=False)
     rows = getattr(read_config(folder).get_text_config(decoder=True), "vocab_size", tokenizer.vocab_size)
@@ -112,11 +118,23 @@ def load_processor(folder: Path) -> transformers.ProcessorMixin:
     """Load the processor of a vision-language model folder: tokenizer, image processor and chat template.
 
     Raises:
-        CheckpointError: there is none, or a package that it needs is not installed.
+        CheckpointError: there is none, or a package that it needs is not installed; or a packed checkpoint was altered.
     """
+    _require_unaltered(folder)
     do = "put the processor's files beside the weights, and install what reads images: pip install 'eqat-mm[vlm]'"
-    with refused(folder, "processor", do=do):
+    with refused(folder, _with_files("processor", folder, (*PROCESSOR, *TOKENIZER)), do=do):
         processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(processor, transformers.ProcessorMixin):
             raise TypeError(f"a text-only {type(processor).__name__}")
     return processor
+
+
+def _require_unaltered(folder: Path) -> None:
+    """Check the files of a packed checkpoint that are read before its weights are."""
+    if is_packed(folder):
+        verify_all_but_weights(folder)
+
+
+def _with_files(what: str, folder: Path, patterns: Sequence[str]) -> str:
+    """Return what is read, with the files that it is read from."""
+    return f"{what} in {', '.join(files_like(folder, patterns)) or 'it'}"

@@ -115,11 +115,13 @@ def ignored_linears(arch: Arch, model: nn.Module) -> list[str]:
     They match by the end of the path, because serving engines change the prefix. Linears inside the blocks that the
     adapter does not list are among them.
     """
-    parts = [
-        f"re:.*{path}$"
-        for path, module in arch.find(model, f"{arch.blocks}.0").named_modules()
+    kept = {
+        path: None  # each once, in order
+        for block in arch.find(model, arch.blocks).children()
+        for path, module in block.named_modules()
         if isinstance(module, nn.Linear) and path not in arch.linears
-    ]
+    }
+    parts = [f"re:.*{path}$" for path in kept]
     for part in arch.full_precision_parts(model):
         if part.whole and any(isinstance(module, nn.Linear) for module in part.module.modules()):
             parts.append(f"re:.*{part.path.rpartition('.')[2]}.*")

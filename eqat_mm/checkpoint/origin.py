@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eqat_mm.blocks.source import WeightSource
-from eqat_mm.checkpoint.verify import Manifest, read_manifest
+from eqat_mm.checkpoint.manifest import Manifest, read_manifest
 from eqat_mm.errors import CheckpointError
 
 

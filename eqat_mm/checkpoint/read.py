@@ -14,15 +14,17 @@ from transformers import PreTrainedModel
 
 from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.attention import quantize_keys_and_values
+from eqat_mm.blocks.config import CONFIG
 from eqat_mm.blocks.source import OpenModel, release
 from eqat_mm.checkpoint.adapters import load_adapters
 from eqat_mm.checkpoint.build import empty_packed, insert_packed, require_described, skeleton
 from eqat_mm.checkpoint.layout import BYTES, SCALE_SUFFIX, format_of
+from eqat_mm.checkpoint.manifest import ADAPTER, checkpoint_folder, read_manifest
 from eqat_mm.checkpoint.match import needless, require_match, wanted_tensors
 from eqat_mm.checkpoint.origin import Origin
 from eqat_mm.checkpoint.pretrained import as_packed
 from eqat_mm.checkpoint.source import PackedSource, packed_names
-from eqat_mm.checkpoint.verify import ADAPTER, CONFIG, checkpoint_folder, read_manifest, verify_checkpoint
+from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
 from eqat_mm.quant.packed_linear import PackedLinear

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from eqat_mm.blocks.config import CONFIG
 from eqat_mm.blocks.stored import INDEX, stored_in
 from eqat_mm.checkpoint.companions import DECIDING, files_like
-from eqat_mm.checkpoint.verify import ADAPTER, CONFIG, Manifest
+from eqat_mm.checkpoint.manifest import ADAPTER, Manifest
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.files import sha256_of, write_json
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eqat_mm.blocks.source import INDEX
 from eqat_mm.checkpoint.companions import files_like
-from eqat_mm.checkpoint.verify import MANIFEST, read_manifest
+from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.files import fsync
 

@@ -25,11 +25,12 @@ from eqat_mm.checkpoint.layout import (
     quantization_config,
     to_bytes,
 )
+from eqat_mm.checkpoint.manifest import ADAPTER, Manifest
 from eqat_mm.checkpoint.origin import Origin
 from eqat_mm.checkpoint.seal import seal
 from eqat_mm.checkpoint.shards import save_shard
+from eqat_mm.checkpoint.speaker import restyled, write_over
 from eqat_mm.checkpoint.unfinished import folder_in_the_making, replace_files, require_place
-from eqat_mm.checkpoint.verify import ADAPTER, Manifest
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
 from eqat_mm.quant.grid import as_stored
@@ -111,6 +112,7 @@ class CheckpointWriter:
         }
         self._write(self._count - 1, stored | changed)
         copy_companions(self.opened.folder, self.folder)
+        write_over(self.folder, restyled(self.opened.folder))
         config = read_json(self.opened.folder / "config.json")
         ignore = ignored_linears(self.opened.arch, self.opened.model)
         channels = None if self.widths.kv_cache == UNQUANTIZED else head_dim(self.opened)
@@ -157,7 +159,14 @@ def stored_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_like(model: PreTrainedModel, folder: Path, base: Path, stage: str, provenance: dict[str, Any]) -> Manifest:
+def save_like(
+    model: PreTrainedModel,
+    folder: Path,
+    base: Path,
+    stage: str,
+    provenance: dict[str, Any],
+    companions: Mapping[str, str | None] | None = None,
+) -> Manifest:
     """Write `model`, a trained copy of the checkpoint `base`, with the shards, names and dtypes of `base`.
 
     What training left as it was is copied byte for byte, whatever the dtype the model was loaded in; adapters lie in
@@ -169,10 +178,11 @@ def save_like(model: PreTrainedModel, folder: Path, base: Path, stage: str, prov
         base: checkpoint that the model was loaded from, where it is now.
         stage: for the manifest.
         provenance: of this stage; appended to those of `base`.
+        companions: files that replace those of `base`, see `restyled`.
     """
     origin = replace(_origin_of(model), folder=base)
     with folder_in_the_making(folder) as partial:
-        return _write_again(model, origin, partial, stage, provenance)
+        return _write_again(model, origin, partial, stage, provenance, companions or {})
 
 
 def save_into(model: PreTrainedModel, folder: Path, provenance: dict[str, Any]) -> Manifest:
@@ -195,7 +205,7 @@ def save_into(model: PreTrainedModel, folder: Path, provenance: dict[str, Any]) 
         shutil.rmtree(leftover)
     origin = _origin_of(model)
     with TemporaryDirectory(dir=folder, prefix=_SAVING) as name:
-        made = _write_again(model, origin, Path(name), origin.manifest.stage, provenance)
+        made = _write_again(model, origin, Path(name), origin.manifest.stage, provenance, {})
         replace_files(folder, Path(name))
     if folder.resolve() == origin.folder.resolve():
         vars(model)["checkpoint_origin"] = replace(origin, manifest=made)
@@ -209,7 +219,12 @@ def _origin_of(model: PreTrainedModel) -> Origin:
 
 
 def _write_again(
-    model: PreTrainedModel, origin: Origin, folder: Path, stage: str, provenance: dict[str, Any]
+    model: PreTrainedModel,
+    origin: Origin,
+    folder: Path,
+    stage: str,
+    provenance: dict[str, Any],
+    companions: Mapping[str, str | None],
 ) -> Manifest:
     base, state = origin.unchanged(), without_adapters(stored_state(model))
     if format_of(origin.manifest.widths) == BYTES:
@@ -225,6 +240,7 @@ def _write_again(
     if has_adapters(model):
         save_adapters(model, folder / ADAPTER)
     _write_companions(model, origin, folder, there=base is not None)
+    write_over(folder, companions)
     made = replace(origin.manifest.renewed(), stage=stage, provenance=[*origin.manifest.provenance, provenance])
     return seal(folder, list(digests), origin.config_of(model), made, digests)
 

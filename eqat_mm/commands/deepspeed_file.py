@@ -7,10 +7,6 @@ otherwise is refused, for DeepSpeed would follow it.
 from __future__ import annotations
 
 import json
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +19,6 @@ from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.settings import shown
 from eqat_mm.train.end_to_end import EndToEndConfig
 
-_UNTIL_ENDED = 30.0
 _SIXTEEN_BITS = ("fp16", "bf16", "bfloat16", "amp")
 _SECTIONS = (*_SIXTEEN_BITS, "zero_optimization", "optimizer", "scheduler")
 
@@ -52,23 +47,19 @@ class DeepSpeedFile:
 def deepspeed_settings(job: EndToEndConfig) -> DeepSpeedFile | None:
     """Return DeepSpeed's settings, where a job names some and a launcher started this process.
 
-    Of several processes on a machine, the first says what is wrong.
-
     Raises:
         ConfigError: no such file, one that cannot be read or that contradicts the job, or DeepSpeed is not installed.
-        SystemExit: the same, in another process.
     """
     if job.deepspeed is None:
         return None
-    with _said_once():
-        found = checked(job.deepspeed, job, processes())
-        if launched() and find_spec("deepspeed") is None:
-            raise ConfigError(
-                where=f"--deepspeed {job.deepspeed}",
-                given="DeepSpeed is not installed",
-                allowed="an environment with it",
-                do="pip install 'eqat-mm[deepspeed]', or leave --deepspeed out",
-            )
+    found = checked(job.deepspeed, job, processes())
+    if launched() and find_spec("deepspeed") is None:
+        raise ConfigError(
+            where=f"--deepspeed {job.deepspeed}",
+            given="DeepSpeed is not installed",
+            allowed="an environment with it",
+            do="pip install 'eqat-mm[deepspeed]', or leave --deepspeed out",
+        )
     return found if launched() else None
 
 
@@ -167,15 +158,3 @@ def _fixed(section: dict[str, Any]) -> list[str]:
 
 def _refused(name: str, given: str, allowed: str, do: str) -> ConfigError:
     return ConfigError(where=f"--deepspeed {name}", given=given, allowed=allowed, do=do)
-
-
-@contextmanager
-def _said_once() -> Iterator[None]:
-    """Let the first process of a machine alone say what is wrong; when it ends, the launcher ends the others."""
-    try:
-        yield
-    except ConfigError:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            raise
-        time.sleep(_UNTIL_ENDED)
-        raise SystemExit(2) from None

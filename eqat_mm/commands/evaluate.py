@@ -17,6 +17,7 @@ from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
 from eqat_mm.commands.models import load_model, model_folder, require_weights
+from eqat_mm.data.style import AUTO, ImageShape, Style, require_template
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
@@ -41,6 +42,10 @@ class EvalJob(Settings):
         data: held-out text.
         tasks: tasks of lmms-eval, separated by commas, instead of held-out text: easy_vqa, mme, scienceqa_img, ...
         limit: questions of each task to answer, the first ones; all by default.
+        template: of the prompts of tasks: `auto` (the one that the model was trained with), `vicuna_v1`, `model` (the
+            one in its folder), or the path of a .jinja file.
+        images: of tasks, those that are no squares: `pad`, `crop`, `model` (what its folder says), or `auto` (what the
+            model was trained with).
         batch_size: windows, or questions of tasks, per forward.
         dtype: of what is not quantized, and of matrix products; `auto` takes bfloat16 on a GPU, float32 on a CPU.
         precision: of matrix products alone; float32 is float32 throughout, `auto` takes bfloat16 where it is faster.
@@ -53,11 +58,17 @@ class EvalJob(Settings):
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
     tasks: str | None = None
     limit: Count | None = None
+    template: str = AUTO
+    images: ImageShape = AUTO
     batch_size: Count = 4
     dtype: Precision = "auto"
     precision: Precision | None = None
     device: str = "auto"
     output: Path | None = None
+
+    def check_together(self) -> None:
+        """Check that the template is there, before anything is read."""
+        require_template(self.template, "--template")
 
 
 def evaluate(job: EvalJob) -> dict[str, Any]:
@@ -82,6 +93,7 @@ def _measure(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]
         return _perplexity(job, folder, device)
     products, dtype = arithmetic(job.precision, job.dtype, device)
     asked: dict[str, Any] = {"limit": job.limit, "batch_size": job.batch_size, "output": job.output}
+    asked["style"] = Style(job.template, job.images)
     with _products(products, dtype, device):
         return evaluate_tasks(folder, job.tasks, device=device, dtype=dtype, **asked) | {"precision": products}
 
@@ -95,6 +107,9 @@ def _check_choice(job: EvalJob) -> None:
     """Refuse options of the measurement that was not chosen."""
     if job.tasks is None and job.limit is not None:
         raise ConfigError("--limit", "no --tasks", "a limit for tasks", "for held-out text, set --data.count")
+    for name in ("template", "images"):
+        if job.tasks is None and getattr(job, name) != AUTO:
+            raise ConfigError(f"--{name}", "no --tasks", "with questions about images", "leave it out, or name --tasks")
     if job.tasks is not None and job.reference is not None:
         raise ConfigError("--reference", "with --tasks", "a reference for held-out text", "evaluate both models")
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
-
 from eqat_eval.generation import GeneratedText, generate_about_images, generate_text
 from eqat_eval.graphed_decode import CudaGraph
 from eqat_eval.prompts import encode_prompt
-from eqat_mm.checkpoint.folders import load_processor, load_tokenizer, takes_images
+from eqat_mm.checkpoint.folders import load_tokenizer, takes_images
+from eqat_mm.checkpoint.speaker import load_speaker
 from eqat_mm.commands.models import load_model, model_folder, require_weights
+from eqat_mm.data.addresses import image_at
 from eqat_mm.data.conversations import IMAGE
-from eqat_mm.data.images import ImageFile, read_image
-from eqat_mm.data.problems import BadSample
-from eqat_mm.data.processors import fit_processor
-from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.data.style import AUTO, ImageShape, Style, require_template
+from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.settings import Count, PositiveOrZero, Seed, Settings, Within
 
-_NOT_A_FILE = re.compile(r"(https?|ftp|file|s3|gs|hf):/|data:", re.IGNORECASE)
+ANSWER, CONTINUATION = 512, 64
+"""Most tokens to write by default: an answer ends by itself."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,18 @@ class GenerateJob(Settings):
 
     Attributes:
         model: packed checkpoint, model folder, alias or hub repository.
-        prompt: text to continue, or to answer with `chat` or `image`.
-        image: file of an image that the prompt is about, for a vision-language model; give it again for several. They
-            come where the prompt has `<image>`, or before it.
+        prompt: text to continue, or to answer with `chat`, `system` or `image`.
+        image: image that the prompt is about, for a vision-language model; several may follow, and it may be given
+            again. A file, `data:image/png;base64,...`, or an address with `allow_network`. They come where the prompt
+            has `<image>`, or before it.
+        allow_network: fetch images with an http(s) address.
         chat: put the prompt through the model's chat template.
-        max_new_tokens: most tokens to write.
+        system: what the system says first, in place of the chat template's own words.
+        template: chat template of a vision-language model: `auto` (the one that the model was trained with),
+            `vicuna_v1`, `model` (the one in its folder), or the path of a .jinja file.
+        images: what becomes of images that are no squares: `pad`, `crop`, `model` (what its folder says), or `auto`
+            (what the model was trained with).
+        max_new_tokens: most tokens to write. Default: 512 for an answer, 64 for a continuation.
         temperature: 0 is greedy.
         top_p: nucleus of the sampling.
         seed: of the sampling.
@@ -49,14 +54,22 @@ class GenerateJob(Settings):
     model: str = "smollm2-135m"
     prompt: str = "The capital of France is"
     image: list[str] | str = field(default_factory=list)
+    allow_network: bool = False
     chat: bool = False
-    max_new_tokens: Count = 64
+    system: str | None = None
+    template: str = AUTO
+    images: ImageShape = AUTO
+    max_new_tokens: Count | None = None
     temperature: PositiveOrZero = 0.0
     top_p: Annotated[float, Within(0, 1, without=(0,))] = 1.0
     seed: Seed = 0
     dtype: Precision = "auto"
     device: str = "auto"
     cuda_graph: CudaGraph = "auto"
+
+    def check_together(self) -> None:
+        """Check that the template is there, before anything is read."""
+        require_template(self.template, "--template")
 
 
 def generate(job: GenerateJob) -> str:
@@ -67,48 +80,40 @@ def generate(job: GenerateJob) -> str:
     """
     folder = model_folder(job.model)
     require_weights(folder)
-    paths = [job.image] if isinstance(job.image, str | Path) else job.image
+    addresses = [job.image] if isinstance(job.image, str | Path) else job.image
     sees = takes_images(folder)
-    if paths and not sees:
-        raise ConfigError(
-            where="--image",
-            given=f"{len(paths)} images for {job.model}, which reads text only",
-            allowed="a vision-language model, such as llava-1.5-7b",
-            do="leave --image out, or choose a vision-language model",
-        )
-    images = [_read(path) for path in paths]
-    written = _written(job, folder, images, through_processor=sees and bool(images or job.chat or IMAGE in job.prompt))
+    if addresses and not sees:
+        raise text_only("--image", f"{len(addresses)} images for {job.model}, which reads text only")
+    images = [image_at(str(address), allow_network=job.allow_network) for address in addresses]
+    asks = bool(images) or job.chat or job.system is not None
+    written = _written(job, folder, images, asks=asks, through_processor=sees and (asks or IMAGE in job.prompt))
     say(f"[{written.tokens} tokens, {written.tokens_per_second:.1f} tokens/s]")
     return written.text
 
 
-def _written(job: GenerateJob, folder: Path, images: list[Any], *, through_processor: bool) -> GeneratedText:
+def text_only(where: str, given: str) -> ConfigError:
+    """Return the error for images where a model reads text only."""
+    allowed = "a vision-language model, such as llava-1.5-7b"
+    return ConfigError(where, given, allowed, "leave --image out, or choose a vision-language model")
+
+
+def _written(
+    job: GenerateJob, folder: Path, images: list[Any], *, asks: bool, through_processor: bool
+) -> GeneratedText:
     settings: dict[str, Any] = {
         "temperature": job.temperature,
         "top_p": job.top_p,
         "seed": job.seed,
+        "system": job.system,
         "stream": True,
         "cuda_graph": job.cuda_graph,
     }
-    speaker: Any = load_processor(folder) if through_processor else load_tokenizer(folder)
-    if through_processor:
-        fit_processor(speaker, transformers.AutoConfig.from_pretrained(folder))
-    encode_prompt(speaker, job.prompt, images, chat=through_processor or job.chat)  # refused before the model is read
+    chat = asks or through_processor
+    style = Style(job.template, job.images)
+    speaker: Any = load_speaker(folder, style) if through_processor else load_tokenizer(folder)
+    encode_prompt(speaker, job.prompt, images, chat=chat, system=job.system)  # refused before the model is read
     model = load_model(folder, best_device(job.device), job.dtype)
+    most = job.max_new_tokens or (ANSWER if chat else CONTINUATION)
     if through_processor:
-        return generate_about_images(model, speaker, job.prompt, images, job.max_new_tokens, **settings)
-    return generate_text(model, speaker, job.prompt, job.max_new_tokens, chat=job.chat, **settings)
-
-
-def _read(path: str) -> Any:
-    """Return an image in mode RGB.
-
-    Raises:
-        DataError: it is missing or unreadable, or no file.
-    """
-    if _NOT_A_FILE.match(str(path)):
-        raise DataError("--image", f"{path!s:.60}", "the path of a file", "fetch the image, and give its path")
-    try:
-        return read_image(ImageFile(Path(path)))
-    except BadSample as error:
-        raise DataError("--image", str(error), "an image file that Pillow can read", "check the path") from error
+        return generate_about_images(model, speaker, job.prompt, images, most, **settings)
+    return generate_text(model, speaker, job.prompt, most, chat=chat, **settings)

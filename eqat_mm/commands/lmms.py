@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from eqat_mm.data.style import Style
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.precision import Precision
 
@@ -42,6 +43,7 @@ def evaluate_tasks(
     device: torch.device,
     dtype: torch.dtype | Precision = "auto",
     output: Path | None = None,
+    style: Style | None = None,
 ) -> dict[str, Any]:
     """Answer the questions of tasks and score the answers.
 
@@ -53,6 +55,7 @@ def evaluate_tasks(
         device: to compute on.
         dtype: of what is not quantized; `auto` as in `unquantized_dtype`.
         output: tasks that write files of their own (submissions) put them into the folder of this file.
+        style: how the model is addressed; what it was trained with by default.
 
     Returns:
         `tasks`: for each by name, `accuracy` and `by_type` where it is measured by exact match (from 0 to 1),
@@ -70,10 +73,11 @@ def evaluate_tasks(
 
     from eqat_eval.lmms_model import EqatVLM
 
-    manager = _task_manager(names)
+    manager, style = _task_manager(names), style or Style()
+    options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, **vars(style)}
     started = time.perf_counter()
     found = simple_evaluate(
-        model=EqatVLM(str(folder), device=str(device), dtype=dtype, batch_size=batch_size),
+        model=EqatVLM(str(folder), device=str(device), **options),
         tasks=list(names),
         task_manager=manager,
         limit=limit,

@@ -12,9 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 
 from eqat_mm.blocks.source import CheckedFolder, WeightSource, say_left_over
 from eqat_mm.checkpoint.folders import check_full_precision, is_packed, load_for_inference
-from eqat_mm.checkpoint.verify import checkpoint_folder
+from eqat_mm.checkpoint.manifest import checkpoint_folder
 from eqat_mm.data.smollm2 import smollm2_folder
-from eqat_mm.errors import CheckpointError, DataError
+from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import progress
@@ -95,6 +95,21 @@ def require_model(folder: Path) -> None:
             do="check the path; an interrupted run is finished by starting the same command again",
         )
     refuse_original_folder(folder, read_json_object(folder / "config.json"))
+
+
+def refuse_packed(model: str, folder: Path) -> None:
+    """Check that what a user types after --model is no packed checkpoint.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if is_packed(folder):
+        raise ConfigError(
+            where=f"--model {model}",
+            given="a checkpoint that is quantized already",
+            allowed="a full-precision model",
+            do="name the model it was made from",
+        )
 
 
 def require_weights(folder: Path) -> CheckedFolder | None:

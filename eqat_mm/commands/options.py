@@ -51,7 +51,7 @@ def spelled_out(command: str, kind: type[Settings], argv: Sequence[str]) -> list
     """Spell out what users may abbreviate, recipes first, for flags win over them wherever they stand.
 
     A first word without dashes is the model; `--overwrite` means `--overwrite true`, and `--train-projector`
-    `--trains scales+projector`. What is given again of several (`--image`) is one more.
+    `--trains scales+projector`. What is given again of several (`--image`), or behind it, is one more.
 
     Raises:
         ConfigError: a flag that is none, text that is none, or an unreadable recipe.
@@ -76,9 +76,16 @@ def spelled_out(command: str, kind: type[Settings], argv: Sequence[str]) -> list
 
 def _with_values(hints: dict[str, Any], argv: Sequence[str]) -> Iterator[str]:
     given: set[str] = set()
+    several, filled = "", False
     for word, after in zip(argv, [*argv[1:], "-"], strict=False):
         flag, equals, value = word.partition("=")
-        if flag in given and _takes_several(hints.get(flag.removeprefix("--"))):
+        if word.startswith("--"):
+            several, filled = flag if _takes_several(hints.get(flag.removeprefix("--"))) else "", bool(equals)
+        elif several and filled:
+            yield f"{several}+"
+        else:
+            filled = True
+        if flag in given and flag == several:
             word = f"{flag}+{equals}{value}"  # jsonargparse appends
         given.add(flag)
         yield from ["--trains", "scales+projector"] if word == "--train-projector" else [word]

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from eqat_mm.blocks.config import MOST_LAYERS, refused, require_layers
-from eqat_mm.commands.models import model_folder, require_model
+from eqat_mm.blocks.quantized import refuse_named_quantized
+from eqat_mm.commands.models import model_folder, refuse_packed, require_model
 from eqat_mm.commands.recipes import fitting_recipe, recipes
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.windows import TextWindows
@@ -80,9 +81,14 @@ def plan(job: PlanJob) -> list[Verdict]:
     """Print and return what every phase needs and whether it fits.
 
     Raises:
-        EqatError: an unknown model or card, or a group size that does not divide a layer.
+        EqatError: an unknown model or card, a model that is quantized already, or a group size that does not divide a
+            layer.
     """
-    shape, machine = model_shape(job.model, job.adapter), _machine(job)
+    config, path = _configuration(job.model)
+    if path.is_file():
+        refuse_packed(job.model, path.parent)
+    refuse_named_quantized(path, config)
+    shape, machine = _shape_of(config, path, job.adapter), _machine(job)
     verdicts = list(_verdicts(job, shape, machine))
     say(_as_json(job, machine, verdicts) if job.json else _as_text(job, shape, machine, verdicts))
     return verdicts
@@ -94,10 +100,19 @@ def model_shape(model: str, adapter: str | None = None) -> ModelShape:
     Raises:
         EqatError: no configuration of it is shipped or to be had, or no adapter fits it.
     """
-    config, path = None if Path(model).exists() else shipped_config(model), Path(f"{model}.json")
-    if config is None:
-        path = _config_file(model)
-        config = read_json_object(path)
+    return _shape_of(*_configuration(model), adapter)
+
+
+def _configuration(model: str) -> tuple[dict[str, Any], Path]:
+    """Return the config.json of the model that a user names, and its path; a shipped one has none that is there."""
+    config = None if Path(model).exists() else shipped_config(model)
+    if config is not None:
+        return config, Path(f"{model}.json")
+    path = _config_file(model)
+    return read_json_object(path), path
+
+
+def _shape_of(config: dict[str, Any], path: Path, adapter: str | None) -> ModelShape:
     require_layers(config, path, MOST_LAYERS)
     arch = arch_of_config(config, path, adapter)
     with refused(path, "configuration"):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from eqat_mm.blocks.source import OpenModel, open_model
-from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
-from eqat_mm.commands.models import model_folder, require_finite, require_model
+from eqat_mm.checkpoint.companions import TOKENIZER, files_like
+from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.commands.models import model_folder, refuse_packed, require_finite, require_model
 from eqat_mm.commands.preflight import announce_block_ap
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import asked, default_output, opened_run, settings, settled
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
-from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.place import Place
@@ -139,6 +139,8 @@ def rtn(job: RTNJob) -> Path:
     """
     opened = open_full_precision(job.model, job.adapter)
     check_groups(opened, job.quant)
+    if files_like(opened.folder, TOKENIZER):  # it goes into the checkpoint
+        load_tokenizer(opened.folder)
     folder = job.output or default_output(job.model, job.quant) / "rtn"
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
 
@@ -162,13 +164,7 @@ def open_full_precision(model: str, adapter: str | None) -> OpenModel:
     """
     folder = model_folder(model)
     require_model(folder)
-    if is_packed(folder):
-        raise ConfigError(
-            where=f"--model {model}",
-            given="a checkpoint that is quantized already",
-            allowed="a full-precision model",
-            do="name the model it was made from",
-        )
+    refuse_packed(model, folder)
     opened = open_model(folder, arch_of_folder(folder, adapter))
     require_finite(opened.source)
     return opened

@@ -17,7 +17,8 @@ import torch
 from eqat_kernels.dispatch import select
 from eqat_mm.blocks.source import weight_files
 from eqat_mm.checkpoint.folders import is_packed
-from eqat_mm.checkpoint.verify import read_manifest, verify_checkpoint
+from eqat_mm.checkpoint.manifest import read_manifest
+from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import require_kernels

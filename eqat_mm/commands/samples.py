@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import transformers
 from torch.utils.data import Dataset
 
-from eqat_mm.checkpoint.folders import load_processor, load_tokenizer
+from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.checkpoint.speaker import load_speaker, style_digest
 from eqat_mm.data.batching import Collator, SampleOrder
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.kept import Kept
-from eqat_mm.data.processors import fit_processor
 from eqat_mm.data.windows import TextWindows, digest_of, text_windows
 from eqat_mm.train.end_to_end import Sample, WindowDataset
 
@@ -55,17 +54,6 @@ def problems_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.problems.jsonl")
 
 
-def processor_of(folder: Path, config: ImageTextData) -> Any:
-    """Return the processor of the model in `folder`, as conversations are to be read.
-
-    Raises:
-        EqatError: it has none, or another model's.
-    """
-    processor = load_processor(folder)
-    fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
-    return processor
-
-
 def image_text_samples(
     folder: Path, config: ImageTextData, step: int, problems: Path, before: Kept | None = None
 ) -> Samples:
@@ -81,11 +69,13 @@ def image_text_samples(
     Raises:
         EqatError: unreadable data, bad samples, or a model without a processor, or with another model's.
     """
-    processor = processor_of(folder, config)
+    processor = load_speaker(folder, config.style)
     data = image_text_data(processor, config, problems)
     if before is not None:
         data = data.as_before(before) or data
     order = SampleOrder(
         data.lengths, data.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
     )
-    return Samples(data, Collator(processor.tokenizer), order, data.digest(), sum(data.text_only), data.known.save)
+    digest = f"{data.digest()} {style_digest(processor)}"
+    collator = Collator(processor.tokenizer)
+    return Samples(data, collator, order, digest, sum(data.text_only), data.known.save)

@@ -11,8 +11,10 @@ from typing import Any
 import transformers
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
+from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
 from eqat_mm.checkpoint.read import load
-from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
+from eqat_mm.checkpoint.speaker import restyled
+from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.deepspeed_file import DeepSpeedFile, deepspeed_settings
 from eqat_mm.commands.launchers import training_run, whole_models
@@ -90,6 +92,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     inputs: dict[str, Path | str] = {"quantized": base}
     if job.loss == "kl":
         inputs["model"] = require_teacher(model_folder(job.model))
+    style = {} if job.conversations is None else restyled(base, job.conversations.style)
     samples = _samples(base, job, folder)
     job.check_warmup_of(len(samples.dataset), processes())  # type: ignore[arg-type]
     if deepspeed is not None:
@@ -104,7 +107,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
             model, log = _trained(job, base, samples, arguments)
             if arguments.process_index == 0:
                 write_jsonl(folder / "metrics.jsonl", log)
-                save_like(model, folder / "model", base, stage, run.record)
+                save_like(model, folder / "model", base, stage, run.record, style)
                 run.finish()
                 say_late(problems_of(folder))
                 say(f"checkpoint: {folder / 'model'}")
@@ -184,11 +187,12 @@ def _require_images_everywhere(deepspeed: DeepSpeedFile, samples: Samples) -> No
 def _require_block_ap(base: Path, job: E2EQPJob) -> None:
     if (base / MANIFEST).is_file():
         return
+    makes = f"make it first: {_block_ap_command(base, job)}, or name one with --quantized"
     raise CheckpointError(
         where=f"--quantized {base}",
         given="no packed checkpoint there",
         allowed="the output of Block-AP (or of round-to-nearest)",
-        do=f"make it first: {_block_ap_command(base, job)}, or name one with --quantized",
+        do=makes if base.name == "model" else "check the path: it is the folder `model` of a run",
     )
 
 

@@ -4,8 +4,8 @@ Labels are the tokens the model has to write itself: behind each of its turns' p
 of the turn. The template is not asked which tokens these are. Many have no marks for it, and LLaVA-1.5's marks take in
 the space behind an answer, which the tokenizer joins with the next speaker's name. Instead the template renders the
 conversation up to each answer, as it does for generation. Each such prompt must be the beginning of the whole text, and
-the answer must follow it word for word; then the answer's place in the text is known, and the tokens' offsets give the
-rest.
+the answer must follow it word for word, white space at its ends apart; then the answer's place in the text is known,
+and the tokens' offsets give the rest.
 
 The end of a turn is the special token that follows the answer, as in most templates. Where none does (LLaVA-1.5's), the
 end-of-sequence token is the *label* of the token behind the answer: the model learns to stop, and what it reads is what
@@ -65,7 +65,7 @@ class Chat:
         """
         text = self._rendered(conversation)
         spoken = text.rstrip()
-        if spoken.endswith(conversation.turns[-1].text):
+        if spoken.endswith(conversation.turns[-1].text.strip()):
             text = spoken + self.tokenizer.eos_token
         found = text.count(self.processor.image_token)
         if found != len(conversation.images) and not is_written(conversation):
@@ -79,8 +79,9 @@ class Chat:
             BadSample: the template does not put each answer, as it is, behind the prompt for generation.
         """
         found = []
-        for position, (role, answer) in enumerate(conversation.turns):
+        for position, (role, said) in enumerate(conversation.turns):
             if role == "assistant":
+                answer = said.strip()
                 before = replace(conversation, turns=conversation.turns[:position])
                 prompt = self._rendered(before, answering=True)
                 start = len(text) - len(text[len(prompt) :].lstrip())

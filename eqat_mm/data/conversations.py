@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,7 +43,7 @@ _ROLES: dict[str, Role] = {
 
 
 class Turn(NamedTuple):
-    """One turn: who speaks, and the text without white space at its ends."""
+    """One turn: who speaks, and the text as it is written, white space at its ends included."""
 
     role: Role
     text: str
@@ -128,10 +129,8 @@ def _turns(value: Any) -> tuple[tuple[Turn, ...], tuple[Mended, ...]]:
     left_out = len(value) > opening and _role(value[opening]) == "assistant"
     numbered = [(number, item) for number, item in enumerate(value, start=1) if not left_out or number != opening + 1]
     turns = tuple(_turn(item, number) for number, item in numbered)
-    for at, turn in enumerate(turns[opening:]):
-        expected = ("user", "assistant")[at % 2]
+    for (number, _), turn, expected in zip(numbered[opening:], turns[opening:], cycle(("user", "assistant"))):
         if turn.role != expected:
-            number = numbered[opening + at][0]
             raise BadSample(f"turn {number} is the {turn.role}'s, where the {expected} should speak")
     if not turns[opening:] or turns[-1].role != "assistant":
         raise BadSample("no answer to the last turn")
@@ -169,17 +168,23 @@ def _role(item: Any) -> Role | None:
 
 
 def _turn(item: Any, number: int) -> Turn:
-    name, value = (item.get("from"), item.get("value")) if isinstance(item, dict) else (None, None)
-    if not isinstance(name, str) or not isinstance(value, str):
-        raise BadSample(f"turn {number} has not the two strings `from` and `value`")
-    role = _ROLES.get(name)
-    if role is None:
-        raise BadSample(f"unknown speaker {name!r:.40} in turn {number} (known: {', '.join(_ROLES)})")
-    text = value.strip()
-    if not text:
-        raise BadSample(f"empty {'answer' if role == 'assistant' else 'text'} in turn {number}")
-    try:
+    try:  # nearly all are as they should be, and there are millions
+        role, text = _ROLES[item["from"]], item["value"]
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no tokenizer takes it
-        raise BadSample(f"turn {number} holds text that is not Unicode") from error
-    return Turn(role, text)
+        if text.strip():
+            return Turn(role, text)
+    except (LookupError, TypeError, AttributeError, UnicodeEncodeError):
+        pass
+    raise _fault(item, number)
+
+
+def _fault(item: Any, number: int) -> BadSample:
+    if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("from", "value")):
+        return BadSample(f"turn {number} has not the two strings `from` and `value`")
+    role = _ROLES.get(item["from"])
+    if role is None:
+        return BadSample(f"unknown speaker {item['from']!r:.40} in turn {number} (known: {', '.join(_ROLES)})")
+    if not item["value"].strip():
+        return BadSample(f"empty {'answer' if role == 'assistant' else 'text'} in turn {number}")
+    # JSON can spell half of a surrogate pair; no tokenizer takes it
+    return BadSample(f"turn {number} holds text that is not Unicode")

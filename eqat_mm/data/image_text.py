@@ -53,6 +53,7 @@ from eqat_mm.data.problems import (
     report,
 )
 from eqat_mm.data.record_sources import Source, open_source
+from eqat_mm.data.style import AUTO, ImageShape, Style, require_template
 from eqat_mm.data.text_files import package_missing
 from eqat_mm.data.user_files import printable
 from eqat_mm.data.worker_errors import told_outside
@@ -70,6 +71,10 @@ class ImageTextData(Settings, option="conversations"):
             `eqat_mm.data.conversations`).
         image_folder: what the records' image paths are relative to. Default: the folder of the source file.
         count: number of records, drawn at random; None takes all.
+        template: of the conversation: `auto` (the one that the model was trained with), `vicuna_v1`, `model` (the one
+            in its folder), or the path of a .jinja file. The checkpoint keeps it.
+        images: what becomes of images that are no squares: `pad`, `crop`, `model` (what its folder says), or `auto`
+            (what the model was trained with). The checkpoint keeps it.
         max_length: most tokens of a sample, those of its images counted.
         too_long: what becomes of longer ones: `truncate` cuts them, as LLaVA does; one of which no answer, or only a
             part of an image, would be left is a bad sample. `skip` leaves them out, `error` stops before training.
@@ -84,6 +89,8 @@ class ImageTextData(Settings, option="conversations"):
     source: str = EASY_VQA
     image_folder: Path | None = None
     count: Count | None = None
+    template: str = AUTO
+    images: ImageShape = AUTO
     max_length: Count = 2048
     too_long: TooLongSample = "truncate"
     check: Literal["header", "decode"] = "header"
@@ -91,6 +98,15 @@ class ImageTextData(Settings, option="conversations"):
     max_skipped: Fraction = 0.1
     text_warmup_steps: CountOrZero = 0
     seed: Seed = 0
+
+    def check_together(self) -> None:
+        """Check that the template is there, before anything is read."""
+        require_template(self.template, f"--{self.option}template")
+
+    @property
+    def style(self) -> Style:
+        """How the model is addressed."""
+        return Style(self.template, self.images)
 
 
 class ImageTextDataset(Dataset[dict[str, Tensor]]):

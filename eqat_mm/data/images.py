@@ -66,7 +66,22 @@ class TableImage:
         return io.BytesIO((value[self.position] if isinstance(value, list) else value)["bytes"])
 
 
-ImageSource = ImageFile | TableImage
+@dataclass(frozen=True)
+class ImageBytes:
+    """An image that is nowhere but here: the contents of a file, and what it is called in messages."""
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def file(self) -> io.BytesIO:
+        """Return what Pillow opens."""
+        return io.BytesIO(self.content)
+
+
+ImageSource = ImageFile | TableImage | ImageBytes
 
 Size = tuple[int, int]
 """Height and width in pixels."""

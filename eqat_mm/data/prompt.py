@@ -23,11 +23,14 @@ from transformers import ProcessorMixin
 from eqat_mm.data.conversations import IMAGE, Turn
 from eqat_mm.data.vocabulary import start_of
 from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.runtime.time_limit import time_limit
 
 _BEFORE, _BEHIND = "text before", "text behind"
 """What is asked of a template to find out where it writes images."""
 
 _IMAGE = {"type": "image"}
+_PATIENCE = 10.0
+"""Seconds that a template may take, a program of the model's whose loops need not end; they take milliseconds."""
 
 
 class Renderer:
@@ -47,6 +50,7 @@ class Renderer:
         self.tokenizer = speaker.tokenizer if self._sees else speaker
         self.image_token: str = getattr(speaker, "image_token", None) or IMAGE
         self._start = start_of(self.tokenizer)
+        self._patience = _PATIENCE
 
     def asked(self, text: str, images: int) -> Turn:
         """Return a user's message about images; a message that does not place them itself has them in front.
@@ -190,9 +194,12 @@ class Renderer:
                 "put chat_template.jinja beside the weights; a language model can go on without: leave out --chat",
             )
         try:
-            text = str(self._speaker.apply_chat_template(messages, add_generation_prompt=answering, tokenize=False))
+            with time_limit(self._patience, "<template>"):  # what jinja calls it
+                text = str(self._speaker.apply_chat_template(messages, add_generation_prompt=answering, tokenize=False))
             text.encode()
         except Exception as error:  # a template is a program of the model's, and anything may go wrong in it
+            if isinstance(error, TimeoutError):
+                self._patience = 0.0  # nor would it end the next time
             raise ConfigError(
                 "chat template",
                 f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",

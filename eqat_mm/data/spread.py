@@ -9,8 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+from eqat_mm.runtime.launcher import end_with_launcher
 from eqat_mm.runtime.progress import progress
-from eqat_mm.runtime.signals import end_with_launcher
 
 _MOST_PROCESSES = 32
 FEW = 8
@@ -36,7 +36,8 @@ def spread(work: Callable[[Any], Any], stretches: Sequence[Any], what: str) -> I
 def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one says when to end
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     end_with_launcher()
     _work = work
 

@@ -81,6 +81,16 @@ class PackedLinear(nn.Module):
         """Return x @ W_hat.T + bias, [..., I] -> [..., O]."""
         return quant_linear(x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.layout, self.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight W_hat, [O, I], float32, made anew: for models that read a linear instead of calling it.
+
+        Gradients reach the step sizes.
+        """
+        ones = torch.ones_like(self.weight_scale)
+        levels = dequantize_packed(self.weight_packed, ones, self.weight_zero_point, self.layout, torch.float32)
+        return levels * self.weight_scale.repeat_interleave(self.layout.group_size, 1)
+
     def scale_parameters(self) -> list[nn.Parameter]:
         """Step sizes s, the only trainable tensor."""
         return [self.weight_scale]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import TextIO, TypeVar
 
 from tqdm import tqdm
@@ -54,7 +55,8 @@ def say(line: str) -> None:
 
 def complain(lines: str) -> None:
     """Print lines for the user on stderr, without tearing a progress bar that is on the screen."""
-    tqdm.write(lines, file=sys.stderr)
+    with suppress(OSError, ValueError):  # nobody reads, or it is closed
+        tqdm.write(lines, file=sys.stderr)
 
 
 def silence(stream: TextIO) -> None:

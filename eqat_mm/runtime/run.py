@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from eqat_mm.errors import CheckpointError, ConfigError
-from eqat_mm.runtime.files import UNFINISHED, sha256_of
+from eqat_mm.runtime.files import sha256_of
 from eqat_mm.runtime.lock import locked
-from eqat_mm.runtime.place import REPLACED, Place
+from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import differences, provenance, require_same_config, versions
 from eqat_mm.runtime.room import require_disk
@@ -129,7 +129,8 @@ class Run:
     def begin(self) -> None:
         """Write that the run has begun, or goes on; what it replaces is set aside."""
         if self._replaces:
-            self._set_aside()
+            self.place.set_aside()
+            self._replaces = False
         elif self._record is None and self.place.record.is_file():  # another process that shares the run began it
             self._record = read_sealed(self.place.record)
         self._sweep()
@@ -153,7 +154,7 @@ class Run:
     @property
     def written(self) -> int:
         """Bytes that it has written and will not have to write again."""
-        return 0 if self._replaces else sum(map(_size, self.place.own()))
+        return 0 if self._replaces else self.place.written()
 
     def note(self, **facts: Any) -> None:
         """Add facts about the product to the record."""
@@ -175,9 +176,9 @@ class Run:
         require_disk(self.folder, needed, what, self.written)
 
     def _find(self, *, overwrite: bool, on_change: str) -> None:
-        self._require_apart()
+        self.place.require_apart(self.asked.inputs)
         if not self.place.record.exists():
-            self._require_no_strangers()
+            self.place.require_no_strangers()
             return
         found = read_sealed(self.place.record, "decides", "environment", "versions")
         changed = found.get("decides") != self.asked.decides
@@ -186,7 +187,7 @@ class Run:
             return
         self.finished = self.place.proof.is_file()
         what = "a finished run" if self.finished else "an unfinished run"
-        require_same_config(found.get("decides", {}), self.asked.decides, f"--output {self._name}, {what}")
+        require_same_config(found.get("decides", {}), self.asked.decides, f"--output {self.place.name}, {what}")
         self._record = found
 
     def _look_after(self, check: Callable[[], object]) -> None:
@@ -217,8 +218,7 @@ class Run:
         """Remove the hidden folder of a finished run, or one that stayed empty."""
         if self.finished or self.finished_meanwhile():
             with suppress(ConfigError), locked(self.folder):  # nobody else is at work
-                self._alone = True
-                self._sweep()
+                self.place.sweep()
             shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self.folder.rmdir()
@@ -231,67 +231,13 @@ class Run:
         if not self.finished and self.place.record.is_file():
             write_sealed(self.place.record, self._record)
 
-    def _set_aside(self) -> None:
-        """Keep a finished run until this one is finished, too; an unfinished one goes."""
-        aside, finished = self.folder / REPLACED, self.place.proof.is_file()
-        if finished:
-            _remove(aside)
-            aside.mkdir()
-            say(f"what is replaced is kept in {aside} until the new run is finished")
-        for path in self.place.own():
-            if path.exists() and finished:
-                path.rename(aside / path.name)
-            else:
-                _remove(path)
-        self._replaces = False
-
     def _tidy(self) -> None:
-        for path in (self.folder / REPLACED, *self.place.progress()):
-            _remove(path)
+        self.place.drop_progress()
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove the temporary files that killed processes have left."""
-        for path in self.place.own() if self._alone else ():
-            for left in (*path.parent.glob(f".{path.name}.*partial"), *path.glob(UNFINISHED)):
-                _remove(left)
-
-    def _require_apart(self) -> None:
-        own = [path.resolve() for path in (*self.place.own(), self.folder / REPLACED)]
-        for given in self.asked.inputs:
-            if any(given.resolve().is_relative_to(path) for path in own):
-                raise ConfigError(
-                    where=f"--output {self._name}",
-                    given=f"a place whose files hold {given}, which the job reads",
-                    allowed="a folder of its own",
-                    do="choose another --output: the job reads the one and writes the other",
-                )
-
-    def _require_no_strangers(self) -> None:
-        strangers = [path.name for path in self.place.own() if path.exists()]
-        if strangers:
-            raise ConfigError(
-                where=f"--output {self._name}",
-                given=f"{', '.join(strangers)} without the record of a run ({self.place.record.name})",
-                allowed="a new place, or one where this command was at work before",
-                do="give another --output, or remove by hand what is there",
-            )
-
-    @property
-    def _name(self) -> Path:
-        return self.place.proof if self.place.hidden else self.folder
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+        if self._alone:
+            self.place.sweep()
 
 
 def _now() -> str:

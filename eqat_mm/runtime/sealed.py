@@ -10,12 +10,13 @@ from typing import Any
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.files import read_json_object, write_json
 
-_SEAL = "sha256"
+SEAL = "sha256"
+"""Name of the hash in the object."""
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object atomically, with its own hash."""
-    write_json(path, value | {_SEAL: _hash(value)})
+    write_json(path, value | {SEAL: _hash(value)})
 
 
 def read_sealed(path: Path, *expected: str) -> dict[str, Any]:
@@ -28,9 +29,22 @@ def read_sealed(path: Path, *expected: str) -> dict[str, Any]:
         value = read_json_object(path)
     except CheckpointError as error:
         raise _damaged(path, error.given) from error
-    if value.pop(_SEAL, None) != _hash(value) or not value.keys() >= set(expected):
+    if not is_as_sealed(value) or not value.keys() >= set(expected):
         raise _damaged(path, "other content than was written: altered, or of another version")
-    return value
+    return without_seal(value)
+
+
+def is_as_sealed(value: dict[str, Any]) -> bool:
+    """Whether an object carries the hash of the rest of itself."""
+    try:
+        return bool(value.get(SEAL) == _hash(without_seal(value)))
+    except RecursionError:  # nested deeper than anything that was sealed
+        return False
+
+
+def without_seal(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the object as it was before it was sealed."""
+    return {name: part for name, part in value.items() if name != SEAL}
 
 
 def _damaged(path: Path, given: str) -> CheckpointError:

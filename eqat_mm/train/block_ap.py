@@ -17,7 +17,7 @@ import torch
 from eqat_mm.blocks.arch import Inputs, set_submodule
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
-from eqat_mm.checkpoint.verify import Manifest, read_manifest
+from eqat_mm.checkpoint.manifest import Manifest, read_manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.fake_linear import FakeQuantLinear
@@ -30,7 +30,7 @@ from eqat_mm.runtime.room import require_disk, require_memory
 from eqat_mm.runtime.settings import Count, Seed, Settings
 from eqat_mm.train.broken_block import require_finite_targets
 from eqat_mm.train.commit import RunState
-from eqat_mm.train.fit import FitConfig, fit_block, split_samples
+from eqat_mm.train.fit import FitConfig, fit_block, norms_of, split_samples
 from eqat_mm.train.lanes import require_lanes, say_if_unequal
 from eqat_mm.train.report import FitReport
 from eqat_mm.train.warm_start import WarmStartConfig, initial_grids
@@ -114,6 +114,7 @@ def run_block_ap(
     check_groups(opened, config.quant)
     require_lanes(config.fit.batch_size, config.fit.lanes, len(batches), ranks.world)
     say_if_unequal(config.fit.lanes, ranks.world)
+    say_what_is_kept(opened)
     writer = CheckpointWriter(folder / "model", opened, config.quant)
     state = RunState(folder, writer, keeps_streams=config.commits_streams, ranks=ranks)
     mine = [batches[index] for index in ranks.share(len(batches))]
@@ -161,7 +162,7 @@ def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) 
     walker.ranks.agree_(list(step.block.parameters()))
     report = fit_block(walker, step, config.fit, seed=config.seed)
     walker.ranks.agree_(list(step.block.parameters()))
-    for path in arch.linears:
+    for path in arch.linears_of(step.block):
         fake = step.block.get_submodule(path)
         assert isinstance(fake, FakeQuantLinear)
         set_submodule(step.block, path, to_packed(fake))
@@ -178,6 +179,24 @@ def _round_as_stored(walker: BlockWalker, step: BlockStep) -> None:
     for name, parameter in step.block.named_parameters():
         if f"{step.name}.{name}" in source:
             parameter.copy_(parameter.to(source.read(f"{step.name}.{name}").dtype))
+
+
+def kept_parameters(opened: OpenModel) -> list[str]:
+    """Return the parameters of blocks that are neither of a quantized linear nor of a norm, each path once."""
+    found: dict[str, None] = {}
+    for block in opened.blocks:
+        changing = [linear for _, linear in opened.arch.named_linears(block)] + norms_of(block)
+        known = {id(parameter) for module in changing for parameter in module.parameters()}
+        found |= dict.fromkeys(name for name, parameter in block.named_parameters() if id(parameter) not in known)
+    return list(found)
+
+
+def say_what_is_kept(opened: OpenModel) -> None:
+    """Say which parameters of the blocks Block-AP leaves as they are."""
+    names = kept_parameters(opened)
+    if names:
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        say(f"note: neither quantized nor trained in the blocks: {shown}")
 
 
 def check_groups(opened: OpenModel, spec: QuantSpec) -> None:

@@ -284,10 +284,10 @@ def split_samples(count: int, config: FitConfig) -> tuple[range, range]:
 def trainable_parameters(block: nn.Module, config: FitConfig) -> list[dict[str, Any]]:
     """Return AdamW parameter groups of a fake-quantized block and make exactly these trainable.
 
-    Each quantized linear names its own W, s and z; what else the block owns (norms) is a group of its own.
+    Each quantized linear names its own W, s and z; the block's norms are a group of their own. All else stays as it is:
+    linears that are not quantized, biases, convolutions, what a module of several parts holds itself.
     """
     linears = fake_quant_linears(block)
-    owned = {id(parameter) for module in linears for parameter in module.parameters()}
     groups: list[tuple[list[nn.Parameter], float, float]] = [
         ([p for m in linears for p in m.weight_parameters()], config.lr_weight, config.weight_decay),
         ([p for m in linears for p in m.scale_parameters()], config.lr_scale, 0.0),
@@ -296,7 +296,7 @@ def trainable_parameters(block: nn.Module, config: FitConfig) -> list[dict[str, 
             _or(config.lr_zero_point, config.lr_scale),
             0.0,
         ),
-        ([p for p in block.parameters() if id(p) not in owned], _or(config.lr_norm, config.lr_weight), 0.0),
+        ([p for norm in norms_of(block) for p in norm.parameters()], _or(config.lr_norm, config.lr_weight), 0.0),
     ]
     block.requires_grad_(False)
     trained = [(params, lr, decay) for params, lr, decay in groups if params and lr > 0]
@@ -304,6 +304,13 @@ def trainable_parameters(block: nn.Module, config: FitConfig) -> list[dict[str, 
         for parameter in params:
             parameter.requires_grad_(True)
     return [{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in trained]
+
+
+def norms_of(block: nn.Module) -> list[nn.Module]:
+    """Return the norms of a block: modules without parts whose parameters all have one dimension, a weight first."""
+    leaves = (module for module in block.modules() if not list(module.children()))
+    shapes = ((module, {name: parameter.dim() for name, parameter in module.named_parameters()}) for module in leaves)
+    return [module for module, found in shapes if found.get("weight") == 1 and set(found.values()) == {1}]
 
 
 def _or(value: float | None, default: float) -> float:

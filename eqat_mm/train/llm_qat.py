@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from eqat_mm.blocks.arch import Arch, set_submodule
 from eqat_mm.blocks.attention import quantize_keys_and_values
 from eqat_mm.blocks.source import OpenModel
-from eqat_mm.checkpoint.verify import Manifest
+from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.convert import to_dynamic_fake, to_dynamic_packed

@@ -9,7 +9,7 @@ import torch
 
 from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.source import OpenModel
-from eqat_mm.checkpoint.verify import Manifest
+from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.init import initial_grid

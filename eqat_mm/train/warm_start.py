@@ -77,7 +77,7 @@ def initial_grids(
         }
     grids: dict[str, Grid] = {}
     working = copy.deepcopy(step.block)
-    for stage in arch.stages:
+    for stage in arch.stages_of(step.block):
         seen = _Statistics.collect(walker, step, working, arch, stage, samples[: config.samples])
         for path in stage:
             linear = working.get_submodule(path)

@@ -97,6 +97,7 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = False,
+    system: str | None = None,
     stream: bool = False,
     cuda_graph: CudaGraph = "auto",
 ) -> GeneratedText:
@@ -113,6 +114,7 @@ def generate_text(
         top_p: sample from the smallest set of tokens with this total probability; 1 for all.
         seed: of the sampling; greedy decoding ignores it.
         chat: wrap the prompt in the tokenizer's chat template.
+        system: with `chat`, what the system says first.
         stream: print the text on stdout as it is generated.
         cuda_graph: replay a decode step from a CUDA graph; `auto` on a GPU, where the model can.
 
@@ -121,9 +123,9 @@ def generate_text(
         DataError: a prompt without a token.
         CheckpointError: the model's predictions are not finite.
     """
-    inputs = encode_prompt(tokenizer, prompt, chat=chat)
+    inputs = encode_prompt(tokenizer, prompt, chat=chat, system=system)
     settings = decoding(model, tokenizer, max_new_tokens, temperature=temperature, top_p=top_p)
-    return _continued(model, tokenizer, inputs, settings, seed=seed, stream=stream, graph=uses_graph(model, cuda_graph))
+    return continued(model, tokenizer, inputs, settings, seed=seed, stream=stream, graph=uses_graph(model, cuda_graph))
 
 
 def generate_about_images(
@@ -136,6 +138,7 @@ def generate_about_images(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    system: str | None = None,
     stream: bool = False,
     cuda_graph: CudaGraph = "auto",
 ) -> GeneratedText:
@@ -151,6 +154,7 @@ def generate_about_images(
         temperature: 0 for greedy decoding, above 0 for sampling.
         top_p: sample from the smallest set of tokens with this total probability; 1 for all.
         seed: of the sampling; greedy decoding ignores it.
+        system: what the system says first.
         stream: print the text on stdout as it is generated.
         cuda_graph: replay a decode step from a CUDA graph; `auto` on a GPU, where the model can.
 
@@ -160,12 +164,12 @@ def generate_about_images(
         CheckpointError: the model's predictions are not finite.
     """
     tokenizer = processor.tokenizer
-    inputs = encode_prompt(processor, prompt, images, chat=True)
+    inputs = encode_prompt(processor, prompt, images, chat=True, system=system)
     settings = decoding(model, tokenizer, max_new_tokens, temperature=temperature, top_p=top_p)
-    return _continued(model, tokenizer, inputs, settings, seed=seed, stream=stream, graph=uses_graph(model, cuda_graph))
+    return continued(model, tokenizer, inputs, settings, seed=seed, stream=stream, graph=uses_graph(model, cuda_graph))
 
 
-def _continued(
+def continued(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: dict[str, Tensor],
@@ -175,7 +179,20 @@ def _continued(
     stream: bool,
     graph: bool,
 ) -> GeneratedText:
-    """Continue one encoded prompt; `inputs` is what the model's forward takes, batch of one."""
+    """Continue one prompt that is encoded.
+
+    Args:
+        model: runs in eval mode.
+        tokenizer: its tokenizer.
+        inputs: what its forward takes, batch of one.
+        settings: of the decoding.
+        seed: of the sampling.
+        stream: print the text on stdout as it is generated.
+        graph: replay a decode step from a CUDA graph.
+
+    Raises:
+        CheckpointError: the model's predictions are not finite.
+    """
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     write = _decoded if graph else generated

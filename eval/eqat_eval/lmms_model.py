@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from torch import Tensor
@@ -21,11 +20,12 @@ from eqat_eval.decoding import decoding, generated
 from eqat_eval.finite import not_finite
 from eqat_eval.inference import inference
 from eqat_eval.windows import check_positive
-from eqat_mm.checkpoint.folders import load_for_inference, load_processor
+from eqat_mm.checkpoint.folders import load_for_inference
+from eqat_mm.checkpoint.speaker import load_speaker
 from eqat_mm.data.batching import Collator
 from eqat_mm.data.conversations import Turn
-from eqat_mm.data.processors import fit_processor
 from eqat_mm.data.prompt import Renderer
+from eqat_mm.data.style import AUTO, ImageShape, Style
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
@@ -51,6 +51,8 @@ class EqatVLM(lmms):  # type: ignore[misc]
         device: `auto` is the GPU of this process, or the CPU where there is none.
         dtype: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16, of what is not quantized.
         batch_size: samples per forward.
+        template: of the conversation, see `eqat_mm.data.style`.
+        images: what becomes of images that are no squares, see there.
 
     Raises:
         CheckpointError: not a usable model folder, or one without processor and chat template.
@@ -60,7 +62,13 @@ class EqatVLM(lmms):  # type: ignore[misc]
     is_simple = True
 
     def __init__(
-        self, pretrained: str, device: str = "auto", dtype: torch.dtype | str = "auto", batch_size: int | str = 1
+        self,
+        pretrained: str,
+        device: str = "auto",
+        dtype: torch.dtype | str = "auto",
+        batch_size: int | str = 1,
+        template: str = AUTO,
+        images: ImageShape = AUTO,
     ) -> None:
         super().__init__()
         if isinstance(dtype, str) and dtype not in _DTYPES:
@@ -70,7 +78,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
         self.device = best_device(device)
         self.dtype = unquantized_dtype(_DTYPES[dtype] if isinstance(dtype, str) else dtype, self.device)
         folder = Path(pretrained)
-        self.processor = _processor(folder)
+        self.processor = _processor(folder, Style(template, images))
         self.renderer = Renderer(self.processor)
         self.model = load_for_inference(folder, self.device, self.dtype)
 
@@ -217,10 +225,9 @@ def _until(text: str, stops: str | Sequence[str]) -> str:
     return text
 
 
-def _processor(folder: Path) -> Any:
-    processor = load_processor(folder)
+def _processor(folder: Path, style: Style) -> Any:
+    processor = load_speaker(folder, style)
     if getattr(processor, "chat_template", None):
-        fit_processor(processor, transformers.AutoConfig.from_pretrained(folder))
         return processor
     raise CheckpointError(
         where=str(folder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,8 @@ def _forget() -> Iterator[None]:
 
 def register(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
     """Pretend that another distribution registers `found`."""
-    entry = SimpleNamespace(value="outside.module:ADAPTER", load=lambda: found)
+    dist = SimpleNamespace(name="outside-package")
+    entry = SimpleNamespace(value="outside.module:ADAPTER", dist=dist, load=lambda: found)
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == "eqat_mm.adapters" else [])
 
 
@@ -98,9 +100,23 @@ def test_other_distributions_register_adapters(monkeypatch: pytest.MonkeyPatch, 
     assert arch_of_folder(tmp_path) is outside
 
 
-def test_an_entry_point_must_hold_an_arch(monkeypatch: pytest.MonkeyPatch) -> None:
-    register(monkeypatch, {"name": "outside"})
-    with pytest.raises(AdapterError) as caught:
-        known_archs()
-    assert "outside.module:ADAPTER" in caught.value.where
-    assert caught.value.given == "dict"
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [({"name": "outside"}, "it is a dict"), (replace(llama.ARCH, model_types=("x",)), "the name 'llama' is taken")],
+    ids=["not an Arch", "a name that is taken"],
+)
+def test_an_adapter_that_cannot_be_used_is_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, found: Any, reason: str
+) -> None:
+    register(monkeypatch, found)
+    assert known_archs()["llama"] is llama.ARCH
+    assert f"outside.module:ADAPTER of the package outside-package is not used: {reason}" in caplog.text
+
+
+def test_a_package_that_cannot_be_imported_stops_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = EntryPoint("broken", "not_installed_anywhere:ADAPTER", "eqat_mm.adapters")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    assert arch_for("mistral").name == "mistral"
+    assert "ModuleNotFoundError: No module named 'not_installed_anywhere'" in caplog.text

@@ -159,7 +159,8 @@ def test_the_front_is_read_and_the_head_is_not(tmp_path: Path, tie: bool) -> Non
 
     def batches() -> Iterator[Inputs]:
         yield {"input_ids": TOKENS}
-        real = [name for name, parameter in opened.model.named_parameters() if not parameter.is_meta]
+        named = opened.model.named_parameters()
+        real = [name for name, parameter in named if parameter.untyped_storage().nbytes() >= parameter.nbytes]
         assert real == ["model.embed_tokens.weight"]
         yield {"input_ids": TOKENS + 1}
 

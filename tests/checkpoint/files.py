@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eqat_mm.blocks.source import INDEX
-from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.checkpoint.manifest import MANIFEST
 from eqat_mm.errors import EqatError
 from eqat_mm.runtime.files import read_json, sha256_of, write_json
+from eqat_mm.runtime.sealed import without_seal, write_sealed
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -43,9 +44,27 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def reseal(folder: Path) -> None:
     """Bring the hashes in a manifest up to date, as whoever alters a checkpoint with intent does."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = without_seal(read_json(folder / MANIFEST))
     files = {name: sha256_of(folder / name) for name in manifest["files"] if (folder / name).is_file()}
-    write_json(folder / MANIFEST, manifest | {"files": files})
+    write_sealed(folder / MANIFEST, manifest | {"files": files})
+
+
+def alter_manifest(folder: Path, **changes: Any) -> None:
+    """Change fields of a manifest, and its own hash."""
+    write_sealed(folder / MANIFEST, without_seal(read_json(folder / MANIFEST)) | changes)
+
+
+def of_version_1(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint as it was before it named more than weight files."""
+    manifest = of_version_2(folder) | {"format_version": 1}
+    del manifest["auto_class"]
+    weights = {name: digest for name, digest in manifest["files"].items() if name.endswith(".safetensors")}
+    return manifest | {"files": weights}
+
+
+def of_version_2(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint as it was before it had its own hash."""
+    return without_seal(read_json(folder / MANIFEST)) | {"format_version": 2}
 
 
 def alter_config(folder: Path, **changes: Any) -> None:

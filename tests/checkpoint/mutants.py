@@ -15,7 +15,7 @@ import torch
 
 import eqat_mm
 from eqat_mm.blocks.source import INDEX
-from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.checkpoint.manifest import MANIFEST
 from eqat_mm.errors import EqatError
 from tests.checkpoint.files import assert_four_lines, reseal
 

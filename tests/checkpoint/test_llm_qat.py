@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ from eqat_mm.blocks.attention import kv_cache_bits
 from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint import read_manifest, save_like
 from eqat_mm.checkpoint.layout import BYTES, PACKED, from_bytes, to_bytes
-from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.checkpoint.manifest import MANIFEST
 from eqat_mm.commands.evaluate import bits_per_weight
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.dynamic_linear import DynamicPackedLinear
-from eqat_mm.runtime.files import read_json, write_json
+from eqat_mm.runtime.files import read_json
 from eqat_mm.train.llm_qat import LLMQATConfig, prepare, store
 from llava_adapters import arch_for
 from tests.checkpoint.conftest import PROVENANCE, save_llama
-from tests.checkpoint.files import assert_four_lines, same_bytes, tensors_of
+from tests.checkpoint.files import alter_manifest, assert_four_lines, same_bytes, tensors_of
 from tests.checkpoint.foreign import foreign, logits_of, logits_of_a_stranger, packed_linears
 from tests.tolerances import assert_close
 
@@ -167,7 +167,8 @@ def test_config_and_manifest_must_agree(make: Make, tmp_path: Path, part: str, v
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / MANIFEST).unlink()
-    write_json(tmp_path / MANIFEST, asdict(read_manifest(folder)) | {part: value})
+    shutil.copyfile(folder / MANIFEST, tmp_path / MANIFEST)
+    alter_manifest(tmp_path, **{part: value})
     with pytest.raises(CheckpointError) as raised:
         eqat_mm.load(tmp_path)
     assert_four_lines(raised.value)

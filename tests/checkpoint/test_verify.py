@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from eqat_mm.blocks.source import INDEX
-from eqat_mm.checkpoint import verify_checkpoint
-from eqat_mm.checkpoint.verify import MANIFEST
+from eqat_mm.checkpoint import read_manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError
-from eqat_mm.runtime.files import read_json, write_json
 from tests.checkpoint.conftest import Pack
-from tests.checkpoint.files import assert_four_lines, reseal
+from tests.checkpoint.files import alter_manifest, assert_four_lines, reseal
 
 DECIDES = ("config.json", INDEX, "generation_config.json", "model-00001-of-00003.safetensors")
 LATER = ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "additional_chat_templates/tools.jinja")
@@ -42,14 +40,13 @@ def test_a_file_that_was_altered(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", DECIDES)
 def test_a_file_that_the_manifest_lost(folder: Path, name: str) -> None:
-    manifest = read_json(folder / MANIFEST)
-    del manifest["files"][name]
-    write_json(folder / MANIFEST, manifest)
+    files = read_manifest(folder).files
+    alter_manifest(folder, files={other: digest for other, digest in files.items() if other != name})
     assert name in refused(folder).given
 
 
 def test_a_manifest_without_files(folder: Path) -> None:
-    write_json(folder / MANIFEST, read_json(folder / MANIFEST) | {"files": {}})
+    alter_manifest(folder, files={})
     assert "no SHA-256" in refused(folder).given
 
 

@@ -131,7 +131,7 @@ def test_the_manifest_says_what_made_the_checkpoint(pack: Pack) -> None:
     assert manifest.files == {path.name: sha256_of(path) for path in decides}
     assert manifest.auto_class == "AutoModelForCausalLM"
     assert verify_checkpoint(folder) == manifest
-    assert json.loads((folder / "eqat.json").read_text())["format_version"] == 2
+    assert json.loads((folder / "eqat.json").read_text())["format_version"] == 3
 
 
 def test_companions_are_copied_byte_for_byte(tmp_path: Path) -> None:

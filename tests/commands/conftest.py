@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from PIL import ImageFile
 
 from eqat_mm.plan import machine
 from tests.tiny_model import Tiny, save_tiny
@@ -20,3 +21,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def memory_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     free = SimpleNamespace(available=2**40)
     monkeypatch.setattr(machine, "psutil", SimpleNamespace(Process=psutil.Process, virtual_memory=lambda: free))
+
+
+@pytest.fixture(autouse=True)
+def _refuse_truncated_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own setting: importing lmms-eval, as other tests do, changes it for the whole process."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)

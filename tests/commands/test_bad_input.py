@@ -264,6 +264,33 @@ def test_an_unreadable_manifest(place: Place, command: Command) -> None:
     assert "manifest" in command(place)
 
 
+@ON_PACKED
+def test_an_altered_manifest(place: Place, command: Command) -> None:
+    path = place.packed / "eqat.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1', 1))
+    said = command(place)
+    assert "eqat.json" in said
+    assert "altered" in said
+
+
+@ON_PACKED
+@pytest.mark.parametrize("other", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "generation_config.json", "eqat.json"])
+def test_two_files_that_were_exchanged(place: Place, command: Command, name: str, other: str) -> None:
+    """Each is valid, so that only hashes tell."""
+    first, second = (place.packed / name).read_bytes(), (place.packed / other).read_bytes()
+    (place.packed / name).write_bytes(second)
+    (place.packed / other).write_bytes(first)
+    said = command(place).partition("allowed:")[0]
+    assert name in said or other in said
+
+
+@QUANTIZERS
+def test_another_file_in_place_of_the_tokenizer(place: Place, command: Command) -> None:
+    shutil.copyfile(place.model / "generation_config.json", place.model / "tokenizer.json")
+    assert "tokenizer.json" in command(place).partition("allowed:")[0]
+
+
 # ---- a run that is there is not lost to bad input ---------------------------------------------------
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from eqat_mm.cli import main
-from eqat_mm.commands import deepspeed_file as module
 from eqat_mm.commands.deepspeed_file import checked, deepspeed_settings
+from eqat_mm.commands.recipes import deepspeed_path
 from eqat_mm.errors import ConfigError
 from eqat_mm.train.end_to_end import EndToEndConfig
 from tests.checkpoint.files import assert_four_lines
@@ -55,7 +55,7 @@ def refusal(name: str, job: EndToEndConfig = JOB) -> ConfigError:
 def test_shipped_settings_are_taken_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = checked(name, JOB, 2)
     assert found.stage == int(name[5])
-    assert json.loads(str(found)) == found.settings == json.loads(module.deepspeed_path(name).read_text())
+    assert json.loads(str(found)) == found.settings == json.loads(deepspeed_path(name).read_text())
     assert capsys.readouterr().out == ""
 
 
@@ -120,19 +120,6 @@ def test_the_file_is_checked_without_a_launcher_too(tmp_path: Path, monkeypatch:
     assert deepspeed_settings(good) is None
     with pytest.raises(ConfigError):
         deepspeed_settings(EndToEndConfig(deepspeed=written(tmp_path, b"{")))
-
-
-def test_one_process_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = EndToEndConfig(deepspeed=written(tmp_path, b"{"))
-    waited: list[float] = []
-    monkeypatch.setattr(module.time, "sleep", waited.append)
-    with pytest.raises(ConfigError):
-        deepspeed_settings(job)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as ended:
-        deepspeed_settings(job)
-    assert ended.value.code == 2
-    assert waited == [module._UNTIL_ENDED]
 
 
 @pytest.mark.parametrize("command", ["e2e-qp", "llm-qat"])

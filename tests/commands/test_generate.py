@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import shutil
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eqat_mm.cli import parse_job, run_command
 from eqat_mm.commands import generate as generate_module
-from eqat_mm.commands.generate import GenerateJob, generate
+from eqat_mm.commands.generate import ANSWER, CONTINUATION, GenerateJob, generate
 from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.errors import ConfigError, DataError
@@ -120,6 +121,8 @@ def test_an_image_that_cannot_be_read_is_refused(packed: Path, tmp_path: Path, k
         (["--image", "a.png", "--image", "b.png"], ["a.png", "b.png"]),
         (["--image=a.png", "--image=b=.png", "--image", "c d.png"], ["a.png", "b=.png", "c d.png"]),
         (["--image", "[a.png, b.png]", "--image", "c.png"], ["a.png", "b.png", "c.png"]),
+        (["--image", "a.png", "b.png", "--seed", "3"], ["a.png", "b.png"]),
+        (["--image=a.png", "b.png", "--chat", "--image", "c.png", "d.png"], ["a.png", "b.png", "c.png", "d.png"]),
         (["--image", "https://here/a.png"], "https://here/a.png"),
         ([], []),
     ],
@@ -146,7 +149,6 @@ def test_images_given_one_by_one_are_all_seen(
         "https://here/a.png",
         "http://here/a.png",
         "HTTPS://HERE/a.png",
-        "data:image/png;base64,iVBORw0KGgo=",
         "file:///a",
     ],
 )
@@ -155,6 +157,43 @@ def test_addresses_are_refused(full: Path, image: str) -> None:
         generate(GenerateJob(str(full), image=image, device="cpu"))
     assert_four_lines(raised.value)
     assert raised.value.given.startswith(image[:40])
+
+
+def test_an_image_in_base64_is_the_image(full: Path, photos: list[Path]) -> None:
+    data = f"data:image/png;base64,{base64.b64encode(photos[0].read_bytes()).decode()}"
+    assert generate(job_of(full, photos[0])) == generate(GenerateJob(**(vars(job_of(full)) | {"image": [data]})))
+
+
+def test_the_system_speaks_first(full: Path, photos: list[Path]) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(full)
+    inputs = processor(
+        text=["ASSISTANT: w40 USER: <image> w5 w17 ASSISTANT: "], images=[Image.open(photos[0])], return_tensors="pt"
+    )
+    model = load_model(full, torch.device("cpu"))
+    written = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+    expected = processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert generate(job_of(full, photos[0], system="w40")) == expected  # this template calls the system so
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({"chat": True}, ANSWER), ({}, CONTINUATION), ({"chat": True, "max_new_tokens": 3}, 3)],
+    ids=str,
+)
+def test_an_answer_may_be_longer_than_a_continuation(
+    full: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], most: int
+) -> None:
+    seen: list[int] = []
+
+    def watched(
+        model: object, inputs: dict[str, torch.Tensor], settings: transformers.GenerationConfig, *_: object
+    ) -> object:
+        seen.append(settings.max_new_tokens)
+        return inputs["input_ids"]
+
+    monkeypatch.setattr("eqat_eval.generation.generated", watched)
+    generate(GenerateJob(str(full), "w5", device="cpu", **options))  # type: ignore[arg-type]
+    assert seen == [most]
 
 
 @pytest.mark.parametrize("prompt", ["<image>\nw5 w17", "<image> w5 w17"])

@@ -14,14 +14,14 @@ import pytest
 from eqat_mm.cli import main
 from eqat_mm.commands import preflight
 from eqat_mm.commands.plan import PlanJob, model_shape, plan
-from eqat_mm.commands.quantize import block_ap
+from eqat_mm.commands.quantize import block_ap, rtn
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
-from eqat_mm.errors import AdapterError, CheckpointError, ResourceError
+from eqat_mm.errors import AdapterError, CheckpointError, ConfigError, ResourceError
 from eqat_mm.plan.machine import Machine, this_machine
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.e2e_qp import E2EQPConfig
 from tests.checkpoint.files import assert_four_lines
-from tests.commands.jobs import block_ap_job
+from tests.commands.jobs import block_ap_job, rtn_job
 from tests.tiny_model import Tiny
 
 
@@ -80,6 +80,46 @@ def test_a_folder_and_a_config_are_models(tiny: Tiny, tmp_path: Path) -> None:
         model_shape(str(tiny.text.parent))
     with pytest.raises(AdapterError):
         model_shape("no-such-model")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "compressed-tensors", "quantization_status": "compressed"},
+        {"bits": 4},
+        "fp8",
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_model_that_is_quantized_already_is_refused(tiny: Tiny, tmp_path: Path, entry: Any, part: str | None) -> None:
+    config = json.loads((tiny.folder / "config.json").read_text())
+    named = {"quantization_config": entry}
+    (tmp_path / "config.json").write_text(json.dumps(config | (named if part is None else {part: named})))
+    for model in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(CheckpointError, match="quantized already") as raised:
+            plan(PlanJob(model=str(model), gpu="4090"))
+        assert_four_lines(raised.value)
+
+
+def test_a_model_that_was_decompressed_is_planned(tiny: Tiny, tmp_path: Path) -> None:
+    config = json.loads((tiny.folder / "config.json").read_text())
+    entry = {"quant_method": "compressed-tensors", "quantization_status": "decompressed"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": entry}))
+    assert plan(PlanJob(model=str(tmp_path), gpu="4090"))
+
+
+def test_a_packed_checkpoint_is_refused_and_a_shipped_model_in_its_folder_is_not(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = rtn(rtn_job(tiny, tmp_path / "run"))
+    for model in (packed, tmp_path / "run", packed / "config.json"):
+        with pytest.raises(ConfigError, match="the model it was made from"):
+            plan(PlanJob(model=str(model), gpu="4090"))
+    monkeypatch.chdir(packed)
+    assert plan(PlanJob(model="llama-2-7b", gpu="4090"))
 
 
 def test_an_existing_folder_wins_over_a_shipped_name(

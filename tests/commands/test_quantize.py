@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from eqat_mm.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
+from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
+from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import main
 from eqat_mm.commands import quantize
 from eqat_mm.commands.quantize import block_ap, rtn

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from eqat_mm.checkpoint.verify import Manifest
+from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.cli import parse_job
 from eqat_mm.commands import vlm_ladder as module
 from eqat_mm.commands.quantize import BlockAPJob

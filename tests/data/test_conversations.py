@@ -56,7 +56,7 @@ def test_files_of_records(tmp_path: Path, name: str, text: str, where: str) -> N
     records = read_records(_write(tmp_path / name, "\ufeff" + text))
     assert len(records) == 2
     first, second = records.conversation(0), records.conversation(1)
-    assert first.turns == (Turn("user", "<image>\nwhat?"), Turn("assistant", "a cat"))
+    assert first.turns == (Turn("user", "<image>\nwhat?\n"), Turn("assistant", " a cat "))
     assert first.images == (ImageFile(tmp_path / "b" / "a.png"),)
     assert [turn.role for turn in second.turns] == ["user", "assistant"] * 2
     assert second.images == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,47 @@ def test_nothing_but_our_errors_comes_out(template: str, prompt: str, count: int
     else:
         assert ids
         assert not images or speaker.image_token_id in ids
+
+
+LONG = "{% for a in range(99999) %}" * 3 + "X" + "{% endfor %}" * 3
+
+
+def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LONG.replace("X", ""),
+        "{% set n = namespace(x=0) %}" + LONG.replace("X", "{% set n.x = n.x + 1 %}"),
+        "{% macro f() %}" + LONG.replace("X", "") + "{% endmacro %}{{ f() }}",
+        LONG.replace("X", "{{ messages[0].content | upper | trim | replace('A', 'B') }}"),
+    ],
+    ids=["silent", "counting", "in a macro", "with filters"],
+)
+@pytest.mark.parametrize("make", [tokenizer_with, llava_processor], ids=["tokenizer", "processor"])
+def test_a_template_that_does_not_end_is_ended(template: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eqat_mm.data.prompt._PATIENCE", 0.3)
+    speaker = make(template)
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="TimeoutError") as raised:
+        Renderer(speaker).text([Turn("user", "red")])
+    assert_four_lines(raised.value)
+    assert time.monotonic() - began < 20
+
+
+def test_a_template_that_does_not_end_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with every sample."""
+    monkeypatch.setattr("eqat_mm.data.prompt._PATIENCE", 1.0)
+    renderer = Renderer(llava_processor(LONG.replace("X", "")))
+    began = time.monotonic()
+    for _ in range(100):
+        with pytest.raises(ConfigError, match="TimeoutError"):
+            renderer.text([Turn("user", "<image>red")])
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("speaker", [tiny_tokenizer(), llava_processor(None)], ids=["tokenizer", "processor"])  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from eqat_mm.runtime.signals import INTERRUPTED
 from tests.commands.launching import DATA_PARALLEL, DEEPSPEED, environment, words_of
 from tests.faults.cases import BLOCK_AP, E2E_QP, GENERATE_DATA, LLM_QAT, RTN, Case
 from tests.faults.conftest import Bench, Tally
@@ -23,7 +24,7 @@ from tests.faults.warm import ROOT, Fault
 from tests.tiny_model import Tiny
 
 ASKED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-LINE = "interrupted; the same command continues from what was saved last"
+LINE = INTERRUPTED
 FAST = 30.0  # seconds in which ranks that nobody needs are gone, even on a busy machine
 
 
@@ -31,8 +32,8 @@ def stopped(bench: Bench, case: Case, number: int, part: float) -> tuple[bool, l
     """Stop a command in a part of its time; return whether it was still at work, and what went wrong."""
     folder = bench.new()
     ended = bench.run(case, folder, Fault(after=part * bench.whole(case)[1].seconds, signal=number))
-    if ended.status == 0 or (ended.status == -number and not ended.operations):
-        return False, []  # it was finished, or had not begun
+    if ended.status == 0:
+        return False, []  # it was finished
     wrong = [f"status {ended.status}"] if ended.status != 128 + number else []
     wrong += [] if ended.err.splitlines()[-1:] == [LINE] and "Traceback" not in ended.err else [ended.err]
     wrong += ["a lock"] if list(folder.rglob("run.lock")) else []
@@ -44,9 +45,12 @@ def stopped(bench: Bench, case: Case, number: int, part: float) -> tuple[bool, l
 def test_asked_to_end(bench: Bench, tally: Tally) -> None:
     tried, failures = 0, []
     for number in ASKED:
-        was_at_work, wrong = stopped(bench, RTN, number, 0.6)
+        for part in (0.6, 0.4, 0.2, 0.1):  # the first time may have been slower
+            was_at_work, wrong = stopped(bench, RTN, number, part)
+            failures += wrong[:1]
+            if was_at_work:
+                break
         tried += was_at_work
-        failures += wrong[:1]
     tally("SIGTERM, SIGHUP, SIGINT", tried, failures)
 
 
@@ -67,14 +71,15 @@ def test_asked_to_end_at_random_moments(bench: Bench, tally: Tally, case: Case, 
 def test_asked_to_end_while_it_starts(bench: Bench, tally: Tally, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "eqat_mm.cli", *RTN.words(bench.place, bench.new() / "run")]
     failures = []
-    for after in (1.0, 2.0):
+    for after in (0.3, 1.0, 2.0):
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment()) as process:
             time.sleep(after)
             process.send_signal(number)
             error = process.communicate()[1]
-        if process.returncode not in (0, 128 + number) or "Traceback" in error:
+        done = process.returncode == 0 and after > 1
+        if not (done or process.returncode == 128 + number) or "Traceback" in error:
             failures.append(f"after {after} s: status {process.returncode}, {error}")
-    tally("SIGTERM, SIGHUP, SIGINT while it imports", 2, failures)
+    tally("SIGTERM, SIGHUP, SIGINT while it imports", 3, failures)
 
 
 # ---- several processes ------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class Warm:
     def started(
         self, words: Sequence[str], fault: Fault | None = None, cwd: Path | None = None
     ) -> Iterator[tuple[BaseProcess, Any]]:
-        """Yield a process at work, and what returns how it ended."""
+        """Yield a process in which the command has begun, and what returns how it ended."""
         self._count += 1
         said = self.scratch / f"said-{self._count}"
         said.mkdir()
@@ -122,6 +122,8 @@ class Warm:
         given = (list(map(str, words)), str(said), fault, str(self.watched), str(cwd or self.scratch))
         process = self._context.Process(target=_work, args=given)
         process.start()
+        while process.is_alive() and not (said / "begun").exists():
+            time.sleep(0.001)
 
         def told(seconds: float) -> Ended:
             assert process.exitcode is not None
@@ -166,8 +168,10 @@ def _work(words: list[str], said: str, fault: Fault, watched: str, cwd: str) -> 
     if fault.sees_space:
         room.shutil.disk_usage = lambda _: type("Usage", (), {"free": 2**50})  # type: ignore[attr-defined, misc]
 
+    sys.argv = ["eqat", *words]
     with dispatch.use(os.environ.get("EQAT_KERNELS", "auto")):  # this, too
-        sys.exit(main(words))
+        (Path(said) / "begun").touch()
+        sys.exit(main())
 
 
 def _redirect(said: Path, fault: Fault) -> None:

@@ -1,68 +1,24 @@
-"""Whoever is asked to end ends like Ctrl-C, and leaves no process behind."""
+"""Whoever is asked to end ends like Ctrl-C, at whatever moment."""
 
 from __future__ import annotations
 
-import os
+import importlib
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from eqat_mm.runtime.children import run_child
-from eqat_mm.runtime.signals import Stopped, stoppable
+from eqat_mm.runtime.signals import INTERRUPTED, Stopped, stoppable
 
-PARENT = """
-import sys
-from eqat_mm.runtime.children import run_child
-from eqat_mm.runtime.signals import stoppable
-import os
-with stoppable():
-    run_child([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], dict(os.environ))
-"""
-CHILD = """
-import os, subprocess, sys, time
-from pathlib import Path
-below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-Path(sys.argv[1]).write_text(f"{os.getpid()} {below.pid}")
-time.sleep(60)
-"""
-LAUNCHER = "import subprocess, sys; print(subprocess.Popen([sys.executable, *sys.argv[1:]]).pid, flush=True); input()"
-LAUNCHED = """
-import ctypes, sys, time
-from pathlib import Path
-from eqat_mm.runtime.signals import end_with_launcher, stoppable
-end_with_launcher()
-Path(sys.argv[1]).write_text("started")
-"""
-SLEEP = "time.sleep(60)"
-WAIT_WITHOUT_HANDLERS = """
-mutex = ctypes.create_string_buffer(64)
-with stoppable():
-    for _ in range(2):
-        ctypes.CDLL(None).pthread_mutex_lock(mutex)
-"""
+ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def wait_for(happened: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 30
-    while not happened() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return happened()
-
-
-def alive(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", ASKED)
 def test_a_signal_is_an_exception_the_first_time(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as raised, stoppable():
@@ -72,31 +28,112 @@ def test_a_signal_is_an_exception_the_first_time(number: signal.Signals) -> None
     assert signal.getsignal(number) is before
 
 
-def test_a_child_gives_its_status() -> None:
-    assert run_child([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == 3
+def stopped_in(work: Callable[[], None]) -> Stopped:
+    with pytest.raises(Stopped) as raised, stoppable():
+        work()
+    return raised.value
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_child_does_not_outlive_its_parent(tmp_path: Path, number: signal.Signals) -> None:
-    noted = tmp_path / "processes"
-    words = [sys.executable, "-c", PARENT, CHILD, str(noted)]
-    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as parent:
-        assert wait_for(lambda: noted.is_file() and len(noted.read_text().split()) == 2)
-        child, below = map(int, noted.read_text().split())
-        parent.send_signal(number)
-        assert parent.wait(30) != 0
-    assert wait_for(lambda: not alive(child))
-    assert wait_for(lambda: not alive(below))
+def test_a_second_signal_ends_at_once() -> None:
+    stop = stoppable()
+    stop.__enter__()
+    with pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGINT)
+    handlers = {signal.getsignal(number) for number in ASKED}
+    stop.__exit__(Stopped, Stopped(signal.SIGINT), None)
+    assert handlers == {signal.SIG_DFL}
 
 
-@pytest.mark.parametrize("waits", [SLEEP, WAIT_WITHOUT_HANDLERS], ids=["in python", "in a library"])
-def test_a_process_ends_with_its_launcher(tmp_path: Path, waits: str) -> None:
-    noted = tmp_path / "started"
-    words = [sys.executable, "-c", LAUNCHER, "-c", LAUNCHED + waits, str(noted)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
-        assert started.stdout is not None
-        process = int(started.stdout.readline())
-        assert wait_for(noted.is_file)
-        assert alive(process)
-        started.kill()
-    assert wait_for(lambda: not alive(process))
+def test_what_is_ignored_stays_ignored() -> None:
+    """As `nohup` wants it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", ASKED)
+def test_an_import_is_not_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """The optional package would be taken for one that cannot be had."""
+    words = f"import signal\ntry:\n    signal.raise_signal({number.value})\nexcept BaseException as e:\n"
+    (tmp_path / "optional_package.py").write_text(words + "    raise ImportError from e\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "optional_package", raising=False)
+
+    def work() -> None:
+        assert importlib.import_module("optional_package").whole
+        time.sleep(30)
+
+    assert stopped_in(work).signal == number
+
+
+class Forgotten:
+    """Is asked to end while it is collected, where exceptions are lost."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_a_library_swallows_comes_again() -> None:
+    def work() -> None:
+        Forgotten()
+        time.sleep(30)
+
+    began = time.monotonic()
+    assert stopped_in(work).signal == signal.SIGTERM
+    assert time.monotonic() - began < 10
+
+
+def test_a_signal_that_becomes_another_error_is_one_still() -> None:
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as stopped:
+            raise ImportError("initialization failed") from stopped
+
+    assert isinstance(stopped_in(work).__cause__, ImportError)
+
+
+def test_a_signal_that_is_caught_is_raised_in_the_end() -> None:
+    with pytest.raises(Stopped), stoppable(), suppress(BaseException):
+        signal.raise_signal(signal.SIGHUP)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+PROCESS = """
+import atexit, os, sys, threading, time
+from eqat_mm.runtime.signals import keep_status, quit_when_asked
+
+def asked(kill=os.kill, number=int(sys.argv[2]), process=os.getpid(), sleep=time.sleep):
+    kill(process, number)
+    sleep(0.05)
+
+class Last:
+    def __del__(self, asked=asked):
+        asked()
+
+quit_when_asked()
+{work}
+keep_status(3)
+{rest}
+sys.exit(3)
+"""
+PHASES = {
+    "before": ("asked()", ""),
+    "behind": ("", "asked()"),
+    "while threads end": ("", "threading.Thread(target=asked).start()"),
+    "in a function at exit": ("atexit.register(asked)", ""),
+    "in the last object": ("sys.modules['kept'] = Last()", ""),
+}
+
+
+@pytest.mark.parametrize("number", ASKED)
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_status_is_that_of_the_signal_or_of_the_work(phase: str, number: signal.Signals) -> None:
+    work, rest = PHASES[phase]
+    words = [sys.executable, "-c", PROCESS.format(work=work, rest=rest), phase, str(number.value)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == (128 + number if phase == "before" else 3)
+    assert done.stderr == (f"{INTERRUPTED}\n" if phase == "before" else "")

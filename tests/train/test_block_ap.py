@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from eqat_mm.blocks.source import open_model
 from eqat_mm.blocks.spool import Stream
+from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.checkpoint.read import load
-from eqat_mm.checkpoint.verify import Manifest, verify_checkpoint
+from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.errors import CheckpointError, ConfigError, ResourceError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime import room
