@@ -8,7 +8,7 @@ CODE := eqat_mm llava_adapters kernels eval scripts benchmarks tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-vlm test test-all test-faults test-gpu lint format types imports aot check bench bench-kernels clean
+.PHONY: help setup demo demo-vlm test test-all test-faults test-gpu lint format types imports options aot check bench bench-kernels clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ types: setup  ## mypy, strict
 
 imports: setup  ## the floors: who may import whom
 	$(BIN)/lint-imports --no-logo
+
+options: setup  ## write down the options of all commands, which --help reads
+	$(BIN)/python scripts/write_options.py
 
 aot: setup  ## compile every Triton kernel, sm_80 to sm_120, without a GPU; a spill is an error
 	cd kernels && ../$(BIN)/python -m eqat_kernels.aot

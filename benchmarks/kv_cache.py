@@ -22,7 +22,8 @@ from torch import Tensor
 import eqat_mm
 from eqat_mm.blocks.attention import new_cache
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.data.windows import TextWindows, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import text_windows
 from eqat_mm.quant.kv_cache import cache_bytes
 
 TOKENS, PIECE, TIMED = 2048, 128, 24
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="checkpoint with a quantized cache")
     folder = parser.parse_args().model
     model = eqat_mm.load(folder).eval()
-    tokens = text_windows(load_tokenizer(folder), TextWindows(part="held_out", length=TOKENS, count=1))
+    tokens = text_windows(
+        load_tokenizer(folder), TextWindows("demo-wikipedia", part="held_out", length=TOKENS, count=1)
+    )
     if new_cache(model) is None:
         parser.error(f"{folder}: its cache is not quantized")
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from eqat_mm import __version__
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.ending import status_of, to_its_end
 from eqat_mm.runtime.launcher import end_with_launcher
 from eqat_mm.runtime.signals import stoppable
+
+if TYPE_CHECKING:
+    from eqat_mm.commands.outline import Option
+    from eqat_mm.commands.typed import Typed
 
 __all__ = ["main", "run_command", "script"]
 
@@ -108,6 +112,12 @@ def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
     return AssetsJob, assets
 
 
+def _recipes() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.recipe_list import RecipesJob, list_recipes
+
+    return RecipesJob, list_recipes
+
+
 def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.plan import PlanJob, plan
 
@@ -134,6 +144,7 @@ COMMANDS: dict[str, _Command] = {
     "chat": _Command("talk with a model, about images if shown, line by line", _chat),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
     "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
+    "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
 }
 
@@ -173,10 +184,18 @@ def run_command(name: str, argv: Sequence[str]) -> int:
 
 
 def _run(name: str, argv: Sequence[str]) -> None:
-    if name not in COMMANDS:
+    from eqat_mm.commands.outline import options_of, stored_options
+    from eqat_mm.commands.typed import typed
+
+    spelled = name.replace("_", "-")
+    if spelled not in COMMANDS:
         raise _unknown_command(name)
-    job_class, function = COMMANDS[name].load()
-    job = parse_job(name, job_class, argv)
+    options = stored_options(spelled)  # what is wrong with them is said before torch is imported
+    if options is None:
+        options = list(options_of(COMMANDS[spelled].load()[0]))
+    settled = _settled(spelled, options, typed(spelled, options, argv))
+    job_class, function = COMMANDS[spelled].load()
+    job = _job(spelled, job_class, settled)
     with stoppable():
         function(job)
 
@@ -192,61 +211,72 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
     """Return the job that recipes and flags describe.
 
     Raises:
-        ConfigError: unknown option, or a value that is not allowed.
+        ConfigError: unknown option, no model, or a value that is not allowed.
         SystemExit: after --help or --print_config.
     """
+    from eqat_mm.commands.outline import options_of
+    from eqat_mm.commands.typed import typed
+
+    options = list(options_of(job_class))
+    return _job(name, job_class, _settled(name, options, typed(name, options, argv)))
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The words of a command line with the recipe that lies beneath, files among them, and what is said of it."""
+
+    words: list[str]
+    files: list[Path]
+    line: str
+
+
+def _settled(name: str, options: Sequence[Option], words: Typed) -> _Settled:
+    """Find the recipe of a command line; print help where it asks for that.
+
+    Raises:
+        ConfigError: no model.
+        SystemExit: after --help.
+    """
+    from eqat_mm.commands.help_text import help_of
+    from eqat_mm.commands.recipes import Recipe, named_recipe
+    from eqat_mm.commands.taken import Taken, recipe_taken, require_model_named
+
+    command = COMMANDS[name]
+    if command.recipe is not None:
+        taken = Taken(named_recipe(command.recipe))
+    else:
+        taken = recipe_taken(command.settings_of or name, options, words)
+    if {"--help", "-h"} & set(words.flags):
+        shown = [each.settings for each in (taken.beneath, *words.configs) if isinstance(each, Recipe)]
+        print(help_of(name, command.help, options, shown[-1] if shown else {}, taken.line))
+        raise SystemExit(0)
+    require_model_named(name, options, words)
+    files = [each for each in words.configs if isinstance(each, Path)]
+    return _Settled(words.words(taken.beneath), files, "" if command.settings_of else taken.line)
+
+
+def _job(name: str, job_class: type[Any], settled: _Settled) -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
-    from eqat_mm.commands.options import parsed, spelled_out, with_ranges
-    from eqat_mm.commands.recipes import recipe_path
+    from eqat_mm.commands.options import parsed
+    from eqat_mm.commands.settings_file import check_names, read_recipe
     from eqat_mm.runtime.progress import say
 
-    argv = spelled_out(name, job_class, argv)
-    recipe = COMMANDS[name].recipe or _tuned_recipe(COMMANDS[name].settings_of or name, argv, job_class)
-    parser = ArgumentParser(
-        prog=f"eqat {name}",
-        description=COMMANDS[name].help,
-        exit_on_error=False,
-        allow_abbrev=False,
-        default_config_files=[] if recipe is None else [str(recipe_path(recipe))],
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file or name of a shipped recipe")
+    for path in settled.files:
+        check_names(job_class, read_recipe(path), path)
+    parser = ArgumentParser(prog=f"eqat {name}", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(job_class)
-    with_ranges(parser, job_class)
-    job = parsed(parser, name, job_class, argv)
-    if recipe is not None and COMMANDS[name].recipe is COMMANDS[name].settings_of is None:
-        say(f"settings: recipe {recipe}")
+    job = parsed(parser, name, job_class, settled.words)
+    if settled.line:
+        say(settled.line)
     return job
 
 
 def _unknown_command(name: str) -> ConfigError:
-    near = get_close_matches(name, COMMANDS, n=1)
+    near = get_close_matches(name.lower().replace("_", "-"), COMMANDS, n=1)
     do = f"did you mean {near[0]}?" if near else "choose one of these commands"
     return ConfigError(f"eqat {ascii(name)[1:-1]}", ascii(name), ", ".join(COMMANDS), do)
-
-
-def _tuned_recipe(name: str, argv: Sequence[str], job_class: type[Any]) -> str | None:
-    """Return the shipped recipe for the model and spec that flags name, where they name no settings themselves."""
-    from eqat_mm.commands.recipes import fitting_recipe
-
-    model = next((field.default for field in fields(job_class) if field.name == "model"), None)
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    bits, group_size = _flags_of_spec(job_class)
-    default_bits = next((str(field.default) for field in fields(job_class) if field.name == "bits"), "2")
-    defaults = {"--config": None, "--model": model, bits: default_bits, group_size: None}
-    for flag, default in defaults.items():
-        flags.add_argument(flag, nargs="?", default=default)  # a missing value is the real parser's to refuse
-    known, _ = flags.parse_known_args(argv)
-    if known.config or not known.model:
-        return None
-    named = vars(known)
-    return fitting_recipe(name, known.model, named[bits.lstrip("-")], named[group_size.lstrip("-")])
-
-
-def _flags_of_spec(job_class: type[Any]) -> tuple[str, str]:
-    """Return the flags of bits and group size."""
-    nested = any(field.name == "quant" for field in fields(job_class))
-    return ("--quant.bits", "--quant.group_size") if nested else ("--bits", "--group_size")
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:

@@ -17,6 +17,7 @@ from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.runtime.files import read_json_object
 from llava_adapters import llama, llava, llava_next, mistral
+from llava_adapters.aliases import ALIASES
 from llava_adapters.original import refuse_original_folder, refuse_original_repository
 
 log = logging.getLogger(__name__)
@@ -24,27 +25,6 @@ log = logging.getLogger(__name__)
 GROUP = "eqat_mm.adapters"
 
 _BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH, llava.ARCH, llava_next.ARCH)
-
-ALIASES: dict[str, str] = {
-    "smollm2-135m": "asset:smollm2-135m",
-    "demo-llava": "asset:demo-llava",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
-    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
-    "mistral-7b": "mistralai/Mistral-7B-v0.3",
-    "vicuna-7b": "lmsys/vicuna-7b-v1.5",
-    "vicuna-13b": "lmsys/vicuna-13b-v1.5",
-    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
-    "llava-v1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
-    "llava-v1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
-    "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
-    "llava-v1.6-34b": "llava-hf/llava-v1.6-34b-hf",
-}
-"""Short name -> hub repository, or `asset:NAME` for a model that the tool fetches and converts itself."""
 
 
 @lru_cache(maxsize=1)

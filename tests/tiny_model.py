@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eqat_mm.data.windows import TextWindows
+from eqat_mm.data.text_settings import TextWindows
 from llava_adapters.tiny import VOCABULARY, tiny_config
 
 WORDS = ("<unk>", "</s>", *(f"w{index}" for index in range(2, VOCABULARY)))

@@ -10,7 +10,7 @@ from eqat_mm.data.assets import ASSETS, asset_cache, fetch_asset
 from eqat_mm.data.easy_vqa import easy_vqa_folder
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.settings import Settings
-from llava_adapters.registry import ALIASES
+from llava_adapters.aliases import ALIASES
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
 from eqat_mm.commands.models import load_model, model_folder, require_weights
 from eqat_mm.data.style import AUTO, ImageShape, Style, require_template
-from eqat_mm.data.windows import TextWindows, digest_of, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
@@ -53,7 +54,7 @@ class EvalJob(Settings):
         output: JSON file for the result.
     """
 
-    model: str = "smollm2-135m"
+    model: str
     reference: str | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
     tasks: str | None = None
@@ -77,6 +78,7 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
     Raises:
         EqatError: any bad input.
     """
+    _check_choice(job)
     folder = model_folder(job.model)
     require_weights(folder)
     device = best_device(job.device)
@@ -88,7 +90,6 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
 
 
 def _measure(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
-    _check_choice(job)
     if job.tasks is None:
         return _perplexity(job, folder, device)
     products, dtype = arithmetic(job.precision, job.dtype, device)
@@ -104,7 +105,7 @@ def _products(precision: Decided, dtype: torch.dtype, device: torch.device) -> A
 
 
 def _check_choice(job: EvalJob) -> None:
-    """Refuse options of the measurement that was not chosen."""
+    """Refuse options of the measurement that was not chosen, and held-out text without a name."""
     if job.tasks is None and job.limit is not None:
         raise ConfigError("--limit", "no --tasks", "a limit for tasks", "for held-out text, set --data.count")
     for name in ("template", "images"):
@@ -112,6 +113,8 @@ def _check_choice(job: EvalJob) -> None:
             raise ConfigError(f"--{name}", "no --tasks", "with questions about images", "leave it out, or name --tasks")
     if job.tasks is not None and job.reference is not None:
         raise ConfigError("--reference", "with --tasks", "a reference for held-out text", "evaluate both models")
+    if job.tasks is None:
+        job.data.require_source("--data.source")
 
 
 def _perplexity(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:

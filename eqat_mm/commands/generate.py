@@ -51,7 +51,7 @@ class GenerateJob(Settings):
         cuda_graph: replay decode steps from a CUDA graph; `auto` does so on a GPU and says where it cannot.
     """
 
-    model: str = "smollm2-135m"
+    model: str
     prompt: str = "The capital of France is"
     image: list[str] | str = field(default_factory=list)
     allow_network: bool = False

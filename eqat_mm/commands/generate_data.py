@@ -59,7 +59,7 @@ class GenerateDataJob(Settings):
         overwrite: discard what is already in the output.
     """
 
-    model: str = "smollm2-135m"
+    model: str
     output: Path | None = None
     count: Count = 512
     length: Length = 1024

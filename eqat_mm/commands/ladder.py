@@ -25,13 +25,16 @@ from eqat_mm.commands.runs import (
     slug,
 )
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.windows import TextWindows, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import text_windows
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import provenance
 from eqat_mm.runtime.settings import Count, Settings
+
+_MODEL = "smollm2-135m"
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class LadderJob(Settings):
         fresh: discard finished rungs in the output folder.
     """
 
-    block_ap: BlockAPJob = field(default_factory=BlockAPJob)
-    e2e_qp: E2EQPJob = field(default_factory=E2EQPJob)
-    e2e_qp_only: E2EQPJob | None = field(default_factory=E2EQPJob)
+    block_ap: BlockAPJob = field(default_factory=lambda: BlockAPJob(model=_MODEL))
+    e2e_qp: E2EQPJob = field(default_factory=lambda: E2EQPJob(model=_MODEL))
+    e2e_qp_only: E2EQPJob | None = field(default_factory=lambda: E2EQPJob(model=_MODEL))
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
     batch_size: Count = 4
     precision: Precision = "auto"

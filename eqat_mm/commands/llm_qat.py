@@ -10,13 +10,14 @@ import transformers
 from torch import Tensor
 
 from eqat_mm.blocks.source import OpenModel
-from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.checkpoint.folders import load_tokenizer, takes_images
 from eqat_mm.commands.deepspeed_file import deepspeed_settings
 from eqat_mm.commands.launchers import training_run, whole_models
 from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import open_full_precision
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.data.windows import TextWindows, digest_of, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import digest_of, text_windows
 from eqat_mm.runtime.device import best_device, processes
 from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.place import Place
@@ -42,7 +43,7 @@ class LLMQATJob(LLMQATConfig):
         recipe_for: models that these settings were tuned for (set by recipes).
     """
 
-    model: str = "smollm2-135m"
+    model: str = field(kw_only=True)
     output: Path | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
     adapter: str | None = None
@@ -58,6 +59,8 @@ def llm_qat(job: LLMQATJob) -> Path:
         EqatError: any bad input, before anything is written.
     """
     deepspeed = deepspeed_settings(job)
+    if job.reads_text:
+        job.data.require_source("--data.source")
     opened = _checked(job)
     stage = STAGE if job.trains else ROUNDED
     folder = job.output or _default_output(job)
@@ -112,6 +115,8 @@ def _checked(job: LLMQATJob) -> OpenModel:
     opened = open_full_precision(job.model, job.adapter)
     if job.trains:
         warn_without_recipe(job.model, job.recipe_for, "llm-qat", job.bits)
+        if takes_images(opened.folder):
+            say(f"{job.model} sees; LLM-QAT trains it on text alone")
     check_groups(opened, job.spec)
     return opened
 

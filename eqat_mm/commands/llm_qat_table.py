@@ -24,7 +24,8 @@ from eqat_mm.commands.runs import (
     slug,
     what_decides,
 )
-from eqat_mm.data.windows import TextWindows, digest_of, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import digest_of, text_windows
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
@@ -56,7 +57,7 @@ class LLMQATTableJob(Settings):
         fresh: discard finished rows in the output folder.
     """
 
-    train: LLMQATJob = field(default_factory=LLMQATJob)
+    train: LLMQATJob = field(default_factory=lambda: LLMQATJob(model="smollm2-135m"))
     bits: Annotated[tuple[str, ...], Filled()] = SETTINGS
     generated: Path | None = None
     smooth: Fraction = 0.5

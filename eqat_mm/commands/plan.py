@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eqat_mm.blocks.config import MOST_LAYERS, refused, require_layers
 from eqat_mm.blocks.quantized import refuse_named_quantized
 from eqat_mm.commands.models import model_folder, refuse_packed, require_model
-from eqat_mm.commands.recipes import fitting_recipe, recipes
+from eqat_mm.commands.recipes import fitting_recipe
 from eqat_mm.data.image_text import ImageTextData
-from eqat_mm.data.windows import TextWindows
+from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.plan.amounts import Phase, billions
 from eqat_mm.plan.block_ap import plan_block_ap
 from eqat_mm.plan.e2e_qp import plan_e2e_qp
@@ -60,7 +58,7 @@ class PlanJob(BlockAPConfig):
         recipe_for: models that these settings were tuned for (set by recipes).
     """
 
-    model: str = "llama-2-7b"
+    model: str = field(kw_only=True)
     gpu: str | None = None
     gpus: Count = 1
     ram: PositiveOrZero | None = None
@@ -161,13 +159,13 @@ def _end_to_end(job: PlanJob, shape: ModelShape) -> Iterator[tuple[E2EQPConfig, 
         yield config, image_text_work(shape, job.conversations, longest)
 
 
-def _recipe(command: str, job: PlanJob) -> dict[str, Any]:
+def _recipe(command: str, job: PlanJob) -> Mapping[str, Any]:
     """Return the settings of the recipe that a command would take, empty where there is none."""
-    name = fitting_recipe(command, job.model, str(job.quant.bits), str(job.quant.group_size))
-    return {} if name is None else dict(yaml.safe_load(recipes()[name].read_text(encoding="utf-8")))
+    found = fitting_recipe(command, job.model, str(job.quant.bits), job.quant.group_size)
+    return {} if found is None else found.settings
 
 
-def _e2e_qp_settings(tuned: dict[str, Any]) -> E2EQPConfig:
+def _e2e_qp_settings(tuned: Mapping[str, Any]) -> E2EQPConfig:
     """Return E2E-QP's own settings in a recipe."""
     return E2EQPConfig(**{item.name: tuned[item.name] for item in fields(E2EQPConfig) if item.name in tuned})
 

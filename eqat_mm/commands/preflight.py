@@ -10,7 +10,7 @@ import torch
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.commands.plan import model_shape
 from eqat_mm.data.image_text import ImageTextData
-from eqat_mm.data.windows import TextWindows
+from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.errors import ResourceError
 from eqat_mm.plan.block_ap import plan_block_ap
 from eqat_mm.plan.e2e_qp import plan_e2e_qp

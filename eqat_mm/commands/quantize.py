@@ -15,7 +15,8 @@ from eqat_mm.commands.models import model_folder, refuse_packed, require_finite,
 from eqat_mm.commands.preflight import announce_block_ap
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import asked, default_output, opened_run, settings, settled
-from eqat_mm.data.windows import TextWindows, digest_of, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import digest_of, text_windows
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.place import Place
@@ -46,7 +47,7 @@ class BlockAPJob(BlockAPConfig):
         recipe_for: models that these settings were tuned for (set by recipes).
     """
 
-    model: str = "smollm2-135m"
+    model: str = field(kw_only=True)
     output: Path | None = None
     calibration: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
     adapter: str | None = None
@@ -67,7 +68,7 @@ class RTNJob(Settings):
         overwrite: discard a checkpoint that is already in the output folder.
     """
 
-    model: str = "smollm2-135m"
+    model: str
     output: Path | None = None
     quant: QuantSpec = field(default_factory=QuantSpec)
     adapter: str | None = None
@@ -80,6 +81,7 @@ def block_ap(job: BlockAPJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    job.calibration.require_source("--calibration.source")
     device = best_device(own_device(job.device))
     with launched_ranks(device) as ranks:
         return _block_ap(job, device, ranks)

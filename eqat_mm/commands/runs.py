@@ -246,3 +246,5 @@ def _named(config: dict[str, Any], name: str) -> Iterator[str]:
             yield from _named(value, name)
         elif key == name and isinstance(value, str):
             yield value
+        elif key == name and isinstance(value, list):
+            yield from (each["path"] for each in value)

@@ -14,7 +14,8 @@ from eqat_mm.checkpoint.speaker import load_speaker, style_digest
 from eqat_mm.data.batching import Collator, SampleOrder
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.kept import Kept
-from eqat_mm.data.windows import TextWindows, digest_of, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import digest_of, text_windows
 from eqat_mm.train.end_to_end import Sample, WindowDataset
 
 

@@ -83,6 +83,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return settings
 
 
+def read_value(text: str) -> Any:
+    """Return what YAML makes of the value of a flag; None where it is none."""
+    try:
+        return yaml.load(text, RecipeLoader)  # noqa: S506: it is a SafeLoader
+    except yaml.YAMLError:
+        return None
+
+
 def check_names(kind: type[Settings], settings: Mapping[Any, Any], path: Path, under: str = "") -> None:
     """Check that settings are those of a job, also where a recipe names another file for some of them.
 

@@ -19,6 +19,7 @@ from eqat_mm.checkpoint.write import save_like
 from eqat_mm.commands.deepspeed_file import DeepSpeedFile, deepspeed_settings
 from eqat_mm.commands.launchers import training_run, whole_models
 from eqat_mm.commands.models import load_model, model_folder, require_teacher
+from eqat_mm.commands.one_kind import with_one_kind_of_data
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import default_output, require_startable
@@ -26,7 +27,7 @@ from eqat_mm.commands.samples import Samples, image_text_samples, problems_of, t
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.kept import Kept
 from eqat_mm.data.problems import say_late
-from eqat_mm.data.windows import TextWindows
+from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device, processes
@@ -56,17 +57,19 @@ class E2EQPJob(E2EQPConfig):
             projector in place of e2e-qp where step sizes are not trained.
         data: text to train on.
         conversations: conversations about images to train on instead, with a vision-language model.
+        text_only: train a vision-language model on text alone, whatever conversations a recipe names.
         device: cpu, cuda, cuda:N, or auto.
         overwrite: discard a run that is already in the output folder.
         recipe_for: models that these settings were tuned for (set by recipes).
     """
 
-    model: str = "smollm2-135m"
+    model: str = field(kw_only=True)
     quant: QuantSpec = field(default_factory=QuantSpec)
     quantized: Path | None = None
     output: Path | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(length=4096, count=4096))
     conversations: ImageTextData | None = None
+    text_only: bool = False
     device: str = "auto"
     overwrite: bool = False
     recipe_for: tuple[str, ...] = ()
@@ -81,6 +84,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     deepspeed = deepspeed_settings(job)
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
+    job = with_one_kind_of_data(job, base)
     stage = STAGE if "scales" in job.trains else job.trains.partition("+")[0]
     folder, device = job.output or runs / stage, best_device(job.device)
     announce_e2e_qp(base, job.model, job.quant, job, job.conversations or job.data, device, folder)

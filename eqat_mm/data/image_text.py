@@ -68,7 +68,7 @@ class ImageTextData(Settings, option="conversations"):
 
     Attributes:
         source: LLaVA's format, .json or .jsonl, hf:NAME[:CONFIG[:SPLIT]] or demo-easy-vqa (see
-            `eqat_mm.data.conversations`).
+            `eqat_mm.data.record_sources`).
         image_folder: what the records' image paths are relative to. Default: the folder of the source file.
         count: number of records, drawn at random; None takes all.
         template: of the conversation: `auto` (the one that the model was trained with), `vicuna_v1`, `model` (the one

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from eqat_mm.data.documents import load_documents, split_documents
+from eqat_mm.data.documents import drawn_documents, load_documents, of_side, split_documents
+from eqat_mm.data.text_settings import TextSource, TextWindows, shares
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.progress import progress
 from eqat_mm.runtime.seeding import generator
-from eqat_mm.runtime.settings import Count, Length, Seed, Settings, Share
 
 _DOCUMENTS_PER_BATCH = 64
 _CHARACTERS_PER_BATCH = 2**20
@@ -29,29 +28,6 @@ _FEW_DOCUMENTS = 8
 _MOST_PER_DOCUMENT = 4
 _MOST_PER_TOKEN = 8
 """Characters, more than a token has on the average."""
-
-
-@dataclass(frozen=True)
-class TextWindows(Settings, option="data"):
-    """Which text, and how it is cut.
-
-    Args:
-        source: where the documents come from (see `eqat_mm.data.documents`).
-        part: `train` or `held_out` side of the split by document, or `all` of them.
-        length: tokens in a window.
-        count: number of windows; None takes all the text.
-        held_out_fraction: share of the documents held out.
-        seed: order of the documents.
-        split_seed: which documents are held out; the same for training and evaluation.
-    """
-
-    source: str = "demo-wikipedia"
-    part: Literal["train", "held_out", "all"] = "train"
-    length: Length = 2048
-    count: Count | None = None
-    held_out_fraction: Share = 0.1
-    seed: Seed = 0
-    split_seed: Seed = 0
 
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, config: TextWindows) -> Tensor:
@@ -64,8 +40,68 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, config: TextWindows) -> Ten
         DataError: unreadable text, or not enough of it.
         ConfigError: a package is missing, or the tokenizer has no end-of-sequence token.
     """
-    documents = _documents_of(config)
-    return pack_windows(tokenizer, documents, config.length, config.count, seed=config.seed)
+    config.require_source("source")
+    sources = config.sources
+    counts = [config.count] if len(sources) == 1 else shares([each.weight for each in sources], config.count or 0)
+    windows = [
+        _windows_of(tokenizer, source, replace(config, source=source.path, count=count))
+        for source, count in zip(sources, counts, strict=True)
+        if count != 0
+    ]
+    if len(windows) == 1:
+        return windows[0]
+    order = torch.randperm(sum(map(len, windows)), generator=generator(config.seed, "windows of several texts"))
+    return torch.cat(windows)[order]
+
+
+def _windows_of(tokenizer: PreTrainedTokenizerBase, source: TextSource, config: TextWindows) -> Tensor:
+    """Return the windows of one text, which is read as far as it is needed where it is large."""
+    field = str(source.text_field)
+    drawn = None if config.count is None else drawn_documents(source.path, field, config.seed)
+    if drawn is None or config.count is None:
+        documents = _side_of(load_documents(source.path, field), config)
+        return pack_windows(tokenizer, documents, config.length, config.count, seed=config.seed)
+    return _drawn_windows(tokenizer, _of_side(drawn, config), config.length, config.count, config.seed)
+
+
+def _drawn_windows(
+    tokenizer: PreTrainedTokenizerBase, drawn: Iterator[str], length: int, count: int, seed: int
+) -> Tensor:
+    """Draw as much text as should be enough, and more where it is not, until there is no more."""
+    documents: list[str] = []
+    characters = _MOST_PER_TOKEN * length
+    while True:
+        before = len(documents)
+        for _ in progress(_gathered(drawn, documents, characters, count), what="draw text", total=count, unit="window"):
+            pass
+        try:
+            return pack_windows(tokenizer, documents, length, count, seed=seed)
+        except DataError:
+            if len(documents) == before:
+                raise
+        characters *= 4
+
+
+def _gathered(drawn: Iterator[str], documents: list[str], window: int, count: int) -> Iterator[None]:
+    """Append documents until there is text for `count` windows; yield once for each of them.
+
+    Args:
+        drawn: documents.
+        documents: what is appended to; what is there counts.
+        window: characters that are enough for one.
+        count: number of windows. A document counts for `_MOST_PER_DOCUMENT` of them at most.
+    """
+    found = sum(min(len(document), window * _MOST_PER_DOCUMENT) for document in documents)
+    said = 0
+    while said < count:
+        if found >= (said + 1) * window:
+            said += 1
+            yield
+        elif (document := next(drawn, None)) is None:
+            return
+        else:
+            documents.append(document)
+            found += min(len(document), window * _MOST_PER_DOCUMENT)
 
 
 def digest_of(windows: Tensor) -> str:
@@ -173,8 +209,13 @@ def _beginning(document: str, most: int) -> str:
     return document[: document.rfind(" ", 0, most) + 1] or document[:most]
 
 
-def _documents_of(config: TextWindows) -> list[str]:
-    documents = load_documents(config.source)
+def _of_side(documents: Iterator[str], config: TextWindows) -> Iterator[str]:
+    if config.part == "all":
+        return documents
+    return of_side(documents, config.part == "held_out", config.held_out_fraction, config.split_seed)
+
+
+def _side_of(documents: list[str], config: TextWindows) -> list[str]:
     if config.part == "all":
         return documents
     train, held_out = split_documents(documents, config.held_out_fraction, config.split_seed)

@@ -6,7 +6,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from llava_adapters.registry import ALIASES
+from llava_adapters.aliases import ALIASES
 
 _SAME_SHAPE = {
     "vicuna-7b": "llama-2-7b",

@@ -74,3 +74,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def size(amount: int) -> str:
+    """Format bytes as `800 B`, `34.1 MB` or `312.4 GB`."""
+    for unit, step in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if amount >= step:
+            return f"{amount / step:,.1f} {unit}"
+    return f"{amount} B"

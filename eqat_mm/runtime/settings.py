@@ -129,6 +129,12 @@ def settings_in(hint: Any) -> type[Settings] | None:
     return None
 
 
+def settings_listed(hint: Any) -> type[Settings] | None:
+    """Return the dataclass of settings of which a field may hold a list; None where it may not."""
+    lists = (each for each in _alternatives(hint) if get_origin(each) is list)
+    return next((kind for each in lists if (kind := settings_in(get_args(each)[0])) is not None), None)
+
+
 def require(hint: Any, value: Any, option: str) -> None:
     """Check that a field may hold `value`.
 

@@ -18,8 +18,8 @@ from eqat_mm.checkpoint.layout import ignored_linears
 from eqat_mm.errors import AdapterError
 from eqat_mm.runtime.files import write_json
 from llava_adapters import arch_for, arch_of_folder, resolve_alias
+from llava_adapters.aliases import ALIASES
 from llava_adapters.original import CONVERTED
-from llava_adapters.registry import ALIASES
 from llava_adapters.tiny import IMAGE_TOKEN
 from tests.adapters.published import (
     MISTRAL_7B,

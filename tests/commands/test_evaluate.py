@@ -25,7 +25,7 @@ from eqat_mm.commands.quantize import rtn
 from eqat_mm.data.assets import ASSETS
 from eqat_mm.data.windows import text_windows
 from eqat_mm.errors import CheckpointError
-from llava_adapters.registry import ALIASES
+from llava_adapters.aliases import ALIASES
 from tests.commands.jobs import SPEC, rtn_job
 from tests.tiny_model import Tiny
 

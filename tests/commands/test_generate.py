@@ -294,6 +294,6 @@ def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("word", "expected"), [("true", True), ("false", False), ("auto", "auto")])
 def test_a_graph_on_the_command_line(word: str, expected: object) -> None:
-    job: GenerateJob = parse_job("generate", GenerateJob, ["--cuda_graph", word])
+    job: GenerateJob = parse_job("generate", GenerateJob, ["m", "--cuda_graph", word])
     assert job.cuda_graph == expected
-    assert GenerateJob().cuda_graph == "auto"
+    assert GenerateJob("m").cuda_graph == "auto"

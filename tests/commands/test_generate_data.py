@@ -19,7 +19,8 @@ from eqat_mm.commands.generate_data import GenerateDataJob, generate_data
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.data.documents import load_documents
 from eqat_mm.data.record_parts import Part, parts_folder
-from eqat_mm.data.windows import TextWindows, text_windows
+from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.windows import text_windows
 from eqat_mm.errors import ConfigError, EqatError
 from eqat_mm.runtime.files import read_json, sha256_of
 from eqat_mm.runtime.run import Run
@@ -332,5 +333,5 @@ def test_an_unfinished_run_of_other_settings(tiny: Tiny, tmp_path: Path) -> None
 
 
 def test_bad_input_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate-data", "--sampling", "beam", "--output", str(tmp_path / "texts.jsonl")]) == 2
+    assert main(["generate-data", "m", "--sampling", "beam", "--output", str(tmp_path / "texts.jsonl")]) == 2
     assert "sampling" in capsys.readouterr().err

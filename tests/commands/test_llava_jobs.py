@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-from eqat_mm.cli import parse_job
+from eqat_mm.cli import main, parse_job
 from eqat_mm.commands.quantize import BlockAPJob, RTNJob, rtn
-from eqat_mm.commands.recipes import fitting_recipe, recipes
+from eqat_mm.commands.recipes import fitting_recipe
 from eqat_mm.commands.runs import default_output
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
-from eqat_mm.errors import CheckpointError, DataError
+from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_llava import save_tiny_llava
@@ -30,7 +31,7 @@ def e2e_qp_job(*words: str) -> E2EQPJob:
 def test_a_model_alone_takes_the_2_bit_recipe(model: str) -> None:
     job = e2e_qp_job("--model", model)
     assert job.model == model
-    assert model in job.recipe_for
+    assert job.recipe_for[0] in ("llava-1.5", "llava-next")
     assert job.quant == QuantSpec(2, 64)
     assert job.deepspeed == "zero-2"
     assert job.trains == "scales+projector"
@@ -46,19 +47,9 @@ def test_bits_and_group_size_choose_the_recipe(bits: int, rate: float, group: in
     assert job.quant == QuantSpec(bits, group)
     assert job.learning_rate == rate
     for command in ("block-ap", "e2e-qp"):
-        assert fitting_recipe(command, "llava-1.5-13b", str(bits), str(group)) == f"llava-1.5-w{bits}g{group}-{command}"
-
-
-def test_a_group_size_without_a_recipe_takes_the_smallest_one_that_has() -> None:
-    assert fitting_recipe("e2e-qp", "llava-1.5-7b", "2", "32") == "llava-1.5-w2g64-e2e-qp"
-    assert fitting_recipe("e2e-qp", "llava-1.5-7b", "5") is None
-
-
-def test_every_recipe_has_its_other_stage() -> None:
-    for name in recipes():
-        if name.startswith("llava-"):
-            stem = name.removesuffix("-block-ap").removesuffix("-e2e-qp")
-            assert {f"{stem}-block-ap", f"{stem}-e2e-qp"} <= recipes().keys()
+        recipe = fitting_recipe(command, "llava-1.5-13b", str(bits), group)
+        assert recipe is not None
+        assert recipe.name == f"llava-1.5-w{bits}g{group}-{command}"
 
 
 @pytest.mark.parametrize("words", [[], ["--quant.bits", "3", "--quant.group_size", "128"]], ids=["w2g64", "w3g128"])
@@ -74,7 +65,7 @@ def test_without_block_ap_the_message_has_the_command_that_makes_it(
     assert command[:2] == ["eqat", "block-ap"]
     other: BlockAPJob = parse_job("block-ap", BlockAPJob, command[2:])
     assert (other.model, other.quant) == (job.model, job.quant)
-    assert "llava-1.5-13b" in other.recipe_for
+    assert other.recipe_for == ("llava-1.5",)
     assert raised.value.where == f"--quantized {default_output(job.model, job.quant) / 'block-ap' / 'model'}"
 
 
@@ -110,3 +101,48 @@ def test_without_images_the_message_names_the_folder(
         e2e_qp(e2e_qp_job("--model", "llava-1.5-13b", "--quantized", str(packed)))
     assert_four_lines(raised.value)
     assert raised.value.where == "--conversations.image_folder data/llava-images"
+
+
+# ---- text in silence --------------------------------------------------------------------------------
+
+
+def test_a_model_that_sees_is_not_trained_on_text_unless_asked(packed: Path, tmp_path: Path) -> None:
+    model = str(packed.parents[1] / "llava")
+    known = ["--recipe_for", json.dumps([model, "no-such"]), "--quantized", str(packed)]
+    data = [*known, "--data.source", "t.txt", "--output", str(tmp_path / "run")]
+    with pytest.raises(ConfigError) as raised:
+        e2e_qp(e2e_qp_job("--model", model, *data))
+    assert_four_lines(raised.value)
+    assert "--text_only" in raised.value.do
+    with pytest.raises(DataError, match=r"t\.txt"):
+        e2e_qp(e2e_qp_job("--model", model, *data, "--text_only"))
+    with pytest.raises(DataError, match="mix665k"):  # the name of a model does not matter, nor what it cannot say
+        e2e_qp(e2e_qp_job("--model", "no-such", *known, "--conversations.source", "mix665k.json"))
+    with pytest.raises(ConfigError, match=r"--conversations\.source"):
+        e2e_qp(e2e_qp_job("--model", "no-such", *data))
+
+
+def test_text_beside_the_conversations_of_a_recipe_is_not_one_in_silence(tmp_path: Path) -> None:
+    job = e2e_qp_job("--model", "llava-1.5-7b", "--data.source", "t.txt", "--output", str(tmp_path))
+    with pytest.raises(ConfigError) as raised:
+        e2e_qp(job)
+    assert "t.txt and data/llava_v1_5_mix665k.json" in raised.value.given
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["block-ap", "mistral-7b"], "--calibration.source"),
+        (["e2e-qp", "mistral-7b"], "--data.source"),
+        (["llm-qat", "mistral-7b"], "--data.source"),
+        (["eval", "mistral-7b"], "--data.source"),
+    ],
+)
+def test_no_text_is_not_the_text_of_the_demo(
+    words: list[str], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"name one with {option}" in said
+    assert "hf:DKYoon/SlimPajama-6B" in said

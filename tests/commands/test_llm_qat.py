@@ -19,6 +19,7 @@ from eqat_mm.commands.evaluate import EvalJob, evaluate
 from eqat_mm.commands.generate import GenerateJob, generate
 from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
 from eqat_mm.commands.llm_qat_table import QUICK_SETTINGS, LLMQATTableJob, llm_qat_table, table
+from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.errors import AdapterError, ConfigError, EqatError
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.kv_cache import QuantizedKVCache, cache_bytes
@@ -133,7 +134,7 @@ def test_the_default_folders_name_the_bits(tiny: Tiny, tmp_path: Path, monkeypat
         ({"group_size": 256}, "group_size"),
         ({"smooth": 1.5}, "--smooth"),
         ({"deepspeed": "zero-9"}, "zero-9"),
-        ({"data": replace(LLMQATJob().data, source="nowhere.txt")}, "nowhere.txt"),
+        ({"data": TextWindows("nowhere.txt", count=4096)}, "nowhere.txt"),
     ],
     ids=str,
 )
@@ -193,10 +194,10 @@ def test_the_command_takes_bits_and_smoothing() -> None:
 
 def test_the_tuned_recipe_is_found_by_model_and_bits(capsys: pytest.CaptureFixture[str]) -> None:
     job_class, _ = COMMANDS["llm-qat"].load()
-    tuned = parse_job("llm-qat", job_class, ["--bits", "4-8-4"])
-    assert capsys.readouterr().out == "settings: recipe smollm2-135m-4-8-4-llm-qat\n"
+    tuned = parse_job("llm-qat", job_class, ["--model", "smollm2-135m", "--bits", "4-8-4"])
+    assert capsys.readouterr().out == "settings: recipe smollm2-135m-4-8-4-llm-qat, for llama: smollm2-135m, 135m\n"
     assert (tuned.bits, tuned.recipe_for) == ("4-8-4", ("smollm2-135m",))
-    assert parse_job("llm-qat", job_class, ["--bits", "8-8-8"]).recipe_for == ()
+    assert parse_job("llm-qat", job_class, ["smollm2-135m", "--bits", "8-8-8"]).recipe_for == ()
 
 
 def test_settings_of_another_model_are_warned_of(tiny: Tiny, tmp_path: Path) -> None:

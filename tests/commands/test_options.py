@@ -44,19 +44,15 @@ def refusal(command: str, *argv: str) -> EqatError:
     [
         ("block-ap", "--fit.epoch", "--fit.epochs"),
         ("block-ap", "--quant.bit", "--quant.bits"),
-        ("block-ap", "--quant.group-size=64", "--quant.group_size"),
         ("block-ap", "--group_size", "--quant.group_size"),
         ("block-ap", "--calibration.lenght", "--calibration.length"),
-        ("e2e-qp", "--lr", "--learning_rate"),
-        ("e2e-qp", "--per_device_train_batch_size", "--batch_size"),
-        ("e2e-qp", "--image_folder", "--conversations.image_folder"),
         ("e2e-qp", "--conversations.on_bad_samples", "--conversations.on_bad_sample"),
-        ("e2e-qp", "--output_dir", "--output"),
+        ("e2e-qp", "--print-confg", "--print_config"),
     ],
 )
 def test_a_mistaken_flag_is_answered_with_the_one_that_is_meant(command: str, flag: str, meant: str) -> None:
     refused = refusal(command, flag, "3")
-    assert flag.partition("=")[0] in refused.given
+    assert flag in refused.given
     assert meant in refused.do
 
 
@@ -74,13 +70,13 @@ def test_an_abbreviated_flag_is_none() -> None:
 
 
 def test_a_mistaken_choice_is_answered_with_the_one_that_is_meant() -> None:
-    assert refusal("block-ap", "--spool", "dsk").do == "did you mean --spool disk?"
-    assert refusal("block-ap", "--spool", "floppy").do == "set --spool to one of these"
-    assert refusal("block-ap", "--spool", "floppy").allowed == "ram, disk"
+    assert refusal("block-ap", "m", "--spool", "dsk").do == "did you mean --spool disk?"
+    assert refusal("block-ap", "m", "--spool", "floppy").do == "set --spool to one of these"
+    assert refusal("block-ap", "m", "--spool", "floppy").allowed == "ram, disk"
 
 
 def test_settings_in_one_word_are_told_by_name() -> None:
-    refused = refusal("e2e-qp", "--conversations", "x.json")
+    refused = refusal("e2e-qp", "m", "--conversations", "x.json")
     assert (refused.where, refused.given) == ("--conversations", "'x.json'")
     assert "--conversations.source" in refused.do
 
@@ -101,7 +97,7 @@ def test_a_later_recipe_wins_over_an_earlier_one(tmp_path: Path) -> None:
     for name, epochs in (("one", 1), ("two", 2)):
         (tmp_path / f"{name}.yaml").write_text(f"fit: {{epochs: {epochs}}}\n", encoding="utf-8")
     recipes = ["--config", str(tmp_path / "one.yaml"), "--batch_tokens", "9", "--config", str(tmp_path / "two.yaml")]
-    assert job_of("block-ap", *recipes).fit.epochs == 2
+    assert job_of("block-ap", "m", *recipes).fit.epochs == 2
 
 
 # ---- paths ------------------------------------------------------------------------------------------
@@ -122,17 +118,6 @@ def test_runs_of_a_folder_that_has_no_name_here_are_called_by_it(
     (tmp_path / "above" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "above" / "here")
     assert Path(job_of("rtn", "--model", model).model).name == named
-
-
-# ---- help -------------------------------------------------------------------------------------------
-
-
-def test_help_says_which_numbers_an_option_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        job_of("block-ap", "--help")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "leaves the block at its initialisation. 0 or more. (type: int" in said
-    assert "second-moment decay of AdamW. above 0, below 1. (type: float" in said
 
 
 # ---- one text, wherever a value comes from ------------------------------------------------------------
@@ -156,8 +141,9 @@ def test_a_flag_and_a_recipe_are_refused_alike(tmp_path: Path, command: str, opt
     for part in reversed(option.split(".")):
         nested = {part: nested}
     file.write_text(yaml.safe_dump(nested), encoding="utf-8")
-    by_flag = refusal(command, f"--{option}", str(value))
-    assert str(refusal(command, "--config", str(file))) == str(by_flag)
+    model = ["--model", "m"] if command in ("block-ap", "e2e-qp") else []
+    by_flag = refusal(command, *model, f"--{option}", str(value))
+    assert str(refusal(command, *model, "--config", str(file))) == str(by_flag)
     assert by_flag.where == f"--{option}"
     assert by_flag.given == str(value)
 
@@ -172,6 +158,7 @@ AWKWARD = [
     *("%(default)s", "x" * 400, "/", "..", "~", "~nobody/x", "2-2-2", "4-8-4", "2000-01-01", "class_path: os"),
 ]  # fmt: skip
 KINDS = {name: COMMANDS[name].load()[0] for name in ("block-ap", "e2e-qp", "llm-qat", "eval", "generate", "demo-vlm")}
+MODEL = {name: ["--model", "m"] for name in KINDS if name != "demo-vlm"}
 OPTIONS = {name: [option for option, _ in names_of(kind)] for name, kind in KINDS.items()}
 
 
@@ -184,7 +171,9 @@ def options_of(command: str) -> st.SearchStrategy[list[str]]:
     )
 
 
-COMMAND_LINES = st.sampled_from(sorted(KINDS)).flatmap(lambda name: st.tuples(st.just(name), options_of(name)))
+COMMAND_LINES = st.sampled_from(sorted(KINDS)).flatmap(
+    lambda name: st.tuples(st.just(name), options_of(name).map(lambda words: [*MODEL.get(name, []), *words]))
+)
 
 
 def assert_a_job_or_four_lines(command: str, argv: list[str]) -> None:
@@ -236,7 +225,7 @@ CHANGED = st.tuples(st.integers(0, len(WHOLE)), st.binary(max_size=4), st.intege
 def test_any_recipe_makes_a_job_or_four_lines(tmp_path_factory: pytest.TempPathFactory, recipe: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     file.write_bytes(recipe)
-    assert_a_job_or_four_lines("block-ap", ["--config", str(file)])
+    assert_a_job_or_four_lines("block-ap", ["--model", "m", "--config", str(file)])
 
 
 # ---- nothing is lost --------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from eqat_mm.commands import preflight
 from eqat_mm.commands.plan import PlanJob, model_shape, plan
 from eqat_mm.commands.quantize import block_ap, rtn
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
+from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.errors import AdapterError, CheckpointError, ConfigError, ResourceError
 from eqat_mm.plan.machine import Machine, this_machine
 from eqat_mm.quant.spec import QuantSpec
@@ -69,7 +70,10 @@ def test_the_recipe_of_e2e_qp_counts_where_no_settings_are_given() -> None:
 
 
 def test_bits_change_the_checkpoint() -> None:
-    two, four = (plan(PlanJob(gpu="h100", quant=QuantSpec(bits=bits)))[-1].phase.disk.total for bits in (2, 4))
+    two, four = (
+        plan(PlanJob(model="llama-2-7b", gpu="h100", quant=QuantSpec(bits=bits)))[-1].phase.disk.total
+        for bits in (2, 4)
+    )
     assert four - two == pytest.approx(6_476_005_376 * 2 / 8 * (1 + 1 / 64))
 
 
@@ -153,7 +157,7 @@ def test_e2e_qp_says_what_it_needs_before_it_asks_for_data(
     monkeypatch.chdir(tmp_path)
     roomy(monkeypatch)
     with pytest.raises(CheckpointError):
-        e2e_qp(E2EQPJob(model="llava-1.5-13b"))
+        e2e_qp(E2EQPJob(model="llava-1.5-13b", text_only=True, data=TextWindows("t", length=4096, count=4096)))
     assert "plan of E2E-QP, text: RAM " in capsys.readouterr().out
 
 

@@ -16,6 +16,7 @@ from eqat_mm.commands.ladder import LadderJob
 from eqat_mm.commands.llm_qat_table import LLMQATTableJob
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.data.text_settings import TextWindows
 from tests.commands.jobs import block_ap_job, e2e_qp_job, llm_qat_job, rtn_job
 from tests.tiny_llava import save_tiny_llava
 from tests.tiny_model import WORDS, Tiny, save_tiny
@@ -128,7 +129,11 @@ def _e2e_qp(place: Place, output: Path, **changes: Any) -> list[str]:
 
 
 def _conversations(place: Place, output: Path) -> list[str]:
-    changes: dict[str, Any] = {"conversations": ImageTextData(str(place.conversations)), "loss": "cross-entropy"}
+    changes: dict[str, Any] = {
+        "conversations": ImageTextData(str(place.conversations)),
+        "loss": "cross-entropy",
+        "data": TextWindows(),
+    }
     return _e2e_qp(replace(place, base=place.llava_base), output, batch_size=2, **changes)
 
 

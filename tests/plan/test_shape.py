@@ -15,7 +15,7 @@ from eqat_mm.plan.shape import shape_of
 from eqat_mm.plan.storage import checkpoint_bytes, codes, linear_bytes, scales
 from eqat_mm.quant.spec import QuantSpec
 from llava_adapters import arch_for, known_archs
-from llava_adapters.registry import ALIASES
+from llava_adapters.aliases import ALIASES
 from tests.commands.jobs import SPEC, rtn_job
 from tests.plan.shapes import shape
 from tests.tiny_model import save_tiny
@@ -31,6 +31,10 @@ PARAMETERS = {
     "llava-1.5-7b": 7_063_427_072,
     "llava-1.5-13b": 13_351_494_656,
     "llava-1.6-34b": 34_752_083_968,
+    "llava-v1.6-vicuna-7b": 7_063_431_168,
+    "llava-v1.6-vicuna-13b": 13_351_499_776,
+    "llava-v1.6-mistral-7b": 7_566_747_648,
+    "demo-llava": 136_014_144,
 }
 
 
