@@ -179,7 +179,10 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     warnings.showwarning = _show_warning
     _print_anything()
     if "LOCAL_RANK" in os.environ:
+        from eqat_mm.runtime.quiet import quiet_libraries
+
         end_with_launcher()
+        quiet_libraries()
     return status_of(lambda: _run(name, argv))
 
 
@@ -280,7 +283,10 @@ def _unknown_command(name: str) -> ConfigError:
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
-    print(f"{category.__name__}: {message}", file=sys.stderr)
+    from eqat_mm.runtime.progress import speaks
+
+    if speaks() and not issubclass(category, FutureWarning):  # which is for the developers of what warns
+        print(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def _overview() -> str:

@@ -25,6 +25,7 @@ from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Decided, Precision, arithmetic, autocast
 from eqat_mm.runtime.progress import duration, say
+from eqat_mm.runtime.ranks import ALONE, Ranks, launched_ranks, own_device
 from eqat_mm.runtime.settings import Count, Settings
 
 _STORED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -39,9 +40,10 @@ class EvalJob(Settings):
 
     Attributes:
         model: packed checkpoint, model folder, alias or hub repository.
-        reference: full-precision model to compare the predictions with.
+        reference: full-precision model to compare the predictions with; with `tasks` it answers the same questions.
         data: held-out text.
-        tasks: tasks of lmms-eval, separated by commas, instead of held-out text: easy_vqa, mme, scienceqa_img, ...
+        tasks: tasks of lmms-eval, separated by commas, instead of held-out text: easy_vqa, mme, scienceqa_img, ...;
+            llava-1.5 stands for those of its paper.
         limit: questions of each task to answer, the first ones; all by default.
         template: of the prompts of tasks: `auto` (the one that the model was trained with), `vicuna_v1`, `model` (the
             one in its folder), or the path of a .jinja file.
@@ -51,7 +53,7 @@ class EvalJob(Settings):
         dtype: of what is not quantized, and of matrix products; `auto` takes bfloat16 on a GPU, float32 on a CPU.
         precision: of matrix products alone; float32 is float32 throughout, `auto` takes bfloat16 where it is faster.
         device: cpu, cuda, cuda:N, or auto.
-        output: JSON file for the result.
+        output: JSON file for the result; the answers to tasks are listed beside it.
     """
 
     model: str
@@ -73,7 +75,7 @@ class EvalJob(Settings):
 
 
 def evaluate(job: EvalJob) -> dict[str, Any]:
-    """Evaluate a model; print, save and return the result.
+    """Evaluate a model, alone or as one of a launcher's processes; print, save and return the result.
 
     Raises:
         EqatError: any bad input.
@@ -81,22 +83,33 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
     _check_choice(job)
     folder = model_folder(job.model)
     require_weights(folder)
-    device = best_device(job.device)
-    result = {"model": job.model, "bits_per_weight": bits_per_weight(folder), **_measure(job, folder, device)}
-    if job.output is not None:
-        write_json(job.output, result)
-    say(_line(result))
+    device = best_device(own_device(job.device))
+    with launched_ranks(device) as ranks:
+        result = {"model": job.model, "bits_per_weight": bits_per_weight(folder)}
+        result |= ranks.gathered(_measure(job, folder, device, ranks))[0]  # what lmms-eval found, the first has
+        if job.output is not None and ranks.rank == 0:
+            write_json(job.output, result)
+        say(_line(result))
     return result
 
 
-def _measure(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
+def _measure(job: EvalJob, folder: Path, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     if job.tasks is None:
-        return _perplexity(job, folder, device)
+        return _perplexity(job, folder, device, ranks)
+    result = _tasks(job, folder, device, job.output)
+    if job.reference is not None:
+        beside = None if job.output is None else job.output.with_name(f"{job.output.stem}.reference.json")
+        found = _tasks(job, model_folder(job.reference), device, beside)
+        result["reference"] = {"model": job.reference, **found}
+    return result
+
+
+def _tasks(job: EvalJob, folder: Path, device: torch.device, output: Path | None) -> dict[str, Any]:
     products, dtype = arithmetic(job.precision, job.dtype, device)
-    asked: dict[str, Any] = {"limit": job.limit, "batch_size": job.batch_size, "output": job.output}
+    asked: dict[str, Any] = {"limit": job.limit, "batch_size": job.batch_size, "output": output}
     asked["style"] = Style(job.template, job.images)
     with _products(products, dtype, device):
-        return evaluate_tasks(folder, job.tasks, device=device, dtype=dtype, **asked) | {"precision": products}
+        return evaluate_tasks(folder, str(job.tasks), device=device, dtype=dtype, **asked) | {"precision": products}
 
 
 def _products(precision: Decided, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
@@ -112,17 +125,24 @@ def _check_choice(job: EvalJob) -> None:
         if job.tasks is None and getattr(job, name) != AUTO:
             raise ConfigError(f"--{name}", "no --tasks", "with questions about images", "leave it out, or name --tasks")
     if job.tasks is not None and job.reference is not None:
-        raise ConfigError("--reference", "with --tasks", "a reference for held-out text", "evaluate both models")
+        require_weights(model_folder(job.reference))
     if job.tasks is None:
         job.data.require_source("--data.source")
 
 
-def _perplexity(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
+def _perplexity(job: EvalJob, folder: Path, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     reference = None if job.reference is None else model_folder(job.reference)
     if reference is not None:
         require_weights(reference)
     windows = text_windows(load_tokenizer(folder), job.data)
-    bench = Bench(reference, windows, job.batch_size, job.precision, device, job.dtype)
+    if len(windows) < ranks.world:
+        raise ConfigError(
+            where="--data.count",
+            given=f"{len(windows)} windows for {ranks.world} processes",
+            allowed="a window or more for each process",
+            do="evaluate more windows, or in fewer processes",
+        )
+    bench = Bench(reference, windows, job.batch_size, job.precision, device, job.dtype, ranks)
     return bench.measure(folder).as_dict() | {"precision": bench.precision}
 
 
@@ -136,6 +156,7 @@ class Bench:
         precision: of matrix products.
         device: to compute on.
         dtype: of what is not quantized, in all models, the full-precision one among them.
+        ranks: processes that divide the windows.
     """
 
     def __init__(
@@ -146,7 +167,9 @@ class Bench:
         precision: Precision | None,
         device: torch.device,
         dtype: Precision = "auto",
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks, self.own = ranks, windows[list(ranks.share(len(windows)))]
         self.full_precision, self.windows, self.batch_size = full_precision, windows, batch_size
         self.precision, self.dtype = arithmetic(precision, dtype, device)
         self.device = device
@@ -165,11 +188,12 @@ class Bench:
         with _products(self.precision, self.dtype, self.device):
             model = load_model(full or folder, self.device, self.dtype)
             if full is not None:
-                self.reference = ReferenceOutputs.record(model, self.windows, self.batch_size)
+                self.reference = ReferenceOutputs.record(model, self.own, self.batch_size)
                 if folder != full:
                     del model  # one at a time
                     model = load_model(folder, self.device, self.dtype)
-            return evaluate_perplexity(model, self.windows, batch_size=self.batch_size, reference=self.reference)
+            given: dict[str, Any] = {"reference": self.reference, "ranks": self.ranks}
+            return evaluate_perplexity(model, self.own, batch_size=self.batch_size, **given)
 
     def row(self, folder: Path) -> dict[str, Any]:
         """Return what a table says of the model in `folder`."""
@@ -216,7 +240,8 @@ def bits_per_weight(folder: Path) -> float | None:
 def _line(result: dict[str, Any]) -> str:
     if "tasks" in result:
         rows = ", ".join(task_line(name, row) for name, row in result["tasks"].items())
-        return f"{result['model']}: {rows} ({duration(result['seconds'])})"
+        beside = f"\n{_line(result['reference'])}" if "reference" in result else ""
+        return f"{result['model']}: {rows} ({duration(result['seconds'])}){beside}"
     text = f"perplexity {result['perplexity']:.3f} on {result['tokens']:,} tokens"
     if result["kl"] is not None:
         text += f", KL {result['kl']:.4f}, top-1 agreement {result['top1_agreement']:.1%}"

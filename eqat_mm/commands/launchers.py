@@ -14,13 +14,15 @@ import transformers
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from eqat_mm.commands.deepspeed_file import DeepSpeedFile
-from eqat_mm.commands.runs import asked, opened_run, settled
+from eqat_mm.commands.runs import asked, opened_run, settings, settled
 from eqat_mm.runtime.device import launched
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.reporting import reporter
 from eqat_mm.runtime.run import Run
 from eqat_mm.train.end_to_end import EndToEndConfig, training_arguments
+from eqat_mm.train.watch import Watch
 
 Job = TypeVar("Job", bound=EndToEndConfig)
 
@@ -93,6 +95,16 @@ def say_which_gpu(command: str, device: torch.device) -> None:
     if gpus > 1:
         words = f"deepspeed --num_gpus {gpus} {_SCRIPTS[command]} --deepspeed zero-2"
         say(f"{command} on {device}, one of {gpus} GPUs; on all of them, with the same options: {words}")
+
+
+@contextmanager
+def watched(job: EndToEndConfig, folder: Path) -> Iterator[Watch]:
+    """Let the numbers of a run be seen: live in `metrics.jsonl`, and where the job reports them to."""
+    found = reporter(job.report_to, folder, settings(job))
+    try:
+        yield Watch(folder / "metrics.jsonl", found)
+    finally:
+        found.close()
 
 
 @contextmanager

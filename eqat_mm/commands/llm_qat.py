@@ -12,7 +12,7 @@ from torch import Tensor
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.checkpoint.folders import load_tokenizer, takes_images
 from eqat_mm.commands.deepspeed_file import deepspeed_settings
-from eqat_mm.commands.launchers import training_run, whole_models
+from eqat_mm.commands.launchers import training_run, watched, whole_models
 from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import open_full_precision
 from eqat_mm.commands.recipes import warn_without_recipe
@@ -23,9 +23,11 @@ from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.reporting import require_reporter
 from eqat_mm.train.block_ap import check_groups
 from eqat_mm.train.end_to_end import WindowDataset
 from eqat_mm.train.llm_qat import ROUNDED, STAGE, LLMQATConfig, prepare, run_llm_qat, smooth_model, store
+from eqat_mm.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def llm_qat(job: LLMQATJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    job = job.among(processes())
+    require_reporter(job.report_to)
     deepspeed = deepspeed_settings(job)
     if job.reads_text:
         job.data.require_source("--data.source")
@@ -74,7 +78,8 @@ def llm_qat(job: LLMQATJob) -> Path:
     room = _room(opened, job)
     with training_run(job, Place.within(folder), stage, inputs, device, deepspeed, room) as (job, arguments, run):
         if not run.finished:
-            model, log = _trained(job, opened, windows, arguments)
+            with watched(job, folder) as watch:
+                model, log = _trained(job, opened, windows, arguments, watch)
             if arguments.process_index == 0:
                 write_jsonl(folder / "metrics.jsonl", log)
                 store(model, opened, job, folder / "model", source=job.model, provenance=run.record)
@@ -90,7 +95,11 @@ def _room(opened: OpenModel, job: LLMQATJob) -> int:
 
 
 def _trained(
-    job: LLMQATJob, opened: OpenModel, windows: Tensor | None, arguments: transformers.TrainingArguments
+    job: LLMQATJob,
+    opened: OpenModel,
+    windows: Tensor | None,
+    arguments: transformers.TrainingArguments,
+    watch: Watch,
 ) -> tuple[transformers.PreTrainedModel, list[dict[str, Any]]]:
     """Load the model, quantize and train it; return it with the Trainer's log."""
     model, teacher = _models(job, opened, arguments)
@@ -99,7 +108,7 @@ def _trained(
     prepare(model, opened.arch, job)
     if windows is None:
         return model, []
-    return model, run_llm_qat(model, WindowDataset(windows), job, arguments, teacher=teacher)
+    return model, run_llm_qat(model, WindowDataset(windows), job, arguments, teacher=teacher, watch=watch)
 
 
 def _default_output(job: LLMQATJob) -> Path:

@@ -16,14 +16,18 @@ import torch
 
 from eqat_mm.data.style import Style
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.precision import Precision
 
 SCORE = "exact_match"
 """Metric that is reported as the accuracy; with a suffix it is that of one type of question."""
 
+SUITES = {"llava-1.5": ("mme", "pope", "gqa", "textvqa_val", "scienceqa_img", "mmbench_en_dev_static")}
+"""Names for several tasks: those of the LLaVA-1.5 paper that no outside service scores."""
+
 
 def task_names(tasks: str) -> list[str]:
-    """Return the names in a list separated by commas, as lmms-eval takes them.
+    """Return the names in a list separated by commas, as lmms-eval takes them; a suite stands for its tasks.
 
     Raises:
         ConfigError: there is none.
@@ -31,7 +35,7 @@ def task_names(tasks: str) -> list[str]:
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise ConfigError("--tasks", repr(tasks), "names of tasks, separated by commas", "name one: --tasks easy_vqa")
-    return names
+    return list(dict.fromkeys(task for name in names for task in SUITES.get(name, (name,))))
 
 
 def evaluate_tasks(
@@ -54,10 +58,11 @@ def evaluate_tasks(
         batch_size: questions per forward.
         device: to compute on.
         dtype: of what is not quantized; `auto` as in `unquantized_dtype`.
-        output: tasks that write files of their own (submissions) put them into the folder of this file.
+        output: a JSON file beside which the answers are written, and files that tasks write themselves (submissions).
         style: how the model is addressed; what it was trained with by default.
 
     Returns:
+        In the first of several processes, which divide the questions (nothing in the others):
         `tasks`: for each by name, `accuracy` and `by_type` where it is measured by exact match (from 0 to 1),
         `questions` (how many were answered) and `metrics` (all of lmms-eval's); `seconds` for everything.
 
@@ -82,14 +87,39 @@ def evaluate_tasks(
         task_manager=manager,
         limit=limit,
         bootstrap_iters=0,
-        log_samples=False,
+        log_samples=output is not None,
+        distributed_executor_backend="torchrun",  # it asks the process group that is there
         cli_args=argparse.Namespace(
             output_path=None if output is None else str(output.parent), process_with_media=False
         ),
     )
+    if found is None:
+        return {}
+    if output is not None:
+        write_jsonl(answers_of(output), _answers(found["samples"]))
     questions = found["n-samples"]
     rows = {name: task_row(row, questions.get(name)) for name, row in found["results"].items()}
     return {"tasks": rows, "seconds": time.perf_counter() - started}
+
+
+def answers_of(output: Path) -> Path:
+    """Return the file beside a result in which the answers are."""
+    return output.with_name(f"{output.stem}.answers.jsonl")
+
+
+def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return one record for each question, in their order, of what lmms-eval logs."""
+    return [
+        {
+            "task": task,
+            "question": sample["doc_id"],
+            "asked": str(sample["arguments"][0]),
+            "right": str(sample["target"]),
+            "answer": sample["filtered_resps"],
+        }
+        for task, logged in samples.items()
+        for sample in sorted(logged, key=lambda sample: sample["doc_id"])
+    ]
 
 
 def task_row(metrics: Mapping[str, Any], questions: Mapping[str, int] | None) -> dict[str, Any]:

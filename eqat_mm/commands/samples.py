@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import transformers
 from torch.utils.data import Dataset
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.checkpoint.speaker import load_speaker, style_digest
 from eqat_mm.data.batching import Collator, SampleOrder
+from eqat_mm.data.held_out import divided
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.kept import Kept
 from eqat_mm.data.text_settings import TextWindows
@@ -29,6 +31,7 @@ class Samples:
         order: in which they come; None shuffles them.
         digest: a hash by which changed data is noticed.
         without_images: number of samples that have no image; 0 where none are to have any.
+        held_out: samples to judge the model by; None where there are none.
         keep: writes into the folder of a run what it needs to find its samples again where the data change.
     """
 
@@ -37,6 +40,7 @@ class Samples:
     order: SampleOrder | None
     digest: str
     without_images: int = 0
+    held_out: Dataset[Sample] | None = None
     keep: Callable[[Path], None] = lambda folder: None
 
 
@@ -74,9 +78,19 @@ def image_text_samples(
     data = image_text_data(processor, config, problems)
     if before is not None:
         data = data.as_before(before) or data
+    training, held_out, digest = _apart(data, config, lambda other: image_text_data(processor, other))
     order = SampleOrder(
-        data.lengths, data.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
+        training.lengths, training.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
     )
-    digest = f"{data.digest()} {style_digest(processor)}"
-    collator = Collator(processor.tokenizer)
-    return Samples(data, collator, order, digest, sum(data.text_only), data.known.save)
+    collator, digest = Collator(processor.tokenizer), f"{digest} {style_digest(processor)}"
+    return Samples(training, collator, order, digest, sum(training.text_only), held_out, data.known.save)
+
+
+def _apart(data: Any, config: ImageTextData, read: Callable[[ImageTextData], Any]) -> tuple[Any, Any, str]:
+    """Return what is trained on, what is held out, if anything is, and a hash of both."""
+    if config.held_out_source is not None:
+        other = read(replace(config, source=config.held_out_source, count=config.held_out or None))
+        return data, other, data.digest() + other.digest()
+    if config.held_out:
+        return *divided(data, config.held_out, config.seed), data.digest()
+    return data, None, data.digest()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
 from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
@@ -16,8 +17,8 @@ from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.speaker import restyled
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.deepspeed_file import DeepSpeedFile, deepspeed_settings
-from eqat_mm.commands.launchers import training_run, whole_models
+from eqat_mm.commands.deepspeed_file import deepspeed_settings
+from eqat_mm.commands.launchers import training_run, watched, whole_models
 from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.one_kind import with_one_kind_of_data
 from eqat_mm.commands.preflight import announce_e2e_qp
@@ -35,7 +36,11 @@ from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.reporting import require_reporter
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
+from eqat_mm.train.held_out import HeldOut
+from eqat_mm.train.imageless import blank_image
+from eqat_mm.train.watch import Watch
 from llava_adapters import arch_for
 
 _INSTRUCTIONS = {
@@ -81,6 +86,8 @@ def e2e_qp(job: E2EQPJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
+    job = job.among(processes())
+    require_reporter(job.report_to)
     deepspeed = deepspeed_settings(job)
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
@@ -94,13 +101,14 @@ def e2e_qp(job: E2EQPJob) -> Path:
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
     inputs: dict[str, Path | str] = {"quantized": base}
+    _require_judged(job)
     if job.loss == "kl":
         inputs["model"] = require_teacher(model_folder(job.model))
+    elif _judges_by_full_precision(job):
+        require_teacher(model_folder(job.model))
     style = {} if job.conversations is None else restyled(base, job.conversations.style)
     samples = _samples(base, job, folder)
     job.check_warmup_of(len(samples.dataset), processes())  # type: ignore[arg-type]
-    if deepspeed is not None:
-        _require_images_everywhere(deepspeed, samples)
     verify_checkpoint(base)
     inputs["data"] = samples.digest
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
@@ -108,7 +116,8 @@ def e2e_qp(job: E2EQPJob) -> Path:
         if not run.finished:
             if arguments.process_index == 0:
                 samples.keep(folder)
-            model, log = _trained(job, base, samples, arguments)
+            with watched(job, folder) as watch:
+                model, log = _trained(job, base, samples, arguments, watch)
             if arguments.process_index == 0:
                 write_jsonl(folder / "metrics.jsonl", log)
                 save_like(model, folder / "model", base, stage, run.record, style)
@@ -119,18 +128,51 @@ def e2e_qp(job: E2EQPJob) -> Path:
 
 
 def _trained(
-    job: E2EQPJob, base: Path, samples: Samples, arguments: transformers.TrainingArguments
+    job: E2EQPJob, base: Path, samples: Samples, arguments: transformers.TrainingArguments, watch: Watch
 ) -> tuple[transformers.PreTrainedModel, list[dict[str, Any]]]:
     """Load the packed model, train it; return it with the Trainer's log."""
+    held_out = _held_out(job, samples, arguments)
     with whole_models(arguments):
         kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
         teacher = load_model(model_folder(job.model), arguments.device, kept) if job.loss == "kl" else None
+        if held_out is not None and _judges_by_full_precision(job):
+            judge = teacher or load_model(model_folder(job.model), arguments.device, kept)
+            held_out.record(judge, arguments.device, resolve(job.precision, arguments.device))
+            del judge
         model = load(base, dtype=kept, device=arguments.device, verify=False)
     if _adapts(job):
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
     projector = arch_for(read_manifest(base).arch).find_projector(model)
-    given: dict[str, Any] = {"collator": samples.collator, "order": samples.order}
-    return model, run_e2e_qp(model, samples.dataset, job, arguments, teacher=teacher, projector=projector, **given)
+    given: dict[str, Any] = {"blank": _blank(samples), "collator": samples.collator, "order": samples.order}
+    given |= {"teacher": teacher, "projector": projector, "watch": watch, "held_out": held_out}
+    return model, run_e2e_qp(model, samples.dataset, job, arguments, **given)
+
+
+def _held_out(job: E2EQPJob, samples: Samples, arguments: transformers.TrainingArguments) -> HeldOut | None:
+    if samples.held_out is None:
+        return None
+    place = {"rank": arguments.process_index, "world": arguments.world_size}
+    return HeldOut.of(samples.held_out, samples.collator, job.held_out_steps, job.batch_size, **place)
+
+
+def _judged(job: E2EQPJob) -> bool:
+    """Whether conversations are held out."""
+    config = job.conversations
+    return config is not None and bool(config.held_out or config.held_out_source)
+
+
+def _judges_by_full_precision(job: E2EQPJob) -> bool:
+    return _judged(job) and job.held_out_kl
+
+
+def _require_judged(job: E2EQPJob) -> None:
+    if job.keep_best and not _judged(job):
+        raise ConfigError(
+            where="--keep_best true",
+            given="no held-out conversations",
+            allowed="conversations to judge every step by",
+            do="add --conversations.held_out 256, or leave --keep_best out",
+        )
 
 
 def _adapts(job: E2EQPJob) -> bool:
@@ -172,20 +214,12 @@ def _require_instructions(config: ImageTextData) -> None:
         )
 
 
-def _require_images_everywhere(deepspeed: DeepSpeedFile, samples: Samples) -> None:
-    """Check that under ZeRO-3 every process needs the same parameters at the same time.
-
-    Raises:
-        ConfigError: some samples have images and some have not.
-    """
-    texts, total = samples.without_images, len(samples.dataset)  # type: ignore[arg-type]
-    if deepspeed.stage == 3 and 0 < texts < total:
-        raise ConfigError(
-            where=f"--deepspeed {deepspeed.name} (ZeRO-3)",
-            given=f"{texts} of {total} samples without images",
-            allowed="images in every sample: ZeRO-3 gathers the vision tower on all processes at once, or waits",
-            do="use --deepspeed zero-2, or leave the samples without images out",
-        )
+def _blank(samples: Samples) -> dict[str, Tensor] | None:
+    """Return the tensors of an image without content, where some samples have images and some have not."""
+    data: Any = samples.dataset
+    if not 0 < samples.without_images < len(data):
+        return None
+    return blank_image(data[list(data.text_only).index(False)])
 
 
 def _require_block_ap(base: Path, job: E2EQPJob) -> None:

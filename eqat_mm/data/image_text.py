@@ -83,6 +83,8 @@ class ImageTextData(Settings, option="conversations"):
         max_skipped: largest share of the samples that `skip` may leave out; up to ten may always be.
         text_warmup_steps: optimizer steps at the beginning over which the share of samples without images falls from
             all to none; after that, samples come as they are drawn. 0: no warm-up.
+        held_out: samples, drawn at random, that a model is not trained on but judged by.
+        held_out_source: other conversations to judge it by instead, in the same format, with the same image folder.
         seed: which records are drawn, and their order.
     """
 
@@ -97,6 +99,8 @@ class ImageTextData(Settings, option="conversations"):
     on_bad_sample: OnBadSample = "error"
     max_skipped: Fraction = 0.1
     text_warmup_steps: CountOrZero = 0
+    held_out: CountOrZero = 0
+    held_out_source: str | None = None
     seed: Seed = 0
 
     def check_together(self) -> None:

@@ -73,10 +73,11 @@ class EndToEnd:
         wanted = config.gradient_checkpointing
         self.recomputes = machine.is_gpu and shape.parameters >= FROM if wanted == "auto" else wanted
         self.batch = config.batch_size * work.longest
-        per_step = config.batch_size * config.accumulation * machine.gpus
+        forward = config.batch_size * machine.gpus
+        per_step = config.global_batch or forward * config.accumulation
         passes = math.ceil(work.samples * config.epochs / per_step)
         self.steps = passes if config.max_steps is None else config.max_steps
-        self.forwards = self.steps * config.accumulation
+        self.forwards = self.steps * math.ceil(per_step / forward)
         self.stage = _zero_stage(config.deepspeed)
 
     def phase(self, name: str) -> Phase:

@@ -68,7 +68,7 @@ def _end_to_end(config: C, work: Work) -> Iterator[tuple[str, C, Work]]:
     if config.batch_size > 1:
         accumulation = config.batch_size * config.accumulation
         single = replace(config, batch_size=1, accumulation=accumulation)
-        yield f"--batch_size 1 --accumulation {accumulation}", single, work
+        yield "--batch_size 1" if config.global_batch else f"--batch_size 1 --accumulation {accumulation}", single, work
     if not work.images:
         half = work.longest // 2
         yield f"--data.length {half}", config, Work(2 * work.samples, half, half, half)

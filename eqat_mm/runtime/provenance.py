@@ -23,6 +23,10 @@ _PACKAGES = (
     "compressed-tensors",
 )
 
+_DO_BY_DEFAULT = "use the same settings, --overwrite to replace that run, or another --output"
+_DO = {"samples_per_step": "--global_batch with that number keeps it, whatever the number of processes"}
+"""What to do about a setting that must stay the same."""
+
 
 def provenance(command: str, config: dict[str, Any], seed: int) -> dict[str, Any]:
     """Return a JSON-ready record of the run: command, configuration, seed, versions, revision, time."""
@@ -54,7 +58,7 @@ def require_same_config(saved: dict[str, Any], given: dict[str, Any], where: str
             where=f"{where}: {different}",
             given=f"{key}={_short(now)}",
             allowed=f"{key}={_short(started)}, as the run in this folder was started",
-            do="use the same settings, --overwrite to replace that run, or another --output",
+            do=_DO.get(key, _DO_BY_DEFAULT),
         )
 
 

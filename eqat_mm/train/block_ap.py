@@ -26,6 +26,7 @@ from eqat_mm.runtime.memory import peak_bytes, release_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
 from eqat_mm.runtime.progress import duration, progress, say
 from eqat_mm.runtime.ranks import ALONE, Ranks
+from eqat_mm.runtime.reporting import SILENT, Reporter, ReportTo
 from eqat_mm.runtime.room import require_disk, require_memory
 from eqat_mm.runtime.settings import Count, Seed, Settings
 from eqat_mm.train.broken_block import require_finite_targets
@@ -52,6 +53,8 @@ class BlockAPConfig(Settings):
             tokens pass the finished blocks again, nothing is written. `auto` takes `files` where `spool` is `disk`.
         precision: of matrix products; `auto` takes bfloat16 where it is faster (see `runtime.precision`).
         batch_tokens: tokens per forward where nothing is trained.
+        report_to: dashboard that is given the numbers of each block; `none`, `tensorboard` or `wandb`, which must be
+            installed.
         seed: of the order of samples.
     """
 
@@ -63,6 +66,7 @@ class BlockAPConfig(Settings):
     commit: Literal["auto", "recompute", "files"] = "auto"
     precision: Precision = "auto"
     batch_tokens: Count = 4096
+    report_to: ReportTo = "none"
     seed: Seed = 0
 
     @property
@@ -89,6 +93,7 @@ def run_block_ap(
     source: str,
     provenance: dict[str, Any],
     ranks: Ranks = ALONE,
+    reporter: Reporter = SILENT,
 ) -> Manifest:
     """Quantize every block of `opened` and write the checkpoint to `folder/model`.
 
@@ -104,6 +109,7 @@ def run_block_ap(
         source: name of the model, for the manifest.
         provenance: record of the run, for the manifest.
         ranks: processes that share the work; the result does not depend on their number, but for rounding.
+        reporter: takes the numbers of each block.
 
     Raises:
         ConfigError: the group size does not divide a layer, or there are more ranks than samples of a batch or of the
@@ -136,7 +142,9 @@ def run_block_ap(
     for step in walker.walk(state.done):
         report, target_square = quantize_block(walker, step, config)
         shard = writer.write_block(step.index, step.block) if ranks.rank == 0 else ""
-        state.commit(walker, console.record(step, report, target_square), shard)
+        record = console.record(step, report, target_square)
+        state.commit(walker, record, shard)
+        reporter.add(step.index + 1, record)
     release_freed_memory()
     if ranks.rank == 0:
         writer.finish(STAGE, source, provenance, digests=state.digests)

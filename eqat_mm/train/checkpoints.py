@@ -2,7 +2,7 @@
 
     checkpoint-N/
         trained.safetensors     what is trained and nothing else, float32, by the names of the modules
-        optimizer.pt            moments; under DeepSpeed the folder `deepspeed/` in its place, a part for each process
+        optimizer-*.safetensors steps and the two moments of AdamW, whole, by the same names
         scheduler.pt            learning-rate schedule
         rng_state*.pth          state of the random generators of each process
         trainer_state.json      step, position in the data, log
@@ -34,7 +34,6 @@ from eqat_mm.runtime.progress import say
 RECORD = "checkpoint.json"
 TRAINED = "trained.safetensors"
 STATE = "trainer_state.json"
-DEEPSPEED = "deepspeed"
 KEPT = 2
 """Checkpoints that stay: the newest, and the one before."""
 
@@ -74,14 +73,24 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + _PARTIAL)
 
 
-def complete(path: Path, facts: Facts) -> None:
+def optimizer_file(key: str) -> str:
+    """Return the name of the file that holds one of `moments.KEYS`."""
+    return f"optimizer-{key}.safetensors"
+
+
+def complete(path: Path, facts: Facts, processes: int) -> None:
     """Make the files in `partial_of(path)` the checkpoint `path`, and drop all older ones but the one before.
+
+    Args:
+        path: of the checkpoint.
+        facts: about it.
+        processes: how many have written to it.
 
     Raises:
         ResourceError: processes did not write to the same folder.
     """
     partial = partial_of(path)
-    _require_shared(partial, facts.run["processes"])
+    _require_shared(partial, processes)
     files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
     for file in (*files, *(folder for folder in partial.rglob("*") if folder.is_dir())):
         fsync(file)
@@ -194,7 +203,8 @@ def _require_same(path: Path, facts: Facts, run: Mapping[str, Any], trained: Map
             where=f"{path}: {', '.join(names)}",
             given=", ".join(f"{name} {run.get(name)}" for name in names),
             allowed=", ".join(f"{name} {facts.run.get(name)}" for name in names) + ", as when it was saved",
-            do="start the same command in the same way, or --overwrite true to begin again, or another --output",
+            do="start the same command in the same way (--global_batch keeps the samples per step with any number of"
+            " processes), or --overwrite true to begin again, or another --output",
         )
     names = sorted(
         name for name in facts.trained.keys() | trained.keys() if facts.trained.get(name) != trained.get(name)

@@ -5,8 +5,7 @@ Integers, zero points and everything else are frozen; a vision-language model ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,15 +14,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from eqat_mm.checkpoint.adapters import adapter_parameters
-from eqat_mm.data.batching import SampleOrder
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import resolve
-from eqat_mm.runtime.settings import Positive
+from eqat_mm.runtime.settings import Count, Positive
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
+from eqat_mm.train.held_out import HeldOut
+from eqat_mm.train.imageless import adding_nothing, seeing, through
 from eqat_mm.train.lora import LoRA
+from eqat_mm.train.order import Order
+from eqat_mm.train.parallel import divides_parameters
 from eqat_mm.train.recompute import recompute_where_it_pays
+from eqat_mm.train.watch import Watch
 
 STAGE = "e2e-qp"
 
@@ -42,12 +45,18 @@ class E2EQPConfig(EndToEndConfig):
         loss: `cross-entropy` (paper), or `kl` to the full-precision model's predictions.
         lr_projector: peak, of the projector; null takes `learning_rate`.
         lora: adapters of `trains: lora`, with their own learning rate.
+        held_out_steps: optimizer steps between two looks at held-out conversations, where there are any.
+        held_out_kl: compare them with the full-precision model, too, which is read once for that.
+        keep_best: end with the step whose loss on held-out conversations was least, instead of the last.
     """
 
     trains: Trained = "scales"
     loss: Literal["cross-entropy", "kl"] = "cross-entropy"
     lr_projector: Positive | None = None
     lora: LoRA = field(default_factory=LoRA)
+    held_out_steps: Count = 100
+    held_out_kl: bool = True
+    keep_best: bool = False
 
 
 class E2EQPTrainer(EndToEndTrainer):
@@ -55,38 +64,28 @@ class E2EQPTrainer(EndToEndTrainer):
 
     Args:
         projector: where it is trained; None otherwise.
+        blank: tensors of an image without content, where some batches have images and others none; under ZeRO-3 these
+            are shown it, for all processes gather the vision tower at once. None otherwise.
         **kwargs: as for `EndToEndTrainer`; `groups` from `trainable_groups`.
     """
 
-    def __init__(self, *, projector: nn.Module | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, projector: nn.Module | None = None, blank: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.projector = projector
+        self.blank = blank if divides_parameters(self.args) else None
 
-    def around_forward(self, inputs: Sample) -> AbstractContextManager[None]:
-        """Let a batch without images reach a projector that is trained."""
-        if self.projector is None or "pixel_values" in inputs:
+    def around_forward(self, model: nn.Module, inputs: Sample) -> AbstractContextManager[None]:
+        """Let a batch without images reach a projector that is trained, and all that ZeRO-3 gathers."""
+        if "pixel_values" in inputs:
             return nullcontext()
-        return self._reached(self.projector)
-
-    @contextmanager
-    def _reached(self, projector: nn.Module) -> Iterator[None]:
-        """Let a batch without images give the projector gradients of zero, when and in the order images would.
-
-        Data-parallel processes reduce gradients in the order they appear. Were they missing in one process, it would
-        not meet the others; were they early, ZeRO-2 would add up different parameters.
-        """
-        features = next(parameter for parameter in projector.parameters() if parameter.dim() == 2).shape[1]
-
-        def add_nothing(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
-            nothing: Tensor = projector(embedded.new_zeros(1, features)).sum() * 0.0
-            return embedded + nothing
-
-        assert isinstance(self.model, transformers.PreTrainedModel)
-        handle = self.model.get_input_embeddings().register_forward_hook(add_nothing)
-        try:
-            yield
-        finally:
-            handle.remove()
+        if self.blank is not None:
+            model = getattr(model, "module", model)  # of the engine that a teacher is in
+            return adding_nothing(model, seeing(model, self.blank))
+        if self.projector is not None and model is self.model:
+            return adding_nothing(model, through(self.projector))
+        return nullcontext()
 
 
 def run_e2e_qp(
@@ -97,8 +96,11 @@ def run_e2e_qp(
     *,
     teacher: nn.Module | None,
     projector: nn.Module | None = None,
+    blank: dict[str, Tensor] | None = None,
     collator: transformers.DataCollator | None = None,
-    order: SampleOrder | None = None,
+    order: Order | None = None,
+    watch: Watch | None = None,
+    held_out: HeldOut | None = None,
 ) -> list[dict[str, Any]]:
     """Train the step sizes, or what `config.trains` says, of the packed `model` in place.
 
@@ -112,15 +114,18 @@ def run_e2e_qp(
         arguments: the same settings as `training_arguments` translates them.
         teacher: full-precision model, for the `kl` loss.
         projector: the part of `model` between vision tower and language model, where there is one.
+        blank: as `E2EQPTrainer` takes it.
         collator: makes a batch of samples; None stacks them.
         order: of the samples, over all processes; None shuffles them.
+        watch: who is told of the numbers, beside the console.
+        held_out: samples to judge the model by.
 
     Returns:
         The Trainer's log, one record per line.
 
     Raises:
         ConfigError: a projector is to be trained and there is none.
-        ConfigError: the last checkpoint is of another number of processes, or of another kind of run.
+        ConfigError: the last checkpoint is of another kind of run.
         TrainingError: the model or the data are not finite, or too many steps were not.
     """
     keep_freed_memory()
@@ -135,8 +140,12 @@ def run_e2e_qp(
         teacher=teacher,
         order=order,
         projector=projector if "projector" in config.trains else None,
+        blank=blank,
         precision=resolve(config.precision, arguments.device),
         stage="E2E-QP",
+        watch=watch,
+        held_out=held_out,
+        keep_best=config.keep_best,
     )
     log = run_trainer(trainer)
     for module in model.modules():

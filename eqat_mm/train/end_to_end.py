@@ -1,33 +1,34 @@
 """What the end-to-end trainers share: E2E-QP, which trains step sizes, and LLM-QAT, which trains weights.
 
-The trainer is transformers' own `Trainer` with another loss and other parameters in the optimizer; schedules, logging,
+The trainer is transformers' own `Trainer` with another loss and other parameters in the optimizer; schedules,
 accumulation and DeepSpeed are those. What a killed run continues from is ours (`train.resumable`), and so is what
-happens to steps that are not finite (`train.guarded`).
+happens to steps that are not finite (`train.guarded`), and what is said of the others (`train.watched`).
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from eqat_mm.data.batching import SampleOrder
 from eqat_mm.errors import ConfigError
-from eqat_mm.runtime.precision import Decided, Precision, autocast
-from eqat_mm.runtime.progress import interactive
+from eqat_mm.runtime.precision import Decided, Precision
+from eqat_mm.runtime.progress import interactive, say
+from eqat_mm.runtime.reporting import ReportTo
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, Seed, Settings
-from eqat_mm.train.guarded import GuardedTrainer
+from eqat_mm.train.held_out import logits_at
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
+from eqat_mm.train.order import Filled, Order, Shuffled
 from eqat_mm.train.parallel import keep_precision, make_whole, placed, use_one_device
+from eqat_mm.train.watched import Sample as Sample
+from eqat_mm.train.watched import WatchedTrainer
 
-Sample = dict[str, Tensor]
 _WORKERS = 4
 
 
@@ -43,6 +44,8 @@ class EndToEndConfig(Settings):
         max_steps: optimizer steps; overrides `epochs` where it is given.
         batch_size: sequences per process and forward.
         accumulation: forwards per optimizer step.
+        global_batch: sequences per optimizer step of all processes together; `accumulation` then follows from it, so
+            that a run is the same, and can go on, with any number of processes.
         clip_norm: largest gradient norm.
         gradient_checkpointing: recompute activations of blocks in the backward: more time, much less memory; `auto`
             does so on a GPU, for models of a billion weights and more.
@@ -50,6 +53,7 @@ class EndToEndConfig(Settings):
         deepspeed: JSON file with the settings of DeepSpeed, where a launcher started several processes; without one
             they run as plain data parallelism, and a single process needs none.
         logging_steps: optimizer steps between log lines.
+        report_to: dashboard that is given the same numbers; `none`, `tensorboard` or `wandb`, which must be installed.
         save_steps: optimizer steps between checkpoints to resume from; 0 keeps none.
         dataloader_num_workers: processes beside each training one that read and encode its next samples; by default 4
             on a GPU, and none on a CPU, whose cores train.
@@ -63,11 +67,13 @@ class EndToEndConfig(Settings):
     max_steps: Count | None = None
     batch_size: Count = 2
     accumulation: Count = 16
+    global_batch: Count | None = None
     clip_norm: Positive = 1.0
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     precision: Precision = "auto"
     deepspeed: str | None = None
     logging_steps: Count = 8
+    report_to: ReportTo = "none"
     save_steps: CountOrZero = 100
     dataloader_num_workers: CountOrZero | None = None
     seed: Seed = 0
@@ -76,6 +82,36 @@ class EndToEndConfig(Settings):
         """Check that the learning rate has risen before the run ends."""
         if self.max_steps:
             self._check_warmup(self.max_steps)
+
+    def among(self, processes: int) -> Self:
+        """Return these settings for a number of processes: `accumulation` follows from `global_batch`, if it is given.
+
+        Raises:
+            ConfigError: the batches of all processes do not divide it.
+        """
+        if self.global_batch is None:
+            return self
+        forward = self.batch_size * processes
+        accumulation, rest = divmod(self.global_batch, forward)
+        if rest:
+            raise ConfigError(
+                where=f"--global_batch {self.global_batch}",
+                given=f"forwards of {forward} samples: --batch_size {self.batch_size} in each of {processes} processes",
+                allowed=f"a multiple of {forward}: every forward of a step is full",
+                do=self._mended_batch(self.global_batch, processes),
+            )
+        if self.accumulation not in (accumulation, type(self).accumulation):
+            say(
+                f"--global_batch {self.global_batch} in {processes} processes is --accumulation {accumulation}, "
+                f"not {self.accumulation}"
+            )
+        return replace(self, accumulation=accumulation)
+
+    def _mended_batch(self, wanted: int, processes: int) -> str:
+        each, uneven = divmod(wanted, processes)
+        if uneven:
+            return f"--global_batch {math.ceil(wanted / processes) * processes}, or another number of processes"
+        return f"--batch_size {max(size for size in range(1, self.batch_size + 1) if each % size == 0)}"
 
     def check_warmup_of(self, samples: int, processes: int) -> None:
         """Check that the learning rate has risen before a run on so many samples ends.
@@ -97,7 +133,7 @@ class EndToEndConfig(Settings):
             )
 
 
-class EndToEndTrainer(GuardedTrainer):
+class EndToEndTrainer(WatchedTrainer):
     """`Trainer` of some parameters of a model, on labels or on a teacher's predictions.
 
     Args:
@@ -106,8 +142,7 @@ class EndToEndTrainer(GuardedTrainer):
             divided among the processes as what is trained is; otherwise each has the whole.
         order: of the samples; None shuffles them.
         precision: of matrix products.
-        stage: name of the method, for messages.
-        **kwargs: as for `transformers.Trainer`; `args` from `training_arguments`.
+        **kwargs: as for `WatchedTrainer`; `args` from `training_arguments`.
     """
 
     def __init__(
@@ -115,20 +150,17 @@ class EndToEndTrainer(GuardedTrainer):
         *,
         groups: list[dict[str, Any]],
         teacher: nn.Module | None = None,
-        order: SampleOrder | None = None,
+        order: Order | None = None,
         precision: Decided = "float32",
-        stage: str = "training",
         **kwargs: Any,
     ) -> None:
         keep_precision(kwargs["args"], precision)
-        super().__init__(stage=stage, teacher=None, **kwargs)
+        super().__init__(teacher=None, precision=precision, **kwargs)
         self.groups = groups
-        self.order = order
+        self.order = Shuffled(len(self.samples), self.args.seed) if order is None else order
         self.teacher = None if teacher is None else placed(teacher.eval().requires_grad_(False), self.args, precision)
-        self.precision = precision
         self.model_accepts_loss_kwargs = True  # compute_loss averages over all sequences of a step
-        if order is not None:
-            self.add_callback(_EpochOfOrder(order))
+        self.add_callback(_EpochOfOrder(self.order))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give the optimizer what is to be trained, and nothing else."""
@@ -143,7 +175,8 @@ class EndToEndTrainer(GuardedTrainer):
         super()._save(output_dir, self.model.state_dict() if state_dict is None else state_dict)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
+        processes = self.args.world_size
+        return self.order if processes == 1 else Filled(self.order, processes * self.args.per_device_train_batch_size)
 
     def compute_loss(
         self,
@@ -154,29 +187,25 @@ class EndToEndTrainer(GuardedTrainer):
     ) -> Any:
         """Return the mean loss per predicted token over the whole optimizer step."""
         columns, labels = predictions_that_count(inputs["labels"])
-        forward = {name: value for name, value in inputs.items() if name != "labels"} | {"logits_to_keep": columns}
-        with autocast(self.precision, columns.device), self.around_forward(inputs):
-            outputs = model(**forward, use_cache=False)
+        assert self.model is not None
+        with self.around_forward(self.model, inputs):
+            logits = logits_at(model, inputs, columns, self.precision)
         if self.teacher is None:
-            loss = cross_entropy(outputs.logits, labels, num_items_in_batch)
+            loss = cross_entropy(logits, labels, num_items_in_batch)
         else:
-            with torch.no_grad(), autocast(self.precision, columns.device):
-                wanted = self.teacher(**forward, use_cache=False).logits
-            loss = kl_divergence(outputs.logits, wanted, labels, num_items_in_batch)
+            with torch.no_grad(), self.around_forward(self.teacher, inputs):
+                wanted = logits_at(self.teacher, inputs, columns, self.precision)
+            loss = kl_divergence(logits, wanted, labels, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)  # gradients then tell all processes
-        return (loss, outputs) if return_outputs else loss
-
-    def around_forward(self, inputs: Sample) -> AbstractContextManager[None]:
-        """Return the context in which the trained model sees a batch; nothing special by default."""
-        return nullcontext()
+        return (loss, logits) if return_outputs else loss
 
 
 class _EpochOfOrder(transformers.TrainerCallback):
     """Tells the order which epoch begins: a continued run wraps the sampler where the Trainer does not find it."""
 
-    def __init__(self, order: SampleOrder) -> None:
+    def __init__(self, order: Order) -> None:
         self.order = order
 
     def on_epoch_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
@@ -210,7 +239,7 @@ def run_trainer(trainer: EndToEndTrainer) -> list[dict[str, Any]]:
         The Trainer's log, one record per line.
 
     Raises:
-        ConfigError: the checkpoint is of another number of processes, or of another kind of run.
+        ConfigError: the checkpoint is of another kind of run.
         TrainingError: the model or the data are not finite, or too many steps were not.
     """
     assert isinstance(trainer.model, nn.Module)
@@ -220,6 +249,7 @@ def run_trainer(trainer: EndToEndTrainer) -> list[dict[str, Any]]:
     else:
         trainer.train(resume_from_checkpoint=None if path is None else str(path))
         make_whole(trainer.model)
+    trainer.take_best()
     trainer.require_steps()
     trainer.require_finite()
     return list(trainer.state.log_history)

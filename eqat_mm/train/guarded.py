@@ -22,6 +22,7 @@ from eqat_mm.train.non_finite import (
     diverged,
     first_non_finite,
 )
+from eqat_mm.train.order import WithBlank
 from eqat_mm.train.parallel import here
 from eqat_mm.train.resumable import ResumableTrainer
 
@@ -35,10 +36,11 @@ class GuardedTrainer(ResumableTrainer):
         **kwargs: as for `transformers.Trainer`.
     """
 
-    def __init__(self, *, stage: str, teacher: nn.Module | None, **kwargs: Any) -> None:
+    def __init__(self, *, stage: str = "training", teacher: nn.Module | None, **kwargs: Any) -> None:
         args: transformers.TrainingArguments = kwargs["args"]
         ahead = 3 * args.per_device_train_batch_size * args.gradient_accumulation_steps  # a batch is read early
-        kwargs["train_dataset"] = self.samples = Remembered(kwargs["train_dataset"], ahead)
+        self.samples = Remembered(kwargs["train_dataset"], ahead)
+        kwargs["train_dataset"] = WithBlank(self.samples)
         super().__init__(**kwargs)
         self.stage = stage
         self.teacher = teacher

@@ -33,6 +33,7 @@ from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
 from eqat_mm.train.recompute import recompute_where_it_pays
+from eqat_mm.train.watch import Watch
 
 STAGE = "llm-qat"
 ROUNDED = "round-to-nearest"
@@ -127,6 +128,7 @@ def run_llm_qat(
     arguments: transformers.TrainingArguments,
     *,
     teacher: nn.Module | None,
+    watch: Watch | None = None,
 ) -> list[dict[str, Any]]:
     """Train all weights of the student in place.
 
@@ -138,12 +140,13 @@ def run_llm_qat(
         config: settings; with `max_steps: 0` nothing is done.
         arguments: the same settings as `training_arguments` translates them.
         teacher: full-precision model, for the loss on logits.
+        watch: who is told of the numbers, beside the console.
 
     Returns:
         The Trainer's log, one record per line.
 
     Raises:
-        ConfigError: the last checkpoint is of another number of processes, or of another kind of run.
+        ConfigError: the last checkpoint is of another kind of run.
         TrainingError: the model or the data are not finite, or too many steps were not.
     """
     if not config.trains:
@@ -158,6 +161,7 @@ def run_llm_qat(
         teacher=teacher,
         precision=resolve(config.precision, arguments.device),
         stage="LLM-QAT",
+        watch=watch,
     )
     return run_trainer(trainer)
 

@@ -45,11 +45,11 @@ def use_one_device(arguments: transformers.TrainingArguments, device: torch.devi
 
 def placed(teacher: nn.Module, arguments: transformers.TrainingArguments, precision: Decided) -> nn.Module:
     """Return the teacher where a process needs it: on its device, or under ZeRO-3 its part of it."""
-    plugin = arguments.deepspeed_plugin
-    if plugin is None or plugin.zero_stage != 3:
+    if not divides_parameters(arguments):
         return teacher.to(arguments.device)
     import deepspeed
 
+    plugin: Any = arguments.deepspeed_plugin
     # as the student is divided; what the Trainer decides ("auto") is about training, which the teacher is not
     division = {name: v for name, v in plugin.deepspeed_config["zero_optimization"].items() if v != "auto"}
     config = {"zero_optimization": division, "train_micro_batch_size_per_gpu": 1} | autocast_settings(precision)
@@ -59,14 +59,10 @@ def placed(teacher: nn.Module, arguments: transformers.TrainingArguments, precis
     return engine  # type: ignore[no-any-return]
 
 
-def kind_of(arguments: transformers.TrainingArguments) -> str:
-    """Return how a run holds its state, in words: what one kind has saved another cannot read."""
+def divides_parameters(arguments: transformers.TrainingArguments) -> bool:
+    """Whether each process has but a part of every parameter: ZeRO-3."""
     plugin = arguments.deepspeed_plugin
-    if plugin is None:
-        return "without DeepSpeed"
-    division = plugin.deepspeed_config.get("zero_optimization", {})
-    places = {division.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")} - {"none"}
-    return " with offload to ".join([f"ZeRO-{plugin.zero_stage}", *sorted(places)])
+    return plugin is not None and plugin.zero_stage == 3
 
 
 def shape_of(parameter: nn.Parameter) -> list[int]:

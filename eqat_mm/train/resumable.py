@@ -1,39 +1,44 @@
 """transformers' `Trainer` with training checkpoints of our own: only what is trained, and loaded whole or not at all.
 
 The loop stays the Trainer's. Its checkpoints hold the whole model under published names, and are loaded without asking
-whether a name fits.
+whether a name fits. Ours hold nothing that depends on who wrote them: a run goes on with any number of processes, with
+any stage of ZeRO or without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME
 
 from eqat_mm.errors import EqatError
 from eqat_mm.train.checkpoints import (
-    DEEPSPEED,
+    KEPT,
     STATE,
     TRAINED,
     Facts,
     complete,
     newest,
+    optimizer_file,
     partial_of,
     path_of,
     read_trained,
     written,
 )
-from eqat_mm.train.parallel import kind_of, shape_of, whole
+from eqat_mm.train.moments import KEYS, Moments
+from eqat_mm.train.parallel import shape_of, whole
 
 T = TypeVar("T")
+
+_BEST = "best-{}.safetensors"
 
 
 class ResumableTrainer(transformers.Trainer):
@@ -58,7 +63,7 @@ class ResumableTrainer(transformers.Trainer):
         """Return the newest whole checkpoint of this run; the first process looks, for all.
 
         Raises:
-            ConfigError: it is of another number of processes, or of another kind of run.
+            ConfigError: it is of another kind of run.
         """
         return self._from_first(lambda: newest(self.folder, self._run(), self._shapes()))
 
@@ -66,6 +71,28 @@ class ResumableTrainer(transformers.Trainer):
         """Give the model what was trained until a checkpoint, and the Trainer its state."""
         self._take_trained(path)
         self.state = transformers.TrainerState.load_from_json(str(path / STATE))
+
+    def note_best(self, step: int) -> None:
+        """Write what is trained now, beside what was noted before; all processes do at once."""
+        path = self.folder / _BEST.format(step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written(path):
+            self._write_tensors(path, ((name, whole(value)) for name, value in self.trained()))
+        if self.is_world_process_zero():
+            noted = sorted(self.folder.glob(_BEST.format("*")), key=lambda file: file.stat().st_mtime_ns)
+            for old in noted[:-KEPT]:  # a run that goes on from before the last may need the one before
+                old.unlink()
+
+    @torch.no_grad()
+    def take_noted(self, step: int) -> bool:
+        """Give the model, whole in every process, what was noted at a step; return whether it is there."""
+        path = self.folder / _BEST.format(step)
+        if not path.is_file():
+            return False
+        values = load_file(path)
+        for name, parameter in self.trained():
+            parameter.copy_(values[name])
+        return True
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Create the schedule; behind its last step it stays where it is."""
@@ -81,40 +108,34 @@ class ResumableTrainer(transformers.Trainer):
             self._write(partial_of(path))
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.is_world_process_zero():
-            complete(path, Facts(self.state.global_step, self.total, self._run(), self._shapes()))
+            facts = Facts(self.state.global_step, self.total, self._run(), self._shapes())
+            complete(path, facts, self.args.world_size)
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path) -> None:
-        assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        values = self._values()
         folder.mkdir(parents=True, exist_ok=True)
+        self._write_tensors(folder / TRAINED, ((name, whole(value)) for name, value in self.trained()))
+        moments = self._moments()
+        for key in KEYS:  # one after the other: each may be as large as the model
+            self._write_tensors(folder / optimizer_file(key), moments.whole(key).items())
         if self.is_world_process_zero():
-            save_file(values, folder / TRAINED)
             self.state.save_to_json(str(folder / STATE))
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
-        if self.is_deepspeed_enabled:
-            self._write_engine(folder)
-        elif self.is_world_process_zero():
-            torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_NAME)
         self._save_rng_state(str(folder))
 
-    def _values(self) -> dict[str, Tensor]:
-        """Return what is trained, in the first process; under ZeRO-3 this is the work of all, a tensor at a time."""
+    def _write_tensors(self, path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write tensors in the first process; under ZeRO to make them whole is the work of all, one at a time."""
         values = {}
-        for name, parameter in self.trained():
-            value = whole(parameter)
+        for name, value in tensors:
             if self.is_world_process_zero():
-                values[name] = value.cpu().contiguous()
-        return values
-
-    def _write_engine(self, folder: Path) -> None:
-        engine: Any = self.model_wrapped
-        engine.module_state_dict = lambda **_: {}  # the module is in a file of ours; this would hold all its buffers
-        engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False, exclude_frozen_parameters=True)
+                values[name] = value.detach().cpu().contiguous()
         if self.is_world_process_zero():
-            for script in folder.glob("zero_to_*.py"):  # they rebuild a module that is not there
-                script.unlink()
+            save_file(values, path)
+
+    def _moments(self) -> Moments:
+        optimizer: Any = self.optimizer
+        return Moments(dict(self.trained()), optimizer.optimizer)  # inside accelerate's wrapper
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load nothing yet: `_prepare_for_training` does, for every kind of run in one place."""
@@ -123,17 +144,21 @@ class ResumableTrainer(transformers.Trainer):
         if resume_from_checkpoint is not None:
             self._take_trained(Path(resume_from_checkpoint))
         prepared: Any = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self._take_optimizer(Path(resume_from_checkpoint))
         return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.is_deepspeed_enabled:
-            engine: Any = self.model_wrapped
-            loaded, _ = engine.load_checkpoint(
-                checkpoint, tag=DEEPSPEED, load_module_strict=False, load_lr_scheduler_states=False
-            )
-            assert loaded is not None, checkpoint
-        super()._load_optimizer_and_scheduler(checkpoint)
+        """Load nothing: `_prepare_for_training` has."""
+
+    def _take_optimizer(self, path: Path) -> None:
+        """Give the optimizer its moments, and the schedule its place."""
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        self._moments().take({key: load_file(path / optimizer_file(key)) for key in KEYS})
+        self.lr_scheduler.load_state_dict(torch.load(path / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     @torch.no_grad()
     def _take_trained(self, path: Path) -> None:
@@ -147,8 +172,6 @@ class ResumableTrainer(transformers.Trainer):
         """Return what must stay the same for a checkpoint to be continued."""
         args = self.args
         return {
-            "processes": args.world_size,
-            "kind": kind_of(args),
             "samples per step": args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps,
             "epochs": args.num_train_epochs,
             "max_steps": args.max_steps,

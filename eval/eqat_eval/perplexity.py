@@ -35,6 +35,7 @@ from eqat_eval.reference import ReferenceOutputs
 from eqat_eval.windows import check_positive, check_windows, row_spans
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.runtime.progress import progress
+from eqat_mm.runtime.ranks import ALONE, Ranks
 
 __all__ = ["PerplexityResult", "ReferenceOutputs", "evaluate_perplexity"]
 
@@ -71,8 +72,11 @@ def evaluate_perplexity(
     batch_size: int = 1,
     reference: ReferenceOutputs | None = None,
     chunk_rows: int = 128,
+    ranks: Ranks = ALONE,
 ) -> PerplexityResult:
     """Evaluate a causal LM on held-out windows.
+
+    Of several ranks each is given the windows of its share; sums are those of all windows, in their order.
 
     Args:
         model: called as `model(input_ids=...)` in eval mode; its training flags are restored.
@@ -80,6 +84,7 @@ def evaluate_perplexity(
         batch_size: windows per forward pass; one batch of logits is held at a time.
         reference: outputs of the full-precision model on the same windows; adds KL and agreement.
         chunk_rows: positions whose logits are float32 at the same time; memory only, not the result.
+        ranks: processes that share the windows; all get the result.
 
     Raises:
         DataError: windows of a wrong dtype or shape, or ids outside the vocabulary.
@@ -93,8 +98,18 @@ def evaluate_perplexity(
         reference.check_same_windows(windows_NT)
     started = time.perf_counter()
     with inference(model):
-        sums = _sums(model, windows_NT, batch_size, reference, chunk_rows)
-    return _result(sums, _predicted(windows_NT), reference is not None, time.perf_counter() - started)
+        own = _sums(model, windows_NT, batch_size, reference, chunk_rows, ranks)
+    sums = torch.tensor(ranks.all_of(own), dtype=torch.float64)
+    tokens = len(sums) * (windows_NT.shape[1] - 1)
+    return _result(_total(sums), tokens, reference is not None, time.perf_counter() - started)
+
+
+def _total(sums_N3: Tensor) -> list[float]:
+    """Add up the sums of all windows, one after the other: so they are the same for any number of ranks."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for sums in sums_N3:
+        total += sums
+    return [float(value) for value in total]
 
 
 def _sums(
@@ -103,9 +118,10 @@ def _sums(
     batch_size: int,
     reference: ReferenceOutputs | None,
     chunk_rows: int,
-) -> list[float]:
-    """Return the sums over all positions of [negative log-likelihood, KL, agreement]."""
-    total = torch.zeros(3, dtype=torch.float64)
+    ranks: Ranks,
+) -> list[list[float]]:
+    """Return for each window the sums over its positions of [negative log-likelihood, KL, agreement]."""
+    sums: list[list[float]] = []
     batches = torch.split(windows_NT, batch_size)
     for index, batch_BT in enumerate(progress(batches, what="perplexity", total=len(batches), unit="batch")):
         logits_BTV: Tensor = model(input_ids=batch_BT.to(model.device), use_cache=False).logits
@@ -115,10 +131,10 @@ def _sums(
             window = index * batch_size + offset
             found = _window_sums(logits_TV, tokens_T, reference, window, chunk_rows).cpu()
             if not found.isfinite().all():
-                raise _spoilt(model, window, *found.tolist())
-            total += found
+                raise _spoilt(model, window * ranks.world + ranks.rank, *found.tolist())
+            sums.append(found.tolist())
         del logits_BTV, logits_TV  # or the next forward pass would hold two batches of logits
-    return [float(value) for value in total]
+    return sums
 
 
 def _spoilt(model: PreTrainedModel, window: int, nll: float, kl: float, _: float) -> CheckpointError:
@@ -166,10 +182,6 @@ def _check_vocabulary(logits_RV: Tensor, reference_RV: Tensor) -> None:
             allowed="a reference with the same vocabulary",
             do="record the reference from the model that was quantized, with the same embedding size",
         )
-
-
-def _predicted(windows_NT: Tensor) -> int:
-    return len(windows_NT) * (windows_NT.shape[1] - 1)
 
 
 def _result(sums: list[float], tokens: int, compared: bool, seconds: float) -> PerplexityResult:

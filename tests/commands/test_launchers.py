@@ -14,6 +14,7 @@ import torch
 
 from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.files import read_json
 from tests.checkpoint.files import tensors_of
 from tests.commands.launching import (
     ALONE,
@@ -21,6 +22,7 @@ from tests.commands.launching import (
     DEEPSPEED,
     TRAINING,
     assert_a_killed_run_is_continued,
+    kill_a_process_of,
     losses,
     run,
     run_well,
@@ -82,8 +84,6 @@ def alone(place: Path, request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("settings", ["zero-1", "zero-2", "zero-2-offload", "zero-3"])
 def test_two_deepspeed_processes_train_as_one(place: Path, alone: str, settings: str) -> None:
-    if (alone, settings) == ("mixed", "zero-3"):
-        pytest.skip("refused, see below")
     name = f"{alone}-{settings}"
     run_well(command(place, name, DEEPSPEED, data=alone, batch_size=4, deepspeed=settings))
     assert_same_result(place, name, alone)
@@ -105,18 +105,28 @@ def test_kernels_see_the_precision_that_was_asked_for(place: Path, settings: str
     assert said.count("kernels saw ['torch.bfloat16']") == 2
 
 
-def test_zero_3_is_refused_where_some_samples_have_no_image(place: Path) -> None:
-    done = run(command(place, "refused", DEEPSPEED, batch_size=4, deepspeed="zero-3"))
-    assert done.returncode != 0
-    assert f"{SAMPLES // 4} of {SAMPLES} samples without images" in done.stderr
-    assert "use --deepspeed zero-2" in done.stderr
-    assert not (place / "refused").exists()
+def test_a_run_goes_on_in_one_process_and_says_so(place: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 4, "global_batch": 8, "save_steps": 2}
+    words = command(place, "moved", DEEPSPEED, deepspeed="zero-2", **options | {"max_steps": 90})
+    assert kill_a_process_of(words, place / "moved" / "trainer") != 0
+    refused = run(command(place, "moved", ALONE, batch_size=4, max_steps=90, save_steps=2))
+    assert refused.returncode == 2
+    assert "samples_per_step=4" in refused.stderr
+    assert "--global_batch" in refused.stderr
+    said = run_well(command(place, "moved", ALONE, **options | {"max_steps": 90}))
+    assert "processes 1 (was 2)" in said
+    record = read_json(place / "moved" / "run.json")
+    assert record["environment"]["processes"] == 2
+    assert record["config"]["accumulation"] == 1
+    assert record["decides"]["samples_per_step"] == 8
+    whole = command(place, "alone-90", ALONE, **options | {"max_steps": 90})
+    run_well(whole)
+    assert_same_result(place, "moved", "alone-90")
 
 
 @pytest.mark.parametrize("settings", [None, "zero-1", "zero-2", "zero-3"])
 def test_a_killed_process_ends_the_run_and_the_same_command_continues_it(place: Path, settings: str | None) -> None:
     options: dict[str, Any] = {"batch_size": 4, "max_steps": 90, "save_steps": 10, "logging_steps": 10}
-    options |= {"data": "images"} if settings == "zero-3" else {}
     options |= {} if settings is None else {"deepspeed": settings}
     launcher, kind = DATA_PARALLEL if settings is None else DEEPSPEED, settings or "ddp"
     assert_a_killed_run_is_continued(

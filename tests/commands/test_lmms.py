@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from eqat_eval.easy_vqa import FILE_VARIABLE
 from eqat_mm.cli import run_command
 from eqat_mm.commands import lmms
 from eqat_mm.commands.evaluate import EvalJob, evaluate
-from eqat_mm.commands.lmms import task_line, task_names, task_row, tasks_folder
+from eqat_mm.commands.lmms import SUITES, task_line, task_names, task_row, tasks_folder
+from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.errors import ConfigError
 from tests.checkpoint.files import assert_four_lines
+from tests.commands.jobs import SPEC
 from tests.eval.questions import TYPES, write_questions
 from tests.tiny_llava import save_tiny_llava
 
@@ -46,6 +49,44 @@ def test_the_command_scores_a_task(folder: Path, tmp_path: Path, monkeypatch: py
     assert row["questions"] == 5
     assert 0 <= row["accuracy"] <= 1
     assert set(row["by_type"]) == set(TYPES)
+    answers = [json.loads(line) for line in (tmp_path / "result.answers.jsonl").read_text("utf-8").splitlines()]
+    assert [answer["question"] for answer in answers] == [0, 1, 2, 3, 4]
+    assert answers[1]["asked"] == "w5 w7"
+    assert answers[1]["right"] == "w11"
+    assert sum(answer["answer"] == [answer["right"]] for answer in answers) == row["accuracy"] * 5
+
+
+@needs_lmms_eval
+@ignores_warnings
+def test_full_precision_answers_beside(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_questions(tmp_path / "questions.parquet")
+    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "questions.parquet"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    packed = rtn(RTNJob(model=str(folder), output=tmp_path / "rtn", quant=SPEC))
+    asked: dict[str, Any] = {"tasks": "easy_vqa", "device": "cpu", "limit": 4}
+    alone = evaluate(EvalJob(str(folder), **asked))
+    both = evaluate(EvalJob(str(packed), str(folder), output=tmp_path / "both.json", **asked))
+    assert both["reference"]["tasks"] == alone["tasks"]
+    assert both["bits_per_weight"] > 0
+    assert {path.name for path in tmp_path.glob("both*")} == {
+        "both.json",
+        "both.answers.jsonl",
+        "both.reference.answers.jsonl",
+    }
+    said = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split(": easy_vqa")[0] for line in said] == [str(packed), str(folder)]
+
+
+@needs_lmms_eval
+def test_a_suite_stands_for_tasks_that_lmms_eval_has() -> None:
+    import lmms_eval
+
+    assert task_names("llava-1.5,mme,easy_vqa") == [*SUITES["llava-1.5"], "easy_vqa"]
+    files = Path(lmms_eval.__file__).parent.joinpath("tasks").rglob("*.yaml")
+    stems = {path.stem for path in files}
+    assert all(name in stems for names in SUITES.values() for name in names)
 
 
 @needs_lmms_eval
@@ -68,11 +109,10 @@ def test_without_lmms_eval_the_extra_is_named(folder: Path, monkeypatch: pytest.
     ("options", "message"),
     [
         ({"limit": 5}, "no --tasks"),
-        ({"tasks": "easy_vqa", "reference": "smollm2-135m"}, "with --tasks"),
         ({"tasks": " , "}, "separated by commas"),
         ({"tasks": "easy_vqa", "limit": 0}, "--limit"),
     ],
-    ids=["limit without tasks", "reference", "no name", "limit of zero"],
+    ids=["limit without tasks", "no name", "limit of zero"],
 )
 def test_options_that_do_not_fit_are_refused(folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:

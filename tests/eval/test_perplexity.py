@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaForCausalLM
 
-from eqat_eval.perplexity import ReferenceOutputs, evaluate_perplexity
+from eqat_eval.perplexity import PerplexityResult, ReferenceOutputs, evaluate_perplexity
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
+from eqat_mm.runtime.ranks import Ranks
 from tests.checkpoint.files import assert_four_lines
+from tests.thread_ranks import in_threads
 from tests.tolerances import TOLERANCES
 
 RELATIVE = TOLERANCES["model"][torch.float32]
@@ -222,6 +226,21 @@ def test_masked_vocabulary_does_not_spoil_the_kl() -> None:
 def test_unusable_windows_are_refused(model: LlamaForCausalLM, windows: Tensor) -> None:
     with pytest.raises(DataError, match="evaluation windows"):
         evaluate_perplexity(model, windows)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_divide_the_windows_and_find_what_one_process_does(
+    model: LlamaForCausalLM, other_model: LlamaForCausalLM, windows_NT: Tensor, world: int
+) -> None:
+    alone = evaluate_perplexity(model, windows_NT, reference=ReferenceOutputs.record(other_model, windows_NT))
+
+    def measure(ranks: Ranks) -> PerplexityResult:
+        own = windows_NT[list(ranks.share(len(windows_NT)))]
+        mine, other = copy.deepcopy(model), copy.deepcopy(other_model)  # threads share what is not copied
+        return evaluate_perplexity(mine, own, reference=ReferenceOutputs.record(other, own), ranks=ranks)
+
+    for found in in_threads(world, measure):
+        assert replace(found, seconds=0) == replace(alone, seconds=0)
 
 
 @pytest.mark.parametrize("option", ["batch_size", "chunk_rows"])

@@ -149,7 +149,7 @@ CHANGES: dict[str, list[Change]] = {
     "`--batch_size` x `--accumulation`, the same product": [
         Change(case, ("--batch_size=2", "--accumulation=2")) for case in (E2E_QP, LLM_QAT)
     ],
-    "`--save_steps`, `--logging_steps`, `--gradient_checkpointing`": [
+    "`--save_steps`, `--logging_steps`, `--gradient_checkpointing`, `--report_to`": [
         Change(E2E_QP, ("--save_steps=1",)),
         Change(LLM_QAT, ("--gradient_checkpointing=true", "--save_steps=0")),
     ],
@@ -168,7 +168,10 @@ CHANGES: dict[str, list[Change]] = {
     "`--device`, another GPU": [Change(BLOCKS, record=("environment", "device", "NVIDIA H100"))],
     "versions of torch, transformers and others": [Change(E2E_QP, record=("versions", "torch", "2.0.0"))],
 }
-LAUNCHED = {"number of processes of Block-AP", "number of processes of E2E-QP and LLM-QAT"}
+OTHERS = "number of processes of E2E-QP and LLM-QAT, other samples per step"
+ALIKE = "number of processes of E2E-QP and LLM-QAT, the same samples per step (`--global_batch`)"
+ZERO = "stage of ZeRO, DeepSpeed or not"
+LAUNCHED = {"number of processes of Block-AP", OTHERS, ALIKE, ZERO}
 PAIRS = [
     pytest.param(row, change, id=f"{change.of.name}-{row[:30]}-{index}")
     for row, changes in CHANGES.items()
@@ -321,15 +324,28 @@ def test_another_number_of_processes_of_block_ap(
 
 
 @pytest.mark.faults
-def test_another_number_of_processes_of_e2e_qp(bench: Bench, tally: Tally, killed: Callable[[Case], Path]) -> None:
+@pytest.mark.parametrize(("deepspeed", "row"), [([], ALIKE), (["--deepspeed=zero-2"], ZERO)])
+def test_as_many_samples_in_another_number_of_processes_of_e2e_qp(
+    bench: Bench, tally: Tally, killed: Callable[[Case], Path], deepspeed: list[str], row: str
+) -> None:
     folder = bench.new()
     shutil.copytree(killed(E2E_QP), folder, dirs_exist_ok=True)
-    for more in ([], ["--batch_size=2"]):  # other samples a step, and the same
-        done = launched([*E2E_QP.words(bench.place, E2E_QP.output(folder)), *more], 2)
-        row = "number of processes of E2E-QP and LLM-QAT"
-        refused = done.returncode != 0 and "ConfigError\n  where: " in done.stderr  # and the launcher's own traceback
-        wrong = [] if refused and not (folder / "run" / "model").exists() else [done.stderr]
-        tally(f"between kill and resume, {table()[row]}", 1, wrong)
+    words = E2E_QP.words(bench.place, E2E_QP.output(folder))
+    done = launched([*words, "--batch_size=2", "--global_batch=4", *deepspeed], 2)
+    wrong = [] if done.returncode == 0 and f"{ON} processes 2 (was 1)" in done.stdout else [done.stderr[-2000:]]
+    tally(f"between kill and resume, {table()[row]}", 1, wrong)
+
+
+@pytest.mark.faults
+def test_other_samples_in_another_number_of_processes_of_e2e_qp(
+    bench: Bench, tally: Tally, killed: Callable[[Case], Path]
+) -> None:
+    folder = bench.new()
+    shutil.copytree(killed(E2E_QP), folder, dirs_exist_ok=True)
+    done = launched(E2E_QP.words(bench.place, E2E_QP.output(folder)), 2)
+    refused = done.returncode != 0 and "ConfigError\n  where: " in done.stderr  # and the launcher's own traceback
+    wrong = [] if refused and not (folder / "run" / "model").exists() else [done.stderr]
+    tally(f"between kill and resume, {table()[OTHERS]}", 1, wrong)
 
 
 # ---- two at once ------------------------------------------------------------------------------------

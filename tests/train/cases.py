@@ -21,18 +21,20 @@ from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.commands.samples import Samples, image_text_samples
 from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.runtime.device import processes
 from eqat_mm.train.e2e_qp import E2EQPConfig, run_e2e_qp
 from eqat_mm.train.end_to_end import EndToEndConfig, WindowDataset, training_arguments
+from eqat_mm.train.imageless import blank_image
 from eqat_mm.train.llm_qat import LLMQATConfig, prepare, run_llm_qat
 from eqat_mm.train.lora import LoRA
 from llava_adapters import arch_for
 from llava_adapters.tiny import IMAGE_TOKEN
 from tests.tiny_llava import save_tiny_llava
-from tests.tiny_model import save_tiny
+from tests.tiny_model import save_tiny, word_tokenizer
 from tests.train.problems import CPU, SPEC
 
 BATCH = 4
-SAMPLES = 24
+SAMPLES = 23
 SETTINGS: dict[str, Any] = {
     "max_steps": 6,
     "batch_size": BATCH,
@@ -42,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-3,
     "precision": "float32",
 }
-"""Six steps, which are an epoch."""
+"""Six steps, which are an epoch; the last has a sample less."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,24 @@ def cases_in(folder: Path, family: str, trains: str) -> Case:
 
     Args:
         folder: kept between calls, so that models and data are made once.
-        family: `llama`, `llava` or `llava_next`.
+        family: name of a shipped adapter.
         trains: as in `E2EQPConfig`, or `llm-qat`.
     """
     place = folder / family
     if not place.exists():
         _save(place, family)
     arch = arch_for(family)
-    return _llm_qat(place, arch) if trains == "llm-qat" else _e2e_qp(place, arch, family, trains)
+    return _llm_qat(place, arch) if trains == "llm-qat" else _e2e_qp(place, arch, trains)
 
 
 def _save(place: Path, family: str) -> None:
+    arch = arch_for(family)
     if family == "llama":
         save_tiny(place).folder.rename(place / "model")
+    elif arch.projector is None:
+        model: Any = arch.tiny()[0]
+        model.save_pretrained(place / "model")
+        word_tokenizer().save_pretrained(place / "model")
     else:
         save_tiny_llava(place / "model", family, dtype=torch.float32)
         save_conversations(place / "mixed.json")
@@ -107,18 +114,18 @@ def save_conversations(path: Path, count: int = SAMPLES) -> None:
 
 
 def windows() -> Tensor:
-    """Random windows of tokens, [24, 16]."""
+    """Random windows of tokens, [23, 16]."""
     return torch.randint(2, IMAGE_TOKEN, (SAMPLES, 16), generator=torch.Generator().manual_seed(3))
 
 
-def _samples(place: Path, family: str) -> Samples:
-    if family == "llama":
+def _samples(place: Path, arch: Arch) -> Samples:
+    if arch.projector is None:
         return Samples(WindowDataset(windows()), None, None, "")
     data = ImageTextData(source=str(place / "mixed.json"))
     return image_text_samples(place / "rtn" / "model", data, BATCH, place / "problems.jsonl")
 
 
-def _e2e_qp(place: Path, arch: Arch, family: str, trains: Any) -> Case:
+def _e2e_qp(place: Path, arch: Arch, trains: Any) -> Case:
     lora = LoRA(rank=4, alpha=8, learning_rate=5e-3)
     settings = E2EQPConfig(**SETTINGS, trains=trains, lora=lora)
 
@@ -129,9 +136,12 @@ def _e2e_qp(place: Path, arch: Arch, family: str, trains: Any) -> Case:
             add_adapters(model, lora.rank, lora.alpha, seed=0)
         return model
 
-    samples = _samples(place, family)
+    samples = _samples(place, arch)
+    blank = None if arch.projector is None else blank_image(samples.dataset[1])
 
-    def train(model: PreTrainedModel, folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    def train(
+        model: PreTrainedModel, folder: Path, watch: Any = None, held_out: Any = None, **changes: Any
+    ) -> list[dict[str, Any]]:
         config = replace(settings, **changes)
         return run_e2e_qp(
             model,
@@ -140,8 +150,11 @@ def _e2e_qp(place: Path, arch: Arch, family: str, trains: Any) -> Case:
             arguments_in(folder, config),
             teacher=None,
             projector=arch.find_projector(model),
+            blank=blank,
             collator=samples.collator,
             order=samples.order,
+            watch=watch,
+            held_out=held_out,
         )
 
     return Case(make, train)
@@ -164,7 +177,7 @@ def _llm_qat(place: Path, arch: Arch) -> Case:
 
 def arguments_in(folder: Path, config: EndToEndConfig) -> Any:
     """Return the Trainer's arguments."""
-    return training_arguments(config, folder, CPU)
+    return training_arguments(config.among(processes()), folder, CPU)
 
 
 def losses_of(log: list[dict[str, Any]]) -> list[float]:

@@ -20,7 +20,9 @@ from tests.train.stopping import Stopped, stop_at_step
 
 FILES = (
     "trained.safetensors",
-    "optimizer.pt",
+    "optimizer-step.safetensors",
+    "optimizer-exp_avg.safetensors",
+    "optimizer-exp_avg_sq.safetensors",
     "scheduler.pt",
     "rng_state.pth",
     "trainer_state.json",

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from eqat_mm.commands.recipes import deepspeed_path
-from eqat_mm.errors import ConfigError, TrainingError
+from eqat_mm.errors import TrainingError
 from eqat_mm.train import end_to_end
 from eqat_mm.train.checkpoints import checkpoints_in, read_trained
 from eqat_mm.train.end_to_end import EndToEndTrainer
 from eqat_mm.train.non_finite import IN_A_ROW
 from tests.checkpoint.files import assert_four_lines, contents
+from tests.tolerances import assert_close
 from tests.train.cases import Case, cases_in, losses_of, trained_of
 from tests.train.launched import forget_settings
 from tests.train.problems import same
@@ -89,19 +90,38 @@ def test_a_checkpoint_has_no_frozen_weights(case_of: Callable[[str, str], Case],
     }
 
 
-@pytest.mark.parametrize(("before", "after"), [("zero-2", "ddp"), ("ddp", "zero-2"), ("zero-2", "zero-1")])
-def test_a_checkpoint_of_another_kind_is_refused(
-    case_of: Callable[[str, str], Case], before: str, after: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("zero-1", "ddp"),
+        ("ddp", "zero-2"),
+        ("zero-2", "zero-3"),
+        ("zero-3", "zero-1"),
+        ("zero-2-offload", "zero-2-offload"),
+        ("zero-3", "zero-2-offload"),
+    ],
+)
+@pytest.mark.parametrize("trains", ["scales+projector", "lora"])
+def test_a_run_goes_on_under_another_kind(
+    case_of: Callable[[str, str], Case],
+    before: str,
+    after: str,
+    trains: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = {"ddp": "without DeepSpeed", "zero-1": "ZeRO-1", "zero-2": "ZeRO-2"}
-    case = case_of("llama", "scales")
-    case.train(case.make(), tmp_path, max_steps=2, **settings(before))
+    case = case_of("llava", trains)
+    whole, continued = case.make(), case.make()
+    log = case.train(whole, tmp_path / "whole")
+    steps = stop_at_step(monkeypatch, 5)
+    with pytest.raises(Stopped):
+        case.train(case.make(), tmp_path / "stopped", **settings(before))
     forget_settings()
-    with pytest.raises(ConfigError, match="checkpoint-2: kind") as raised:
-        case.train(case.make(), tmp_path, max_steps=2, **settings(after))
-    assert_four_lines(raised.value)
-    assert words[after] in raised.value.given
-    assert words[before] in raised.value.allowed
+    again = case.train(continued, tmp_path / "stopped", **settings(after))
+    assert len(steps) == 5 + 2
+    assert losses_of(again) == pytest.approx(losses_of(log), rel=1e-5)
+    for name, value in trained_of(whole).items():
+        assert_close(trained_of(continued)[name], value, "model")
 
 
 def break_losses(monkeypatch: pytest.MonkeyPatch, steps: Callable[[int], bool]) -> None:
