@@ -100,6 +100,12 @@ def _demo_vlm() -> tuple[type[Any], Callable[[Any], Any]]:
     return VLMLadderJob, vlm_ladder
 
 
+def _prepare_data() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.prepare_data import PrepareDataJob, prepare_data
+
+    return PrepareDataJob, prepare_data
+
+
 def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.assets import AssetsJob, assets
 
@@ -144,6 +150,7 @@ COMMANDS: dict[str, _Command] = {
     "chat": _Command("talk with a model, about images if shown, line by line", _chat),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
     "verify": _Command("check every file of a packed checkpoint against its hash", _verify),
+    "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
     "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
 }

@@ -25,6 +25,8 @@ from eqat_mm.runtime.device import require_kernels
 from eqat_mm.runtime.files import fingerprint_of, write_json
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.progress import say
+from eqat_mm.runtime.provenance import require_same_config
+from eqat_mm.runtime.room import require_writable
 from eqat_mm.runtime.run import Asked, Run
 from eqat_mm.runtime.sealed import read_sealed
 
@@ -50,6 +52,7 @@ _HARMLESS = (
     "on_bad_sample",
     "max_skipped",
     "check",
+    "dataloader_num_workers",
 )
 """Settings that may change while a run goes on: they decide its course, not its result, but for the last bits."""
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -97,6 +100,20 @@ def what_decides(job: Any) -> dict[str, Any]:
         if isinstance(kept.get(name), dict):
             kept[name] = {key: value for key, value in kept[name].items() if key not in names}
     return kept
+
+
+def require_startable(job: Any, place: Place) -> None:
+    """Check what is cheap to check of a run, before its data and models are read.
+
+    Raises:
+        ConfigError: its settings are not those of the run that is there.
+        ResourceError: its folder cannot be written.
+    """
+    require_writable(place.folder)
+    if place.record.is_file() and not getattr(job, "overwrite", False):
+        before = read_sealed(place.record).get("decides", {})
+        now = {name: value for name, value in what_decides(job).items() if value != "auto"}
+        require_same_config({name: before.get(name) for name in now}, now, f"--output {place.folder}, a run")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

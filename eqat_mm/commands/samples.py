@@ -15,6 +15,7 @@ from eqat_mm.checkpoint.speaker import load_speaker, style_digest
 from eqat_mm.data.batching import Collator, SampleOrder
 from eqat_mm.data.held_out import divided
 from eqat_mm.data.image_text import ImageTextData, image_text_data
+from eqat_mm.data.kept import Kept
 from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.data.windows import digest_of, text_windows
 from eqat_mm.train.end_to_end import Sample, WindowDataset
@@ -31,6 +32,7 @@ class Samples:
         digest: a hash by which changed data is noticed.
         without_images: number of samples that have no image; 0 where none are to have any.
         held_out: samples to judge the model by; None where there are none.
+        keep: writes into the folder of a run what it needs to find its samples again where the data change.
     """
 
     dataset: Dataset[Sample]
@@ -39,6 +41,7 @@ class Samples:
     digest: str
     without_images: int = 0
     held_out: Dataset[Sample] | None = None
+    keep: Callable[[Path], None] = lambda folder: None
 
 
 def text_samples(folder: Path, config: TextWindows) -> Samples:
@@ -56,7 +59,9 @@ def problems_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.problems.jsonl")
 
 
-def image_text_samples(folder: Path, config: ImageTextData, step: int, problems: Path) -> Samples:
+def image_text_samples(
+    folder: Path, config: ImageTextData, step: int, problems: Path, before: Kept | None = None
+) -> Samples:
     """Return checked conversations, with the processor of the model in `folder`.
 
     Args:
@@ -64,18 +69,21 @@ def image_text_samples(folder: Path, config: ImageTextData, step: int, problems:
         config: which conversations.
         step: samples in one optimizer step, over all processes and accumulated forwards.
         problems: file in which bad samples are listed.
+        before: the samples of the run that goes on, if one does.
 
     Raises:
         EqatError: unreadable data, bad samples, or a model without a processor, or with another model's.
     """
     processor = load_speaker(folder, config.style)
     data = image_text_data(processor, config, problems)
+    if before is not None:
+        data = data.as_before(before) or data
     training, held_out, digest = _apart(data, config, lambda other: image_text_data(processor, other))
     order = SampleOrder(
         training.lengths, training.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
     )
     collator, digest = Collator(processor.tokenizer), f"{digest} {style_digest(processor)}"
-    return Samples(training, collator, order, digest, sum(training.text_only), held_out)
+    return Samples(training, collator, order, digest, sum(training.text_only), held_out, data.known.save)
 
 
 def _apart(data: Any, config: ImageTextData, read: Callable[[ImageTextData], Any]) -> tuple[Any, Any, str]:

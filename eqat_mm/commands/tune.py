@@ -23,9 +23,10 @@ from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.one_kind import with_one_kind_of_data
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
-from eqat_mm.commands.runs import default_output
+from eqat_mm.commands.runs import default_output, require_startable
 from eqat_mm.commands.samples import Samples, image_text_samples, problems_of, text_samples
 from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.data.kept import Kept
 from eqat_mm.data.problems import say_late
 from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
@@ -96,6 +97,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     announce_e2e_qp(base, job.model, job.quant, job, job.conversations or job.data, device, folder)
     _require_block_ap(base, job)
     warn_without_recipe(job.model, job.recipe_for, STAGE)
+    require_startable(job, Place.within(folder))
     if _adapts(job):
         require_peft(f"--trains {job.trains}")
     inputs: dict[str, Path | str] = {"quantized": base}
@@ -112,6 +114,8 @@ def e2e_qp(job: E2EQPJob) -> Path:
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
     with training_run(job, Place.within(folder), STAGE, inputs, device, deepspeed, room) as (job, arguments, run):
         if not run.finished:
+            if arguments.process_index == 0:
+                samples.keep(folder)
             with watched(job, folder) as watch:
                 model, log = _trained(job, base, samples, arguments, watch)
             if arguments.process_index == 0:
@@ -180,7 +184,8 @@ def _samples(base: Path, job: E2EQPJob, folder: Path) -> Samples:
         return text_samples(base, job.data)
     _require_instructions(job.conversations)
     step = job.batch_size * job.accumulation * processes()
-    return image_text_samples(base, job.conversations, step, problems_of(folder))
+    before = None if job.overwrite else Kept.open(folder)
+    return image_text_samples(base, job.conversations, step, problems_of(folder), before)
 
 
 def _require_instructions(config: ImageTextData) -> None:

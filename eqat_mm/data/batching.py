@@ -66,7 +66,8 @@ class SampleOrder(Sampler[int]):
         """Return the samples of one epoch, every one once."""
         draw = generator(self._seed, "image-text order", epoch)
         warmup = self._warmup(draw) if epoch == 0 else []
-        rest = sorted(set(range(len(self))) - set(warmup))
+        used = set(warmup)
+        rest = [index for index in range(len(self)) if index not in used]
         if not rest:
             return warmup
         grouped = get_length_grouped_indices([self._lengths[index] for index in rest], self._batch, generator=draw)

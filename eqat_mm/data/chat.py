@@ -14,16 +14,23 @@ its template renders. Behind the last answer, the end-of-sequence token is there
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from eqat_mm.data.conversations import Conversation, Turn
+from eqat_mm.data.conversations import IMAGE, Conversation, Turn
 from eqat_mm.data.problems import BadSample
 from eqat_mm.data.prompt import Renderer
 from eqat_mm.errors import ConfigError
+
+_STAND_IN = "\uf8f5"
+"""For `<image>` where it is text, while the template works on it."""
 
 IGNORED = -100
 """Label of a token that is not predicted."""
@@ -56,12 +63,12 @@ class Chat:
         Raises:
             BadSample: the template refuses it, or loses an image.
         """
-        text = self._rendered(conversation.turns)
+        text = self._rendered(conversation)
         spoken = text.rstrip()
         if spoken.endswith(conversation.turns[-1].text.strip()):
             text = spoken + self.tokenizer.eos_token
         found = text.count(self.processor.image_token)
-        if found != len(conversation.images):
+        if found != len(conversation.images) and not is_written(conversation):
             raise BadSample(f"{found} image tokens in the rendered text for {len(conversation.images)} images")
         return text
 
@@ -75,7 +82,8 @@ class Chat:
         for position, (role, said) in enumerate(conversation.turns):
             if role == "assistant":
                 answer = said.strip()
-                prompt = self._rendered(conversation.turns[:position], answering=True)
+                before = replace(conversation, turns=conversation.turns[:position])
+                prompt = self._rendered(before, answering=True)
                 start = len(text) - len(text[len(prompt) :].lstrip())
                 if not text.startswith(prompt) or not text.startswith(answer, start):
                     raise BadSample(f"the chat template does not put the answer {answer!r:.60} behind its prompt")
@@ -91,7 +99,11 @@ class Chat:
         """
         ids = self._renderer.ids(texts)
         images = [sum(self._image_tokens(size) - 1 for size in each) for each in sizes]
-        return [len(row) + more for row, more in zip(ids, images, strict=True)]
+        counts = [len(row) + more for row, more in zip(ids, images, strict=True)]
+        for at, text in enumerate(texts):
+            if not sizes[at] and self.processor.image_token in text:
+                counts[at] = len(self._as_text(text)[0])
+        return counts
 
     def encode(self, conversation: Conversation, images: list[Any]) -> dict[str, Tensor]:
         """Encode a conversation with its images.
@@ -108,6 +120,9 @@ class Chat:
             BadSample: as for `text` and `answers`.
         """
         text = self.text(conversation)
+        if is_written(conversation):
+            ids, offsets = self._as_text(text)
+            return {"input_ids": ids, "labels": self._labels(ids, offsets, self.answers(conversation, text))}
         more = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         inputs = self._renderer.inputs(text, images, **more)
         ids, offsets, expanded = (inputs[name] for name in ("input_ids", "offset_mapping", "text_replacement_offsets"))
@@ -122,9 +137,31 @@ class Chat:
             self._counts[size] = counted["num_image_tokens"][0]
         return self._counts[size]
 
-    def _rendered(self, turns: Sequence[Turn], *, answering: bool = False) -> str:
+    def _as_text(self, text: str) -> tuple[Tensor, Tensor]:
+        """Return ids, int64 [T], and offsets, int64 [T, 2], of a text in which the image token is words of a user's.
+
+        Raises:
+            BadSample: this tokenizer has no other tokens for them.
+        """
+        start = self._renderer.missing_start(text)
+        found = self._without_image_token.encode(text, add_special_tokens=False)
+        if self.processor.image_token_id in found.ids:
+            raise BadSample(f"{IMAGE} without an image, which this tokenizer cannot read as text")
+        return torch.tensor([*start, *found.ids]), torch.tensor([(0, 0)] * len(start) + found.offsets)
+
+    @cached_property
+    def _without_image_token(self) -> Tokenizer:
+        stored = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        added = [token for token in stored["added_tokens"] if token["content"] != self.processor.image_token]
+        return Tokenizer.from_str(json.dumps(stored | {"added_tokens": added, "truncation": None, "padding": None}))
+
+    def _rendered(self, conversation: Conversation, *, answering: bool = False) -> str:
+        turns, is_text = conversation.turns, is_written(conversation)
+        if is_text:
+            turns = tuple(Turn(role, text.replace(IMAGE, _STAND_IN)) for role, text in turns)
         try:
-            return self._renderer.text(turns, answering=answering)
+            text = self._renderer.text(turns, answering=answering)
+            return text.replace(_STAND_IN, IMAGE) if is_text else text
         except ConfigError as error:
             raise BadSample(f"the chat template refuses it: {error.given}") from error
 
@@ -155,6 +192,11 @@ class Chat:
             if self.tokenizer.decode([token]).strip():
                 break
         return behind
+
+
+def is_written(conversation: Conversation) -> bool:
+    """Whether `<image>` is text in a conversation: it has no images."""
+    return not conversation.images and any(IMAGE in turn.text for turn in conversation.turns)
 
 
 def _turn_ends(processor: Any) -> set[int]:

@@ -5,40 +5,34 @@ A record is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "
 `<image>` in a human turn stands for the next image. `user` and `assistant` are understood as names, too, and a first
 turn `system`. Other fields are ignored.
 
-Sources
-- a `.json` file: a list of records, counted from 0 in messages.
-- a `.jsonl` file: one record per line, lines counted from 1. Blank lines are skipped.
-- `hf:NAME[:CONFIG[:SPLIT]]`: a Hugging Face data set with these columns (see `eqat_mm.data.hub`); `image` holds
-  paths or images.
+What a source may be: `eqat_mm.data.record_sources`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from eqat_mm.data.hub import HUB_PREFIX, load_hub
-from eqat_mm.data.images import ImageFile, ImageSource, TableImage, file_below
+from eqat_mm.data.images import ImageSource, file_below
 from eqat_mm.data.problems import BadSample
-from eqat_mm.data.user_files import (
-    decode_utf8,
-    parse_json,
-    printable,
-    read_bytes,
-    require_file,
-    shown,
-    told,
-    user_path,
-)
-from eqat_mm.errors import DataError
+from eqat_mm.data.record_files import Places
+from eqat_mm.data.user_files import printable, shown, told
 
 IMAGE = "<image>"
 """What stands for an image in a human turn, whatever the model's own image token is."""
 
 Role = Literal["system", "user", "assistant"]
+Mended = str
+FIRST_BY_MODEL = "first turn by the model, left out"
+IMAGE_REPEATED = "several <image> in a turn for one image, read as one"
+IMAGE_IS_TEXT = "<image> without an image, read as text"
+IMAGE_NOT_SHOWN = "image without <image>, not shown"
+MENDED = (FIRST_BY_MODEL, IMAGE_REPEATED, IMAGE_IS_TEXT, IMAGE_NOT_SHOWN)
+"""In what records of the published data depart from the format, and how LLaVA reads them nevertheless."""
+
 _ROLES: dict[str, Role] = {
     "human": "user",
     "gpt": "assistant",
@@ -46,7 +40,6 @@ _ROLES: dict[str, Role] = {
     "user": "user",
     "assistant": "assistant",
 }
-_SOURCES = "a .json or .jsonl file in LLaVA's format, hf:NAME[:CONFIG[:SPLIT]] or demo-easy-vqa"
 
 
 class Turn(NamedTuple):
@@ -63,12 +56,14 @@ class Conversation:
     Attributes:
         where: file and record, for messages.
         turns: maybe one of the system, then user and assistant in turn, an assistant's last.
-        images: one for every `<image>` in the turns, in this order.
+        images: one for every `<image>` in the turns, in this order; where there are none, `<image>` is text.
+        mended: in what it departs from the format, as the published data do, and was read as LLaVA reads it.
     """
 
     where: str
     turns: tuple[Turn, ...]
     images: tuple[ImageSource, ...]
+    mended: tuple[Mended, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,14 +74,14 @@ class Records:
         source: file or data set.
         rows: dictionaries, if the source keeps to the format.
         counted: what a record is called in messages: `record`, `line` or `row`.
-        numbers: the number of each record under that name.
+        places: where each record is in its file; of a data set only the numbers of rows count.
         image_folder: paths of images are relative to it.
     """
 
     source: str
     rows: Sequence[Any]
     counted: str
-    numbers: Sequence[int]
+    places: Places
     image_folder: Path
 
     def __len__(self) -> int:
@@ -94,7 +89,7 @@ class Records:
 
     def where(self, index: int) -> str:
         """Return the name of a record in messages."""
-        return printable(f"{self.source}, {self.counted} {self.numbers[index]}")
+        return printable(f"{self.source}, {self.counted} {self.places.numbers[index]}")
 
     def conversation(self, index: int) -> Conversation:
         """Return one record, checked for everything but the images' contents.
@@ -108,12 +103,10 @@ class Records:
             raise BadSample(told(error)) from error
         if not isinstance(record, dict):
             raise BadSample(f"a JSON {type(record).__name__} instead of an object")
-        turns = _turns(record.get("conversations"))
+        turns, mended = _turns(record.get("conversations"))
         images = self._images(record.get("image"), index)
-        named = sum(turn.text.count(IMAGE) for turn in turns)
-        if named != len(images):
-            raise BadSample(f"{named} {IMAGE} in the text for {len(images)} images")
-        return Conversation(self.where(index), turns, images)
+        turns, images, more = _placed(turns, images)
+        return Conversation(self.where(index), turns, images, mended + more)
 
     def _images(self, value: Any, index: int) -> tuple[ImageSource, ...]:
         values = value if isinstance(value, list) else [] if value in (None, "") else [value]
@@ -122,119 +115,76 @@ class Records:
     def _image(self, value: Any, index: int, position: int) -> ImageSource:
         if isinstance(value, str) and value:
             return file_below(self.image_folder, value)
-        if isinstance(value, dict) and isinstance(self.rows, _StoredRows):
-            return self.rows.image(value, index, position)
+        if isinstance(value, dict) and hasattr(self.rows, "image"):  # rows of a table hold images, too
+            stored: ImageSource = self.rows.image(value, index, position)
+            return stored
         raise BadSample(f"image is {shown(value)}, not a path")
 
 
-def read_records(source: str, image_folder: Path | None = None) -> Records:
-    """Read the records of `source`; see the module for what it may be.
-
-    Args:
-        source: a `.json` or `.jsonl` file or a data set of the hub.
-        image_folder: folder that the records' image paths are relative to. Default: that of the file, or the
-            working directory for a data set of the hub.
-
-    Raises:
-        DataError: no such file, not UTF-8, not JSON, not a list, no records, or no such image folder.
-        ConfigError: an optional package that this source needs is not installed.
-    """
-    path = user_path(source, _SOURCES)
-    is_hub = source.startswith(HUB_PREFIX)
-    folder = image_folder or (Path() if is_hub else path.parent)
-    if not os.path.isdir(folder):
-        raise DataError(
-            printable(f"image folder {folder}"), "no such folder", "the folder of the images", "check the path"
-        )
-    records = _hub_records(source, folder) if is_hub else _file_records(path, folder)
-    if not len(records):
-        raise DataError(printable(source), "no records", "at least one", "check the contents")
-    return records
-
-
-def _hub_records(source: str, folder: Path) -> Records:
-    table = load_hub(source)
-    if "conversations" not in table.column_names:
-        found = ", ".join(table.column_names)
-        raise DataError(source, f"the columns {found}", "a column conversations", "take a data set in LLaVA's format")
-    kept = [name for name in ("image", "conversations") if name in table.column_names]
-    rows = _StoredRows(table.select_columns(kept))
-    return Records(source, rows, "row", range(len(rows)), folder)
-
-
-class _StoredRows(Sequence[Any]):
-    """Rows of a `datasets.Dataset` as they are stored: images stay bytes or paths."""
-
-    def __init__(self, table: Any) -> None:
-        feature = table.features.get("image")
-        feature = getattr(feature, "feature", feature)  # of a list
-        self._names_files = type(feature).__name__ == "Image"
-        self._table = table.with_format("arrow")
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._table[index].to_pylist()[0]
-
-    def image(self, value: dict[str, Any], index: int, position: int) -> ImageSource:
-        """Return an image that is stored in its row, or in a file that the library keeps for it.
-
-        Raises:
-            BadSample: it is neither; a record's own words name no file outside the image folder.
-        """
-        if isinstance(value.get("bytes"), bytes):
-            return TableImage(self, index, position)
-        if self._names_files and isinstance(value.get("path"), str):
-            return ImageFile(Path(value["path"]))
-        raise BadSample(f"image is {shown(value)}, without bytes")
-
-
-def _file_records(path: Path, folder: Path) -> Records:
-    require_file(path, _SOURCES)
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        raise DataError(printable(path), f"a file of type {path.suffix or '(none)'}", _SOURCES, "convert it")
-    text = decode_utf8(read_bytes(path, _SOURCES), path)
-    if path.suffix.lower() == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        rows = [parse_json(line, f"{path}, line {number}", "one record per line") for number, line in lines]
-        return Records(str(path), rows, "line", [number for number, _ in lines], folder)
-    rows = parse_json(text, str(path), "a list of records")
-    if not isinstance(rows, list):
-        raise DataError(
-            printable(path), f"a JSON {type(rows).__name__}", "a list of records", "wrap the records in a list"
-        )
-    return Records(str(path), rows, "record", range(len(rows)), folder)
-
-
-def _turns(value: Any) -> tuple[Turn, ...]:
-    """Return the turns of a record, checked for speakers, order, answers and the place of `<image>`."""
+def _turns(value: Any) -> tuple[tuple[Turn, ...], tuple[Mended, ...]]:
+    """Return the turns of a record, checked for speakers, order and answers, and whether one was left out."""
     if not isinstance(value, list) or not value:
         raise BadSample("no list of turns in `conversations`")
-    turns = tuple(_turn(item, number) for number, item in enumerate(value, start=1))
-    opening = 1 if turns[0].role == "system" else 0
-    for number, turn in enumerate(turns[opening:], start=opening):
-        expected = ("user", "assistant")[(number - opening) % 2]
+    opening = 1 if _role(value[0]) == "system" else 0
+    left_out = len(value) > opening and _role(value[opening]) == "assistant"
+    numbered = [(number, item) for number, item in enumerate(value, start=1) if not left_out or number != opening + 1]
+    turns = tuple(_turn(item, number) for number, item in numbered)
+    for (number, _), turn, expected in zip(numbered[opening:], turns[opening:], cycle(("user", "assistant"))):
         if turn.role != expected:
-            raise BadSample(f"turn {number + 1} is the {turn.role}'s, where the {expected} should speak")
-    if turns[-1].role != "assistant":
+            raise BadSample(f"turn {number} is the {turn.role}'s, where the {expected} should speak")
+    if not turns[opening:] or turns[-1].role != "assistant":
         raise BadSample("no answer to the last turn")
-    return turns
+    return turns, (FIRST_BY_MODEL,) if left_out else ()
+
+
+def _placed(
+    turns: tuple[Turn, ...], images: tuple[ImageSource, ...]
+) -> tuple[tuple[Turn, ...], tuple[ImageSource, ...], tuple[Mended, ...]]:
+    """Return turns and images that fit each other: one `<image>` for each, or none at all."""
+    named = sum(turn.text.count(IMAGE) for turn in turns)
+    if not images:
+        return turns, images, (IMAGE_IS_TEXT,) if named else ()
+    if not named:
+        return turns, (), (IMAGE_NOT_SHOWN,)
+    for number, turn in enumerate(turns, start=1):
+        if turn.role != "user" and IMAGE in turn.text:
+            raise BadSample(f"{IMAGE} in turn {number}, which is the {turn.role}'s")
+    if named > len(images):
+        turns = tuple(Turn(turn.role, _once(turn.text)) for turn in turns)
+    if sum(turn.text.count(IMAGE) for turn in turns) != len(images):
+        raise BadSample(f"{named} {IMAGE} in the text for {len(images)} images")
+    return turns, images, (IMAGE_REPEATED,) if named > len(images) else ()
+
+
+def _once(text: str) -> str:
+    """Return a text with the first of its `<image>` alone."""
+    before, image, behind = text.partition(IMAGE)
+    return before + image + behind.replace(IMAGE, "")
+
+
+def _role(item: Any) -> Role | None:
+    name = item.get("from") if isinstance(item, dict) else None
+    return _ROLES.get(name) if isinstance(name, str) else None
 
 
 def _turn(item: Any, number: int) -> Turn:
+    try:  # nearly all are as they should be, and there are millions
+        role, text = _ROLES[item["from"]], item["value"]
+        text.encode()
+        if text.strip():
+            return Turn(role, text)
+    except (LookupError, TypeError, AttributeError, UnicodeEncodeError):
+        pass
+    raise _fault(item, number)
+
+
+def _fault(item: Any, number: int) -> BadSample:
     if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("from", "value")):
-        raise BadSample(f"turn {number} has not the two strings `from` and `value`")
+        return BadSample(f"turn {number} has not the two strings `from` and `value`")
     role = _ROLES.get(item["from"])
     if role is None:
-        raise BadSample(f"unknown speaker {item['from']!r:.40} in turn {number} (known: {', '.join(_ROLES)})")
-    text = item["value"]
-    if not text.strip():
-        raise BadSample(f"empty {'answer' if role == 'assistant' else 'text'} in turn {number}")
-    if role != "user" and IMAGE in text:
-        raise BadSample(f"{IMAGE} in turn {number}, which is the {role}'s")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no tokenizer takes it
-        raise BadSample(f"turn {number} holds text that is not Unicode") from error
-    return Turn(role, text)
+        return BadSample(f"unknown speaker {item['from']!r:.40} in turn {number} (known: {', '.join(_ROLES)})")
+    if not item["value"].strip():
+        return BadSample(f"empty {'answer' if role == 'assistant' else 'text'} in turn {number}")
+    # JSON can spell half of a surrogate pair; no tokenizer takes it
+    return BadSample(f"turn {number} holds text that is not Unicode")

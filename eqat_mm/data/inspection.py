@@ -2,69 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from eqat_mm.data.chat import Chat
 from eqat_mm.data.conversations import Conversation, Records
 from eqat_mm.data.images import ImageSource, Size
-from eqat_mm.data.problems import BadSample, MissingImage, Problem, TooLong, refusals
-from eqat_mm.data.user_files import printable
-from eqat_mm.errors import DataError
-from eqat_mm.runtime.progress import progress
-
-_PER_BATCH = 256
-_HOPELESS = 1000
-"""Images missing, and none there."""
+from eqat_mm.data.problems import BadSample, TooLong, refusals
+from eqat_mm.data.quick_lengths import ExactLengths
 
 _CHARACTERS = 256
 """Of a token at most: the longest tokens of published vocabularies are runs of 128 spaces."""
 
+_MOST_IMAGES = 2**15
+"""Whose sizes a process remembers: published data ask many questions about one image."""
 
-def check_samples(inspector: Inspector, chosen: list[int]) -> tuple[list[Conversation], list[int], list[Problem]]:
-    """Return the good ones of the records with these indices, their lengths in tokens, and what is wrong with the bad.
 
-    Raises:
-        DataError: the first thousand images are all missing.
+class Image(NamedTuple):
+    """An image of a record: a hash of its name, and its size."""
+
+    number: int
+    size: Size
+
+
+class Finding(NamedTuple):
+    """What is known of a record.
+
+    Attributes:
+        content: hash of what is said and of the names of images; 0 where the record is not in the format.
+        length: tokens; 0 where they were not counted.
+        images: that are shown.
+        mended: in what it departs from the format.
+        cuts: it has more than the tokens allowed, and its images and the beginning of an answer are among the first.
+        problem: what is wrong with it, cut or not; None where nothing is.
     """
-    conversations: list[Conversation] = []
-    lengths: list[int] = []
-    problems: dict[int, Problem] = {}
-    for start in progress(range(0, len(chosen), _PER_BATCH), what="check samples", unit="batch"):
-        good, bad = inspector.inspect_all(chosen[start : start + _PER_BATCH])
-        conversations += [conversation for conversation, _ in good]
-        lengths += [length for _, length in good]
-        problems |= bad
-        _stop_without_images(inspector.records, conversations, problems)
-    return conversations, lengths, [problems[index] for index in sorted(problems)]
 
-
-def _stop_without_images(records: Records, conversations: list[Conversation], problems: dict[int, Problem]) -> None:
-    """Raise `DataError` where the first thousand images are all missing: so are the others then."""
-    if len(problems) < _HOPELESS or any(conversation.images for conversation in conversations):
-        return
-    missing = [problem for problem in problems.values() if problem.kind is MissingImage]
-    if len(missing) >= _HOPELESS:
-        raise DataError(
-            printable(records.source),
-            f"the first {len(missing):,} images are all missing, beginning with {missing[0]}",
-            f"images below {printable(records.image_folder)}",
-            MissingImage.do,
-        )
-
-
-def _short(length: int | BadSample, max_length: int) -> int:
-    if isinstance(length, BadSample):
-        raise length
-    require_short(length, max_length)
-    return length
+    content: int = 0
+    length: int = 0
+    images: tuple[Image, ...] = ()
+    mended: tuple[str, ...] = ()
+    cuts: bool = False
+    problem: BadSample | None = None
 
 
 def require_short(length: int, max_length: int) -> None:
     """Raise `TooLong` for more than `max_length` tokens."""
     if length > max_length:
         raise TooLong(f"{length:,} tokens, more than max_length ({max_length:,})")
+
+
+def hash_of(*parts: object) -> int:
+    """Return a hash of 63 bits, the same in every process."""
+    text = "\0".join(map(str, parts)).encode(errors="surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Inspector:
+    """Checks records, the length of each last: tokenizers are faster with many texts.
+
+    Args:
+        lengths: of texts, by the model's processor.
+        records: of a source.
+        max_length: most tokens of a sample.
+        look: returns the size of an image, or raises `BadSample`.
+    """
+
+    def __init__(
+        self, lengths: ExactLengths, records: Records, max_length: int, look: Callable[[ImageSource], Size]
+    ) -> None:
+        self.records = records
+        self._lengths = lengths
+        self._chat = lengths.chat
+        self._max_length = max_length
+        self._size_of = lru_cache(maxsize=_MOST_IMAGES)(look)
+        self._seen: set[int] = set()
+        self._folder = f"{records.image_folder}/"
+
+    def inspect_all(self, indices: Iterable[int]) -> list[Finding]:
+        """Return what is known of some records."""
+        found: dict[int, Finding] = {}
+        fitting: list[tuple[int, Conversation, str]] = []
+        for index in indices:
+            finding, conversation, text = self._inspect(index)
+            found[index] = finding
+            if text is not None and conversation is not None:
+                fitting.append((index, conversation, text))
+        sizes = [[image.size for image in found[index].images] for index, _, _ in fitting]
+        counted = self._counted([text for _, _, text in fitting], sizes)
+        for (index, conversation, _), length in zip(fitting, counted, strict=True):
+            found[index] = self._measured(found[index], conversation, length)
+        return list(found.values())
+
+    def _inspect(self, index: int) -> tuple[Finding, Conversation | None, str | None]:
+        finding, conversation = Finding(), None
+        try:
+            conversation = self.records.conversation(index)
+            names = [str(image).removeprefix(self._folder) for image in conversation.images]
+            spoken = [part for turn in conversation.turns for part in turn]
+            finding = Finding(hash_of(*spoken, "", *names), mended=conversation.mended)
+            _require_bounded(conversation, self._max_length)
+            images = [
+                Image(hash_of(name), self._size_of(image))
+                for name, image in zip(names, conversation.images, strict=True)
+            ]
+            finding = finding._replace(images=tuple(images))
+            return finding, conversation, self._text(conversation)
+        except BadSample as error:
+            return finding._replace(problem=error), conversation, None
+
+    def _text(self, conversation: Conversation) -> str:
+        turns = len(conversation.turns)
+        with refusals():
+            text = self._lengths.text(conversation)
+            if turns not in self._seen:  # a matter of the template, hardly of the words
+                self._chat.answers(conversation, text)
+                self._seen.add(turns)
+        return text
+
+    def _counted(self, texts: Sequence[str], sizes: Sequence[Sequence[Size]]) -> list[int | BadSample]:
+        """Return the tokens of each sample, or why they cannot be counted."""
+        try:
+            with refusals():
+                return [*self._lengths.lengths(texts, sizes)]
+        except BadSample as error:
+            if len(texts) == 1:
+                return [error]
+            return [self._counted([text], [each])[0] for text, each in zip(texts, sizes, strict=True)]
+
+    def _measured(self, finding: Finding, conversation: Conversation, length: int | BadSample) -> Finding:
+        try:
+            if isinstance(length, BadSample):
+                raise length
+            if length > 0.9 * self._max_length:
+                length = self._length_of(self._chat.text(conversation), finding.images)
+            finding = finding._replace(length=length)
+            require_short(length, self._max_length)
+            return finding
+        except TooLong as error:
+            problem: BadSample = error
+        except BadSample as error:
+            return finding._replace(problem=error)
+        try:
+            self._require_cut(conversation, finding.images, problem)
+        except BadSample as error:
+            return finding._replace(problem=error)
+        return finding._replace(problem=problem, cuts=True)
+
+    def _require_cut(self, conversation: Conversation, images: Sequence[Image], problem: BadSample) -> None:
+        """Check that all images, and a token of the first answer, are among the first `max_length` tokens.
+
+        Raises:
+            BadSample: they are not, or the template puts the answer elsewhere.
+        """
+        token = self._chat.processor.image_token
+        first = next(place for place, turn in enumerate(conversation.turns) if turn.role == "assistant")
+        with refusals():
+            text = self._chat.text(conversation)
+            start = self._chat.answers(replace(conversation, turns=conversation.turns[: first + 1]), text)[0][0]
+        asked = self._length_of(text[:start], images[: text[:start].count(token)])
+        shown = self._length_of(text[: text.rfind(token) + len(token)], images) if images else 0
+        if asked + 1 >= self._max_length or shown > self._max_length:
+            raise TooLong(f"{problem}; cut, no answer is left, or no whole image")
+
+    def _length_of(self, text: str, images: Sequence[Image]) -> int:
+        with refusals():
+            return self._chat.lengths([text], [[image.size for image in images]])[0]
 
 
 def _require_bounded(conversation: Conversation, max_length: int) -> None:
@@ -77,64 +182,3 @@ def _require_bounded(conversation: Conversation, max_length: int) -> None:
     ):
         if count > most:
             raise TooLong(f"{count:,} {what}, more than max_length ({max_length:,} tokens) can hold")
-
-
-class _Inspected(NamedTuple):
-    conversation: Conversation
-    text: str
-    sizes: list[Size]
-
-
-class Inspector:
-    """Checks records, the length of each last: tokenizers are faster with many texts.
-
-    Args:
-        chat: the model's processor.
-        records: of a source.
-        max_length: most tokens of a sample.
-        look: returns the size of an image, or raises `BadSample`.
-    """
-
-    def __init__(self, chat: Chat, records: Records, max_length: int, look: Callable[[ImageSource], Size]) -> None:
-        self.records = records
-        self._chat = chat
-        self._max_length = max_length
-        self._size_of = lru_cache(maxsize=None)(look)  # published sets ask many questions about one image
-        self._seen: set[int] = set()
-
-    def inspect_all(self, indices: list[int]) -> tuple[list[tuple[Conversation, int]], dict[int, Problem]]:
-        """Return the good ones of some records with their lengths in tokens, and by index what is wrong with others."""
-        fitting: list[tuple[int, _Inspected]] = []
-        good: list[tuple[Conversation, int]] = []
-        bad: dict[int, Problem] = {}
-        for index in indices:
-            try:
-                fitting.append((index, self._inspect(index)))
-            except BadSample as error:
-                bad[index] = Problem.of(self.records.where(index), error)
-        for (index, sample), length in zip(fitting, self._lengths([each for _, each in fitting]), strict=True):
-            try:
-                good.append((sample.conversation, _short(length, self._max_length)))
-            except BadSample as error:
-                bad[index] = Problem.of(self.records.where(index), error)
-        return good, bad
-
-    def _lengths(self, samples: list[_Inspected]) -> list[int | BadSample]:
-        """Return the tokens of each sample, or why they cannot be counted."""
-        try:
-            with refusals():
-                return [*self._chat.lengths([each.text for each in samples], [each.sizes for each in samples])]
-        except BadSample as error:
-            return [error] if len(samples) == 1 else [self._lengths([each])[0] for each in samples]
-
-    def _inspect(self, index: int) -> _Inspected:
-        conversation = self.records.conversation(index)
-        _require_bounded(conversation, self._max_length)
-        sizes = [self._size_of(image) for image in conversation.images]
-        turns = len(conversation.turns)
-        with refusals():
-            text = self._chat.text(conversation)
-            if turns not in self._seen:  # a matter of the template, hardly of the words
-                self._chat.answers(conversation, text)
-                self._seen.add(turns)
-        return _Inspected(conversation, text, sizes)

@@ -17,9 +17,11 @@ from eqat_mm.runtime.files import append_jsonl, write_jsonl
 from eqat_mm.runtime.progress import say, speaks
 
 OnBadSample = Literal["error", "skip"]
+TooLongSample = Literal["truncate", "skip", "error"]
 _SHOWN = 10
 _LATE = {"found": "in training"}
 SKIP = "--conversations.on_bad_sample skip"
+SKIP_LONG = "--conversations.too_long skip"
 
 
 class BadSample(Exception):
@@ -55,7 +57,7 @@ class TooLong(BadSample):
     """It has more tokens than may be."""
 
     kind = "too long"
-    do = "raise --conversations.max_length"
+    do = "raise --conversations.max_length, or let what does not fit be cut off: --conversations.too_long truncate"
 
 
 class Refused(BadSample):
@@ -65,12 +67,20 @@ class Refused(BadSample):
     do = "remove them, or mend the processor's files beside the weights"
 
 
+KINDS = (BadSample, MissingImage, UnreadableImage, TooLong, Refused)
+"""All kinds, as they are numbered in an index."""
+
+
+class Inexact(Exception):
+    """A shortcut gives something else than template and tokenizer."""
+
+
 @contextmanager
 def refusals() -> Iterator[None]:
     """Turn what a processor raises into `Refused`: it raises what it likes about a sample that does not suit it."""
     try:
         yield
-    except (BadSample, EqatError, AssertionError):
+    except (BadSample, EqatError, AssertionError, Inexact):
         raise
     except Exception as error:
         raise Refused(f"the model's processor refuses it ({told(error)})") from error
@@ -104,15 +114,22 @@ class Tolerance:
         on_bad_sample: `error` or `skip`.
         max_skipped: largest share of all samples that is skipped. Up to ten are in any case: all are then shown.
         file: where all are listed, a line of JSON each; None lists the first of each kind only.
+        too_long: the same for those that are too long; `truncate` says nothing of those that cannot be cut.
     """
 
     on_bad_sample: OnBadSample = "error"
     max_skipped: float = 0.1
     file: Path | None = None
+    too_long: TooLongSample = "truncate"
 
     def allows(self, bad: int, total: int) -> bool:
-        """Return whether so many bad samples of `total` are skipped."""
-        return self.on_bad_sample == "skip" and bad < total and bad <= max(_SHOWN, self.max_skipped * total)
+        """Return whether so many bad samples of `total` are not too many."""
+        return bad < total and bad <= max(_SHOWN, self.max_skipped * total)
+
+    def skips(self, kind: type[BadSample]) -> bool:
+        """Return whether bad samples of a kind are skipped."""
+        own = self.too_long if issubclass(kind, TooLong) and self.too_long != "truncate" else self.on_bad_sample
+        return own == "skip"
 
 
 def report(source: str, problems: Sequence[Problem], total: int, tolerance: Tolerance) -> None:
@@ -132,14 +149,15 @@ def report(source: str, problems: Sequence[Problem], total: int, tolerance: Tole
         return
     kinds = Counter(problem.kind for problem in problems).most_common()
     lines = [line for kind, _ in kinds for line in _lines_of(kind, problems)] + listed
-    if tolerance.allows(len(problems), total):
+    refused = [kind for kind, _ in kinds if not tolerance.skips(kind)]
+    if not refused and tolerance.allows(len(problems), total):
         say("\n".join([f"{printable(source)}: {len(problems):,} of {total:,} samples are skipped:", *lines]))
         return
     raise DataError(
         printable(source),
         "\n".join([f"{len(problems):,} bad samples of {total:,}:", *lines]),
-        _allowed(tolerance) if len(problems) < total else "at least one sample that can be used",
-        f"{kinds[0][0].do}; {_way_out(len(problems), total, tolerance)}",
+        _allowed(refused, tolerance) if len(problems) < total else "at least one sample that can be used",
+        f"{(refused or [kinds[0][0]])[0].do}; {_way_out(len(problems), total, refused, tolerance)}",
     )
 
 
@@ -164,7 +182,7 @@ class LateProblems:
         Raises:
             DataError: bad samples are an error, or are too many by now to be skipped.
         """
-        if self._tolerance.on_bad_sample == "error":
+        if not self._tolerance.skips(problem.kind):
             raise _late(problem)
         if problem.where in self._found:
             return
@@ -208,18 +226,21 @@ def _lines_of(kind: type[BadSample], problems: Sequence[Problem]) -> list[str]:
     return lines + ([f"        and {len(of_kind) - _SHOWN:,} more"] if len(of_kind) > _SHOWN else [])
 
 
-def _allowed(tolerance: Tolerance) -> str:
-    if tolerance.on_bad_sample == "error":
+def _allowed(refused: Sequence[type[BadSample]], tolerance: Tolerance) -> str:
+    if refused:
         return "samples that can all be used"
     return f"bad samples up to a share of {tolerance.max_skipped:g}, or up to {_SHOWN}"
 
 
-def _way_out(bad: int, total: int, tolerance: Tolerance) -> str:
+def _way_out(bad: int, total: int, refused: Sequence[type[BadSample]], tolerance: Tolerance) -> str:
     share = ceil(100 * bad / total) / 100
     if bad == total:
         return "none of them can be used as it is"
-    enough = replace(tolerance, on_bad_sample="skip").allows(bad, total)
-    return f"or leave them out: {SKIP}" + ("" if enough else f" --conversations.max_skipped {share:g}")
+    flags = [SKIP] if tolerance.on_bad_sample == "error" and any(kind is not TooLong for kind in refused) else []
+    flags += [SKIP_LONG] if TooLong in refused and tolerance.too_long == "error" else []
+    flags += [SKIP] if TooLong in refused and tolerance.too_long == "truncate" and SKIP not in flags else []
+    flags += [] if tolerance.allows(bad, total) else [f"--conversations.max_skipped {share:g}"]
+    return f"or leave them out: {' '.join(flags)}"
 
 
 def _late(problem: Problem) -> DataError:

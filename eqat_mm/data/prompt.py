@@ -95,7 +95,7 @@ class Renderer:
         except Exception as error:  # tokenizers has no class for what it cannot tokenise
             said = " ".join(str(error).split())[:200]
             raise DataError("prompt", said, "text that the tokenizer knows", "take other words") from error
-        return [[*self._missing_start(text), *row] for text, row in zip(texts, found["input_ids"], strict=True)]
+        return [[*self.missing_start(text), *row] for text, row in zip(texts, found["input_ids"], strict=True)]
 
     def inputs(self, text: str, images: Sequence[Any] = (), **options: bool) -> dict[str, Any]:
         """Return what the model's forward takes, of one text.
@@ -136,7 +136,7 @@ class Renderer:
         """Return one of the processor's rows of tokens with what is missing in front of it."""
         if not isinstance(value, Tensor):
             return value[0]
-        start = torch.tensor(self._missing_start(text), dtype=value.dtype)
+        start = torch.tensor(self.missing_start(text), dtype=value.dtype)
         if name != "input_ids":
             start = torch.full((len(start), *value.shape[2:]), int(name == "attention_mask"), dtype=value.dtype)
         return torch.cat([start, value[0]])
@@ -146,7 +146,7 @@ class Renderer:
         names: Sequence[str] = self._speaker.image_processor.model_input_names
         return names
 
-    def _missing_start(self, text: str) -> tuple[int, ...]:
+    def missing_start(self, text: str) -> tuple[int, ...]:
         """Return what the tokenizer puts before a text, unless it is there already."""
         written = bool(self._start_text) and text.lstrip().startswith(self._start_text)
         return () if written else self._start

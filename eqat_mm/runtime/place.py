@@ -13,7 +13,16 @@ from eqat_mm.runtime.progress import say
 
 RECORD, REPLACED = "run.json", ".replaced"
 _PROGRESS = ("trainer", "streams")
-_KEPT = ("model", "state.json", "metrics.jsonl", "result.json", "lmms-eval", "tensorboard", "wandb")
+_KEPT = (
+    "model",
+    "state.json",
+    "metrics.jsonl",
+    "samples.safetensors",
+    "result.json",
+    "lmms-eval",
+    "tensorboard",
+    "wandb",
+)
 """Names that runs give to what they write; the first go when a run is finished."""
 
 

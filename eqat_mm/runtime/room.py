@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,22 @@ def require_disk(folder: Path, needed: int, what: str, written: int = 0) -> None
             given=f"{_size(free)} free" + (f", the {_size(written)} of this run included" if written else ""),
             allowed=f"at least {_size(needed)}",
             do="free disk space, choose another --output, or use fewer or shorter calibration samples",
+        )
+
+
+def require_writable(folder: Path) -> None:
+    """Check that files can be written into a folder, or it can be made.
+
+    Raises:
+        ResourceError: it is a file, or its rights forbid it.
+    """
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ResourceError(
+            where=f"--output {folder}",
+            given=f"{existing}, which is no folder" if not existing.is_dir() else f"{existing}, which is read-only",
+            allowed="a place that can be written",
+            do="choose another --output",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from PIL import Image
 from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
 from eqat_mm.data.image_text import ImageTextData
-from eqat_mm.errors import DataError
+from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
+from tests.checkpoint.files import same_weights
 from tests.commands.launching import ALONE, DATA_PARALLEL, TRAINING, losses, run_well, words_of
 from tests.tiny_llava import save_tiny_llava
 from tests.tolerances import assert_close
@@ -58,7 +60,8 @@ def job(place: Path, name: str, how: Any, **options: Any) -> E2EQPJob:
 
 @pytest.fixture(scope="module")
 def skipped(place: Path) -> Path:
-    return e2e_qp(job(place, "skipped", "skip", save_steps=0))
+    e2e_qp(job(place, "skipped", "skip", save_steps=0))
+    return place / "skipped"
 
 
 def last_step(run: Path) -> int:
@@ -83,6 +86,48 @@ def test_with_error_it_ends_and_goes_on_with_skip(place: Path, capsys: pytest.Ca
     e2e_qp(job(place, "ended", "skip", save_steps=1, logging_steps=1))
     assert last_step(place / "ended") == SAMPLES // 2
     assert capsys.readouterr().out.count("  loss ") == SAMPLES // 2 - done
+
+
+def test_the_run_goes_on_where_its_bad_record_was_removed(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole.json"
+    records = json.loads((place / "records.json").read_text())
+    for record in records:
+        record["image"] = str(Path(place.name) / record["image"])
+    whole.write_text(json.dumps(records))
+    images = {"source": str(whole), "image_folder": place.parent}
+    asked = replace(job(place, "lost", "error", save_steps=1, logging_steps=1), output=tmp_path / "lost")
+    with pytest.raises(DataError, match=r"5\.jpg is unreadable"):
+        e2e_qp(replace(asked, conversations=ImageTextData(**images)))
+    done = capsys.readouterr().out.count("  loss ")
+    whole.write_text(json.dumps(records[:5] + records[6:]))
+    for _ in range(2):  # to its end; then to say so
+        e2e_qp(replace(asked, conversations=ImageTextData(**images)))
+    said = capsys.readouterr().out
+    assert "1 of its 12 samples are gone" in said
+    assert "already finished" in said
+    assert said.count("  loss ") == SAMPLES // 2 - done
+    whole.write_text(json.dumps([records[0]] * 12))
+    with pytest.raises(ConfigError, match="data"):
+        e2e_qp(replace(asked, conversations=ImageTextData(**images)))
+
+
+def test_other_settings_are_refused_before_the_data_are_read(place: Path, skipped: Path) -> None:
+    changed = replace(job(place, "skipped", "skip", save_steps=0), learning_rate=1e-3)
+    nowhere = replace(changed, conversations=ImageTextData(str(place / "gone.json"), on_bad_sample="skip"))
+    with pytest.raises(ConfigError, match="learning_rate"):
+        e2e_qp(nowhere)
+
+
+def test_workers_read_beside_the_training_and_their_errors_end_it(place: Path, skipped: Path, tmp_path: Path) -> None:
+    beside = replace(job(place, "workers", "skip", save_steps=0), output=tmp_path / "run", dataloader_num_workers=2)
+    e2e_qp(beside)
+    assert same_weights(tmp_path / "run" / "model", skipped / "model")
+    with pytest.raises(DataError, match=r"5\.jpg is unreadable"):
+        e2e_qp(
+            replace(job(place, "workers", "error", save_steps=0), output=tmp_path / "error", dataloader_num_workers=1)
+        )
 
 
 @pytest.mark.slow

@@ -13,9 +13,16 @@ import pyarrow as arrow
 import pytest
 from PIL import Image
 
-from eqat_mm.data.conversations import Turn, read_records
+from eqat_mm.data.conversations import (
+    FIRST_BY_MODEL,
+    IMAGE_IS_TEXT,
+    IMAGE_NOT_SHOWN,
+    IMAGE_REPEATED,
+    Turn,
+)
 from eqat_mm.data.images import ImageFile, TableImage
 from eqat_mm.data.problems import BadSample
+from eqat_mm.data.record_sources import read_records
 from eqat_mm.errors import DataError
 
 
@@ -83,16 +90,21 @@ def test_other_names_of_speakers(tmp_path: Path) -> None:
         ({"conversations": [human("a"), {"from": "bing", "value": "b"}]}, "unknown speaker 'bing' in turn 2"),
         ({"conversations": [human("a"), gpt(" \n")]}, "empty answer in turn 2"),
         ({"conversations": [human(""), gpt("b")]}, "empty text in turn 1"),
-        ({"conversations": [gpt("a"), human("b"), gpt("c")]}, "turn 1 is the assistant's"),
+        ({"conversations": [gpt("a"), gpt("b"), human("c"), gpt("d")]}, "turn 2 is the assistant's"),
+        ({"conversations": [gpt("a")]}, "no answer to the last turn"),
+        ({"conversations": [{"from": "system", "value": "a"}]}, "no answer to the last turn"),
         ({"conversations": [human("a"), human("b"), gpt("c")]}, "turn 2 is the user's"),
         ({"conversations": [human("a"), gpt("b"), human("c")]}, "no answer to the last turn"),
-        ({"conversations": [human("a"), gpt("b <image>")], "image": "a.png"}, "<image> in turn 2"),
+        ({"conversations": [human("<image>"), gpt("b <image>")], "image": "a.png"}, "<image> in turn 2"),
         ({"conversations": [human("a \ud83d"), gpt("b")]}, "turn 1 holds text that is not Unicode"),
-        ({"conversations": [human("<image>"), gpt("b")]}, "1 <image> in the text for 0 images"),
-        ({"conversations": [human("a"), gpt("b")], "image": "a.png"}, "0 <image> in the text for 1 images"),
         (
-            {"conversations": [human("<image><image>"), gpt("b")], "image": ["a.png"]},
+            {"conversations": [human("<image>"), gpt("b"), human("<image>"), gpt("b")], "image": ["a.png"]},
             "2 <image> in the text for 1 images",
+        ),
+        ({"conversations": [human("<image>"), gpt("b")], "image": ["a.png"] * 2}, "1 <image> in the text for 2 images"),
+        (
+            {"conversations": [human("<image>" * 3), gpt("b")], "image": ["a.png"] * 2},
+            "3 <image> in the text for 2 images",
         ),
         ({"conversations": [human("<image>"), gpt("b")], "image": "../a.png"}, "leaves the image folder"),
         ({"conversations": [human("<image>"), gpt("b")], "image": 5}, "image is 5, not a path"),
@@ -112,13 +124,51 @@ def test_each_fault_of_a_record(tmp_path: Path, record: Any, problem: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("record", "texts", "images", "mended"),
+    [
+        ({"conversations": [gpt(""), human("b"), gpt("c")]}, ["b", "c"], 0, FIRST_BY_MODEL),
+        (
+            {"conversations": [{"from": "system", "value": "s"}, gpt("a"), human("b"), gpt("c")]},
+            ["s", "b", "c"],
+            0,
+            FIRST_BY_MODEL,
+        ),
+        (
+            {"conversations": [human("<image>\n<image> b <image>"), gpt("c")], "image": "a.png"},
+            ["<image>\n b ", "c"],
+            1,
+            IMAGE_REPEATED,
+        ),
+        (
+            {"conversations": [human("a <image>"), gpt("<image> b")]},
+            ["a <image>", "<image> b"],
+            0,
+            IMAGE_IS_TEXT,
+        ),
+        ({"conversations": [human("a"), gpt("b")], "image": "a.png"}, ["a", "b"], 0, IMAGE_NOT_SHOWN),
+    ],
+    ids=str,
+)
+def test_what_published_data_have_is_taken_as_llava_takes_it(
+    tmp_path: Path, record: Any, texts: list[str], images: int, mended: str
+) -> None:
+    found = read_records(_write(tmp_path / "a.json", json.dumps([record]))).conversation(0)
+    assert [turn.text.strip() for turn in found.turns] == [text.strip() for text in texts]
+    assert found.images == (ImageFile(tmp_path / "a.png"),) * images
+    assert found.mended == (mended,)
+
+
+@pytest.mark.parametrize(
     ("name", "text", "where", "given"),
     [
         ("a.json", "[", "a.json", "not JSON"),
         ("a.json", "[" * 100_000, "a.json", "nested too deep"),
-        ("a.json", "1" * 5000, "a.json", "not JSON"),
+        ("a.json", "[" + "1" * 5000 + "]", "a.json", "not JSON"),
+        ("a.json", "[{}\n {}]", "a.json", "Expecting ',' delimiter at byte 5, in line 2"),
+        ("a.json", "[{}] x", "a.json", "Extra data at byte 5"),
+        ("a.json", "", "a.json", "an empty file"),
         ("a.jsonl", "{}\n" + '{"a":' * 100_000, "a.jsonl, line 2", "nested too deep"),
-        ("a.json", "{}", "a.json", "a JSON dict"),
+        ("a.json", '{"a": 1}', "a.json", "no list: it begins with '{"),
         ("a.json", "[]", "a.json", "no records"),
         ("a.jsonl", "\n", "a.jsonl", "no records"),
         ("a.jsonl", '{"a": 1}\n\n{"a"', "a.jsonl, line 3", "not JSON"),

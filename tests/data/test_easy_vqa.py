@@ -14,7 +14,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from eqat_mm.data import easy_vqa as module
-from eqat_mm.data.conversations import read_records
 from eqat_mm.data.easy_vqa import (
     COLOURS,
     SHAPES,
@@ -25,6 +24,7 @@ from eqat_mm.data.easy_vqa import (
     parse_question,
     published_questions,
 )
+from eqat_mm.data.record_sources import read_records
 from eqat_mm.errors import DataError
 from tests.checkpoint.files import contents
 
@@ -129,7 +129,7 @@ def test_the_folder_is_in_llavas_format(asset: Path) -> None:
     conversation = records.conversation(4)
     assert [turn.text for turn in conversation.turns] == ["<image>\nis no blue shape present?", "no"]
     assert Image.open(conversation.images[0].file()).getpixel((0, 0)) == (0, 0, 255)
-    assert [row["type"] for row in records.rows[:3]] == ["colour", "yes_no_negated", "yes_no"]
+    assert [records.rows[at]["type"] for at in range(3)] == ["colour", "yes_no_negated", "yes_no"]
     assert "dequantized" not in (folder / "README.md").read_text()
     assert (folder / "LICENSE").read_text() == "MIT"
 

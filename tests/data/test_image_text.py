@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -11,17 +12,20 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from eqat_mm.data import image_text as module
+from eqat_mm.data import preparing, spread
 from eqat_mm.data.batching import Collator
 from eqat_mm.data.chat import IGNORED, Chat
 from eqat_mm.data.easy_vqa import EASY_VQA
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.images import FORMATS, image_size
+from eqat_mm.data.kept import Kept
 from eqat_mm.data.problems import MissingImage, TooLong, say_late
 from eqat_mm.errors import ConfigError, DataError
 from llava_adapters.tiny import tiny_config, tiny_vision_config
-from tests.data.tiny_processor import SIDE, TILES, llava_next_processor, llava_processor
+from tests.data.tiny_processor import MARKED, SIDE, TILES, llava_next_processor, llava_processor
 from tests.tolerances import assert_close
 
 SIZES = {"a.png": (28, 28), "b.png": (90, 30), "c.png": (20, 50)}
@@ -79,7 +83,7 @@ BAD = [
     record("<image>", "yes", "gone.png"),
     record("<image>", "yes", "broken.png"),
     record("<image>", "yes", "../a.png"),
-    record("what?", "yes", "a.png"),
+    record("<image>", "yes", ["a.png", "b.png"]),
     record("what?", " "),
     record("what? " * 40, "yes"),
     {"conversations": [{"from": "human", "value": "a"}, {"from": "alien", "value": "b"}]},
@@ -87,7 +91,7 @@ BAD = [
 PROBLEMS = """\
     4 not in the format:
         {source}, record 2: the path ../a.png leaves the image folder {folder}
-        {source}, record 3: 0 <image> in the text for 1 images
+        {source}, record 3: 1 <image> in the text for 2 images
         {source}, record 4: empty answer in turn 2
         {source}, record 6: unknown speaker 'alien' in turn 2 (known: human, gpt, system, user, assistant)
     1 image missing:
@@ -95,7 +99,7 @@ PROBLEMS = """\
     1 image unreadable:
         {source}, record 1: image {folder}/broken.png is unreadable (none of {formats})
     1 too long:
-        {source}, record 5: {length} tokens, more than max_length (60)"""
+        {source}, record 5: {length} tokens, more than max_length (60); cut, no answer is left, or no whole image"""
 
 
 def test_all_problems_are_reported_together_by_their_kind(source: Path) -> None:
@@ -170,7 +174,8 @@ def test_skip_does_not_hide_that_much_is_wrong(source: Path, bad: Any, options: 
 
 def test_a_wrong_image_folder_is_noticed_early(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Any] = []
-    monkeypatch.setattr(module, "image_size", lambda image: looked.append(image) or image_size(image))
+    monkeypatch.setattr(preparing, "image_size", lambda image: looked.append(image) or image_size(image))
+    monkeypatch.setattr(spread, "FEW", 2**20)  # in this process
     gone = [record("<image>", "yes", f"{index}.png") for index in range(3000)]
     for how in ("error", "skip"):
         with pytest.raises(DataError, match="images are all missing") as caught:
@@ -278,10 +283,159 @@ def test_what_is_far_too_long_is_not_tokenized(source: Path, monkeypatch: pytest
     texts: list[str] = []
     rendered = Chat.text
     monkeypatch.setattr(Chat, "text", lambda chat, each: texts.append(each.where) or rendered(chat, each))
+    monkeypatch.setattr(preparing, "_identity", lambda chat: 0)
     turns = [{"from": who, "value": "a"} for who in ("human", "gpt")]
     long = [record("a" * 20_000, "b"), {"conversations": turns * 40}, record("<image>" * 71, "b", ["a.png"] * 71)]
     data = image_text_data(llava_processor(), given(source, [GOOD[1], *long], max_length=70, on_bad_sample="skip"))
     assert len(data) == len(texts) == 1
+
+
+# ---- what is too long -----------------------------------------------------------------------------
+
+
+LONG = record("<image>\nwhat is it?", "a red cat " * 40, "a.png")
+
+
+def test_what_is_too_long_is_cut_as_llava_cuts_it(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = image_text_data(llava_processor(), given(source, [LONG, GOOD[1]]))
+    cut = image_text_data(llava_processor(), given(source, [LONG, GOOD[1]], max_length=50))
+    assert "1 longer than max_length (50), cut" in capsys.readouterr().out
+    assert cut.lengths == [50, whole.lengths[1]]
+    for name in ("input_ids", "labels"):
+        assert torch.equal(cut[0][name], whole[0][name][:50])
+        assert torch.equal(cut[1][name], whole[1][name])
+    assert torch.equal(cut[0]["pixel_values"], whole[0]["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    "uncut",
+    [
+        record("<image>\n" + "what? " * 60, "yes", "a.png"),
+        {**record("what?", "yes " * 60), "image": "a.png"},
+        record("what? " * 60 + "<image>", "yes", "a.png"),
+    ],
+    ids=["question", "answer", "image"],
+)
+def test_no_image_and_no_answer_is_cut_off(source: Path, uncut: Any) -> None:
+    if uncut["conversations"][0]["value"] == "what?":
+        uncut["conversations"] += record("<image>", "no")["conversations"]
+    with pytest.raises(DataError, match="cut, no answer is left") as caught:
+        image_text_data(llava_processor(MARKED), given(source, [GOOD[1], uncut], max_length=60))
+    assert caught.value.do.startswith(TooLong.do)
+    found = image_text_data(
+        llava_processor(MARKED), given(source, [GOOD[1], uncut], max_length=60, on_bad_sample="skip")
+    )
+    assert len(found) == 1
+
+
+def test_every_length_is_cut_or_refused_and_nothing_else(source: Path) -> None:
+    talk = record("<image>\nwhat is it?", "a red cat", "a.png")
+    talk["conversations"] += record("is it big?", "yes, a big one")["conversations"]
+    whole = image_text_data(llava_processor(), given(source, [talk]))[0]
+    answer = int((whole["labels"] != IGNORED).nonzero()[0])
+    for most in range(1, len(whole["labels"]) + 2):
+        try:
+            data = image_text_data(llava_processor(), given(source, [talk], max_length=most))
+        except DataError:
+            assert most <= answer + 1
+        else:
+            assert most > answer
+            assert torch.equal(data[0]["labels"], whole["labels"][:most])
+
+
+@pytest.mark.parametrize(("how", "others"), [("skip", "error"), ("error", "skip")])
+def test_what_is_too_long_has_a_setting_of_its_own(source: Path, how: Any, others: Any) -> None:
+    options = {"too_long": how, "on_bad_sample": others, "max_length": 50}
+    config = given(source, [LONG, GOOD[1]], **options)
+    if how == "skip":
+        assert len(image_text_data(llava_processor(), config)) == 1
+        return
+    with pytest.raises(DataError, match="more than max_length") as caught:
+        image_text_data(llava_processor(), config)
+    assert "too_long truncate" in caught.value.do
+    assert caught.value.do.endswith("or leave them out: --conversations.too_long skip")
+
+
+def test_the_setting_for_too_long_excuses_nothing_else(source: Path) -> None:
+    with pytest.raises(DataError, match="2 bad samples of 3") as caught:
+        image_text_data(llava_processor(), given(source, [LONG, GOOD[1], BAD[4]], max_length=50, too_long="skip"))
+    assert caught.value.do.endswith("--conversations.on_bad_sample skip")
+
+
+# ---- what the published data have ------------------------------------------------------------------
+
+
+def test_image_in_a_text_without_images_is_text(source: Path) -> None:
+    data = image_text_data(llava_processor(), given(source, [record("what is <image>?", "a <image>")]))
+    sample = data[0]
+    processor = llava_processor()
+    assert processor.image_token_id not in sample["input_ids"]
+    assert data.lengths == [len(sample["input_ids"])]
+    said = processor.tokenizer.decode(sample["labels"][sample["labels"] != IGNORED]).replace(" ", "")
+    assert said.startswith("a<image>")
+
+
+def test_what_is_taken_as_llava_takes_it_is_counted(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = record("a", "b")
+    first["conversations"].insert(0, {"from": "gpt", "value": "hello"})
+    odd = [first, record("<image><image> a", "b", "a.png"), record("a", "b", "a.png")]
+    data = image_text_data(llava_processor(), given(source, [GOOD[0], *odd]))
+    assert data.text_only == [False, True, False, True]
+    said = capsys.readouterr().out
+    assert "of 4 samples are taken as LLaVA takes them" in said
+    for what in ("first turn by the model", "several <image> in a turn", "image without <image>"):
+        assert f"1 {what}" in said
+
+
+# ---- a source that changes under a run -------------------------------------------------------------
+
+
+def test_a_run_goes_on_without_records_that_are_gone(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = image_text_data(llava_processor(), given(source, GOOD))
+    before.known.save(source.parent)
+    kept = Kept.open(source.parent)
+    assert kept is not None
+    samples = [before[index] for index in range(4)]
+    new = record("new?", "yes")
+    now = image_text_data(llava_processor(), given(source, [new, GOOD[3], GOOD[0], GOOD[1]])).as_before(kept)
+    assert now is not None
+    assert "1 of its 4 samples are gone" in (said := capsys.readouterr().out)
+    assert "1 new ones are not used" in said
+    assert now.digest() == before.digest()
+    assert (now.lengths, now.text_only) == (before.lengths, before.text_only)
+    for at, stands_in in enumerate((0, 1, 3, 3)):
+        assert all(torch.equal(value, now[at][name]) for name, value in samples[stands_in].items())
+
+
+def test_other_data_are_not_the_same_run(source: Path) -> None:
+    kept = image_text_data(llava_processor(), given(source, GOOD)).known
+    others = [record(f"what? {number}", "yes") for number in range(4)]
+    assert image_text_data(llava_processor(), given(source, others)).as_before(kept) is None
+
+
+def test_a_place_of_images_is_no_part_of_the_data(source: Path, tmp_path: Path) -> None:
+    first = image_text_data(llava_processor(), given(source, GOOD)).digest()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in SIZES:
+        (source.parent / name).rename(moved / name)
+    assert image_text_data(llava_processor(), given(source, GOOD, image_folder=moved)).digest() == first
+
+
+# ---- beside the training process -------------------------------------------------------------------
+
+
+def test_workers_give_the_same_and_their_errors_keep_four_lines(source: Path) -> None:
+    late = record("<image>", "yes", cut_jpeg(source.parent))
+    data = image_text_data(llava_processor(), given(source, [*GOOD, late]))
+    loaded = DataLoader(data, batch_size=None, num_workers=2)
+    for index, sample in enumerate(itertools.islice(loaded, 4)):
+        assert all(torch.equal(value, data[index][name]) for name, value in sample.items())
+    with pytest.raises(DataError, match=r"cut\.jpg is unreadable") as caught:
+        list(loaded)
+    assert type(caught.value) is DataError
+    assert caught.value.where == f"{source}, record 4"
+    assert caught.value.do.startswith("start the same command again")
 
 
 def test_odd_names_can_be_shown(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,6 +500,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, package: st
         {"text_warmup_steps": -1},
         {"on_bad_sample": "ignore"},
         {"check": "all"},
+        {"too_long": "cut"},
         {"max_skipped": 1.5},
     ],
     ids=str,

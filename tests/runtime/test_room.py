@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 
 from eqat_mm.errors import ResourceError
 from eqat_mm.runtime import room
-from eqat_mm.runtime.room import require_disk, require_memory
+from eqat_mm.runtime.room import require_disk, require_memory, require_writable
 from tests.checkpoint.files import assert_four_lines
 
 
@@ -45,3 +46,14 @@ def test_too_little_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.given == "1.00 GiB available"
     assert "1.50 GiB" in caught.value.allowed
     assert "--spool disk" in caught.value.do
+
+
+def test_a_place_that_is_a_file_or_read_only_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_writable(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ResourceError, match="which is no folder"):
+            require_writable(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ResourceError, match="read-only"):
+        require_writable(tmp_path / "a")
