@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,8 @@ class PrepareDataJob(Settings):
         problems: file in which bad samples are listed. Default: problems.jsonl beside the index.
     """
 
-    model: str = "demo-llava"
-    conversations: ImageTextData = field(default_factory=ImageTextData)
+    model: str
+    conversations: ImageTextData
     problems: Path | None = None
 
 

@@ -194,7 +194,7 @@ class Renderer:
                 "put chat_template.jinja beside the weights; a language model can go on without: leave out --chat",
             )
         try:
-            with time_limit(self._patience, "<template>"):  # what jinja calls it
+            with time_limit(self._patience):
                 text = str(self._speaker.apply_chat_template(messages, add_generation_prompt=answering, tokenize=False))
             text.encode()
         except Exception as error:  # a template is a program of the model's, and anything may go wrong in it
