@@ -124,13 +124,22 @@ def test_file_map_is_read_as_a_tree() -> None:
     assert paths_in_file_map(text) == {"a/", "a/b/", "a/b/c.py", "a/d.py", "e.md"}
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/files.md"])
 def test_paths_named_in_the_documents_exist(document: str) -> None:
     if not (ROOT / document).exists():
         pytest.skip(f"no {document}")
-    text = (ROOT / document).read_text(encoding="utf-8")
-    missing = [name for name in paths_named_in(text) | paths_in_file_map(text) if not list(ROOT.glob(name.rstrip("/")))]
+    text, beside = (ROOT / document).read_text(encoding="utf-8"), (ROOT / document).parent
+    named = {name.rstrip("/") for name in paths_named_in(text) | paths_in_file_map(text)}
+    missing = [name for name in named if not list(ROOT.glob(name)) and not (beside / name).exists()]
     assert not missing, f"{document} names what does not exist: {sorted(missing)}"
+
+
+def test_every_module_is_in_the_file_map() -> None:
+    named = paths_in_file_map((ROOT / "docs" / "files.md").read_text(encoding="utf-8"))
+    modules = [path for package in ("eqat_mm", "eval/eqat_eval") for path in (ROOT / package).rglob("*.py")]
+    modules += (ROOT / "llava_adapters").glob("*.py")
+    names = {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"}
+    assert sorted(names - named) == []
 
 
 # ---- nothing of the machine it was written on -----------------------------------------------------
