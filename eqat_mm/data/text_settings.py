@@ -38,6 +38,8 @@ class TextWindows(Settings, option="data"):
         text_field: field or column that holds the text, where there are records.
         part: `train` or `held_out` side of the split by document, or `all` of them.
         length: tokens in a window.
+        begin: what a window begins with: `auto` takes what the tokenizer puts before every text, such as the
+            beginning-of-text token of Gemma and Llama 2; `none` is text alone, as in published perplexities of Llama.
         count: number of windows; None takes all the text.
         held_out_fraction: share of the documents held out.
         seed: order of the documents.
@@ -48,6 +50,7 @@ class TextWindows(Settings, option="data"):
     text_field: str = TEXT_FIELD
     part: Literal["train", "held_out", "all"] = "train"
     length: Length = 2048
+    begin: Literal["auto", "none"] = "auto"
     count: Count | None = None
     held_out_fraction: Share = 0.1
     seed: Seed = 0

@@ -1,6 +1,7 @@
 """Windows of tokens: documents tokenised, joined with the end-of-sequence token, cut to one length.
 
-Windows are full: no padding and no attention mask. A document may run over into the next window, as in pretraining; the
+Windows are full: no padding and no attention mask. Each begins with what the tokenizer puts before a text: a model that
+was trained to see it says little without. A document may run over into the next window, as in pretraining; the
 tokens after the last full window are dropped. Where a few long documents would fill the windows that are asked for,
 every one gives its first window, then its second, until there are enough: the more documents, the less any one decides.
 """
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eqat_mm.data.documents import drawn_documents, load_documents, of_side, split_documents
 from eqat_mm.data.text_settings import TextSource, TextWindows, shares
+from eqat_mm.data.vocabulary import start_of
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.progress import progress
 from eqat_mm.runtime.seeding import generator
@@ -41,6 +43,24 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, config: TextWindows) -> Ten
         ConfigError: a package is missing, or the tokenizer has no end-of-sequence token.
     """
     config.require_source("source")
+    begin = start_of(tokenizer) if config.begin == "auto" else ()
+    windows = _texts(tokenizer, replace(config, length=_room(config.length, len(begin))))
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(len(windows), -1), windows], 1)
+
+
+def _room(length: int, begin: int) -> int:
+    if length <= begin:
+        raise ConfigError(
+            where="text windows",
+            given=f"a length of {length}, of which {begin} tokens are the beginning of every text",
+            allowed="room for text behind them",
+            do="raise length, or set begin to none",
+        )
+    return length - begin
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, config: TextWindows) -> Tensor:
+    """Return windows of text alone."""
     sources = config.sources
     counts = [config.count] if len(sources) == 1 else shares([each.weight for each in sources], config.count or 0)
     windows = [

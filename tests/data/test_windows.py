@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from eqat_mm.data import windows as module
@@ -124,6 +125,25 @@ def test_the_parts_are_the_sides_of_the_split(tokenizer: PreTrainedTokenizerFast
     for part, documents in (("train", train), ("held_out", held_out), ("all", DOCUMENTS)):
         windows = text_windows(tokenizer, dataclasses.replace(config, part=part))  # type: ignore[arg-type]
         assert torch.equal(windows, pack_windows(tokenizer, documents, 2, seed=0))
+
+
+def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text("\n\n\n".join(DOCUMENTS))
+    config = TextWindows(source=str(source), length=3, part="all")
+    plain = text_windows(tokenizer, dataclasses.replace(config, length=2))
+    assert len(text_windows(tokenizer, config)[0]) == 3
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.eos_token} $A", special_tokens=[(tokenizer.eos_token, end)]
+    )
+    begun = text_windows(tokenizer, config)
+    assert torch.equal(begun, torch.cat([torch.full((len(plain), 1), end), plain], 1))
+    assert torch.equal(text_windows(tokenizer, dataclasses.replace(config, length=2, begin="none")), plain)
+    with pytest.raises(ConfigError, match="of which 1 tokens are the beginning"):
+        module._room(1, 1)
 
 
 # ---- long documents ---------------------------------------------------------------------------------
