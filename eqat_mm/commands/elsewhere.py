@@ -28,7 +28,8 @@ ALIASES: dict[str, Alias] = {
     "bf16": Alias(("precision",), {"": "bfloat16", "true": "bfloat16", "false": "float32"}),
     "data_path": Alias(("conversations.source",)),
     "dataset_path": Alias(("conversations.source",)),
-    "eval_data_path": Alias(("data.source",)),
+    "eval_data_path": Alias(("conversations.held_out_source", "data.source")),
+    "eval_steps": Alias(("held_out_steps",)),
     "gradient_accumulation_steps": Alias(("accumulation",)),
     "image_aspect_ratio": Alias(("conversations.images",), {"pad": "pad", "square": "crop"}),
     "image_folder": Alias(("conversations.image_folder",)),
@@ -57,8 +58,7 @@ SAME_ANYWAY = {"resume": "true", "resume_from_checkpoint": "true", "do_train": "
 """Flags that ask for what is done anyway, with the value that does."""
 
 ANSWERS: dict[str, str] = {
-    "dataloader_num_workers": "leave it out: data is read by the training process",
-    "evaluation_strategy": "leave it out, and judge the checkpoint with eqat eval",
+    "evaluation_strategy": "leave it out: --held_out_steps says when",
     "fp16": "leave it out: products are bfloat16 or float32, see --precision",
     "freeze_backbone": "leave it out: see --trains",
     "load_in_4bit": "leave it out: the checkpoint says how it is stored",

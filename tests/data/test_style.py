@@ -13,8 +13,8 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from eqat_mm.data.chat import Chat
-from eqat_mm.data.conversations import read_records
 from eqat_mm.data.prompt import Renderer
+from eqat_mm.data.record_sources import read_records
 from eqat_mm.data.style import TEMPLATES, Style, apply_style, template_text
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.files import write_json
