@@ -26,11 +26,13 @@ class Alias:
 
 ALIASES: dict[str, Alias] = {
     "bf16": Alias(("precision",), {"": "bfloat16", "true": "bfloat16", "false": "float32"}),
+    "bits": Alias(("quant.bits",)),
     "data_path": Alias(("conversations.source",)),
     "dataset_path": Alias(("conversations.source",)),
     "eval_data_path": Alias(("conversations.held_out_source", "data.source")),
     "eval_steps": Alias(("held_out_steps",)),
     "gradient_accumulation_steps": Alias(("accumulation",)),
+    "group_size": Alias(("quant.group_size",)),
     "image_aspect_ratio": Alias(("conversations.images",), {"pad": "pad", "square": "crop"}),
     "image_folder": Alias(("conversations.image_folder",)),
     "lora_alpha": Alias(("lora.alpha",)),
@@ -51,8 +53,9 @@ ALIASES: dict[str, Alias] = {
     "train_projector": Alias(("trains",), {"": "scales+projector", "true": "scales+projector", "false": "scales"}),
     "tune_mm_mlp_adapter": Alias(("trains",), {"": "projector", "true": "projector", "false": "scales"}),
     "version": Alias(("conversations.template",), {"v1": "vicuna_v1", "vicuna_v1": "vicuna_v1"}),
+    "wbits": Alias(("quant.bits",)),
 }
-"""Their name -> ours."""
+"""Their name -> ours, in commands that have no option of that name themselves."""
 
 SAME_ANYWAY = {"resume": "true", "resume_from_checkpoint": "true", "do_train": "true", "lazy_preprocess": "true"}
 """Flags that ask for what is done anyway, with the value that does."""

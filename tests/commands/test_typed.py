@@ -67,10 +67,16 @@ def test_what_has_no_like_is_answered(name: str) -> None:
     assert raised.value.do == ANSWERS[name]
 
 
+@pytest.mark.parametrize("command", ["block-ap", "e2e-qp", "rtn", "plan"])
+def test_bits_are_those_of_the_weights(command: str) -> None:
+    job = job_of(command, "m", "--bits", "3", "--group-size", "128")
+    assert (job.quant.bits, job.quant.group_size) == (3, 128)
+
+
 def test_every_name_of_elsewhere_stands_for_an_option_of_some_command() -> None:
     options = {option.name for command in COMMANDS.values() for option in options_of(command.load()[0])}
     assert {ours for alias in ALIASES.values() for ours in alias.options} <= options
-    assert not {*ALIASES, *ANSWERS} & options
+    assert {*ALIASES, *ANSWERS} & options == {"bits", "group_size"}, "what only some commands call so"
     assert not set(ALIASES) & set(SAME_ANYWAY)
 
 
