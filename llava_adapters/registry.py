@@ -55,8 +55,12 @@ def _loaded(entry: EntryPoint, archs: dict[str, Arch]) -> tuple[Arch | None, str
     return (None, f"the name {arch.name!r} is taken") if arch.name in archs else (arch, "")
 
 
-def arch_for(name: str) -> Arch:
+def arch_for(name: str, where: str = "--adapter") -> Arch:
     """Return the architecture called `name`.
+
+    Args:
+        name: of an adapter.
+        where: it is named, for the message.
 
     Raises:
         AdapterError: unknown name; lists near ones.
@@ -65,10 +69,10 @@ def arch_for(name: str) -> Arch:
     if name in archs:
         return archs[name]
     raise AdapterError(
-        where="--adapter",
+        where=where,
         given=repr(name),
         allowed=", ".join(sorted(archs)),
-        do="choose one of these, or add an adapter (docs/adding_a_model.md)",
+        do="choose one of these, install the package that has it, or add an adapter (docs/adding_a_model.md)",
     )
 
 

@@ -142,7 +142,7 @@ def _trained(
         model = load(base, dtype=kept, device=arguments.device, verify=False)
     if _adapts(job):
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
-    projector = arch_for(read_manifest(base).arch).find_projector(model)
+    projector = arch_for(read_manifest(base).arch, f"{base}: the adapter that made it").find_projector(model)
     given: dict[str, Any] = {"blank": _blank(samples), "collator": samples.collator, "order": samples.order}
     given |= {"teacher": teacher, "projector": projector, "watch": watch, "held_out": held_out}
     return model, run_e2e_qp(model, samples.dataset, job, arguments, **given)

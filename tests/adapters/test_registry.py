@@ -100,6 +100,14 @@ def test_other_distributions_register_adapters(monkeypatch: pytest.MonkeyPatch, 
     assert arch_of_folder(tmp_path) is outside
 
 
+def test_an_unknown_adapter_is_told_from_where_it_was_named() -> None:
+    for words in ((), ("base/model: the adapter that made it",)):
+        with pytest.raises(AdapterError) as caught:
+            arch_for("qwen3", *words)
+        assert caught.value.where == (words[0] if words else "--adapter")
+        assert "install the package that has it" in caught.value.do
+
+
 @pytest.mark.parametrize(
     ("found", "reason"),
     [({"name": "outside"}, "it is a dict"), (replace(llama.ARCH, model_types=("x",)), "the name 'llama' is taken")],
