@@ -243,3 +243,65 @@ def chain_first(model: ToyModel, call: BlockCall, hidden: Tensor) -> Tensor:
     """Return the output of block 0."""
     output: Tensor = model.blocks[0](hidden, *call.args, **call.kwargs)[0]
     return output
+
+
+# ---- what models do between and around their blocks -----------------------------------------------
+
+
+class Plain(nn.Module):
+    """A block that returns hidden states alone and takes them by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, gain: float) -> Tensor:
+        return hidden_states + self.proj(hidden_states) * gain
+
+
+class Between(nn.Module):
+    """A model that changes hidden states between its blocks, or calls them in an order of its own."""
+
+    def __init__(self, order: tuple[int, ...] = (0, 1, 2), added: float = 1.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList(Plain() for _ in range(3))
+        self.order, self.added = order, added
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        hidden = self.embed(input_ids)
+        for index in self.order:
+            hidden = self.blocks[index](hidden_states=hidden, gain=0.5)
+            if index == 0:
+                hidden = hidden + self.added * torch.arange(8.0)
+        return hidden
+
+
+def test_what_a_model_adds_between_two_blocks_is_part_of_the_call() -> None:
+    model, inputs = Between().eval(), {"input_ids": tokens(2, 5, 0)}
+    (sample,) = list(capture(model, model.blocks, [inputs]))
+    assert [call.added is None for call in sample.calls] == [True, False, True]
+    with torch.no_grad():
+        hidden = sample.hidden
+        for block, call in zip(model.blocks, sample.calls, strict=True):
+            hidden = block(hidden if call.added is None else hidden + call.added, *call.args, **call.kwargs)
+        assert torch.equal(hidden, model(**inputs, use_cache=False))
+
+
+def test_what_is_added_is_joined_like_other_tensors() -> None:
+    model = Between().eval()
+    samples = list(capture(model, model.blocks, [{"input_ids": tokens(1, 5, seed)} for seed in range(3)]))
+    joined = collate([sample.calls[1] for sample in samples])
+    assert joined.added is not None
+    assert joined.added.shape == (3, 5, 8)
+    assert signature(samples[0].calls[1], torch.Size([1, 5, 8])) != signature(
+        samples[0].calls[2], torch.Size([1, 5, 8])
+    )
+
+
+@pytest.mark.parametrize("order", [(0, 2), (0, 0, 1, 2), (1, 0, 2)], ids=str)
+def test_blocks_that_are_skipped_or_repeated_are_an_error(order: tuple[int, ...]) -> None:
+    model = Between(order).eval()
+    with pytest.raises(AdapterError, match="called where block"):
+        list(capture(model, model.blocks, [{"input_ids": tokens(1, 4, 0)}]))
+    assert not any("forward" in vars(block) for block in model.blocks)
