@@ -245,9 +245,9 @@ def _settled(name: str, options: Sequence[Option], words: Typed) -> _Settled:
 
     Raises:
         ConfigError: no model.
-        SystemExit: after --help.
+        SystemExit: after --help or --help-all.
     """
-    from eqat_mm.commands.help_text import help_of
+    from eqat_mm.commands.help_text import brief_help_of, help_of
     from eqat_mm.commands.recipes import Recipe, named_recipe
     from eqat_mm.commands.taken import Taken, recipe_taken, require_model_named
 
@@ -256,9 +256,10 @@ def _settled(name: str, options: Sequence[Option], words: Typed) -> _Settled:
         taken = Taken(named_recipe(command.recipe))
     else:
         taken = recipe_taken(command.settings_of or name, options, words)
-    if {"--help", "-h"} & set(words.flags):
+    if {"--help", "-h", "--help_all"} & set(words.flags):
+        told = help_of if "--help_all" in words.flags else brief_help_of
         shown = [each.settings for each in (taken.beneath, *words.configs) if isinstance(each, Recipe)]
-        print(help_of(name, command.help, options, shown[-1] if shown else {}, taken.line))
+        print(told(name, command.help, options, shown[-1] if shown else {}, taken.line))
         raise SystemExit(0)
     require_model_named(name, options, words)
     files = [each for each in words.configs if isinstance(each, Path)]

@@ -76,7 +76,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", NAMES)
 def test_help_describes_every_option(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    said = printed(capsys, command, "--help")
+    said = printed(capsys, command, "--help-all")
     job_class, _ = COMMANDS[command].load()
     assert COMMANDS[command].help[1:] in " ".join(said.split())
     for field in fields(job_class):

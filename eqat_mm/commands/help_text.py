@@ -1,4 +1,4 @@
-"""What `--help` of a command says: every option with what it does, what it takes and its default here."""
+"""What a command says of its options: `--help` those that most runs name, a line each; `--help-all` all, in full."""
 
 from __future__ import annotations
 
@@ -11,6 +11,39 @@ from eqat_mm.commands.outline import Option
 
 _WIDEST = 120
 _NAMES = 34
+_FEW = 16
+"""Options that are all shown at once."""
+
+_BASIC = """
+model quantized reference output overwrite device precision dtype bits text_only prompt image max_new_tokens
+tasks limit generated count length temperature template images spool stream_dtype trains loss learning_rate
+lr_projector epochs max_steps batch_size accumulation global_batch save_steps gradient_checkpointing deepspeed
+dataloader_num_workers report_to gpu gpus ram disk json questions processes lora quant.bits quant.group_size
+quant.symmetric start.init fit.epochs fit.batch_size fit.lr_weight fit.lr_scale calibration.source
+calibration.length calibration.count data.source data.length data.count conversations.source
+conversations.image_folder conversations.max_length conversations.template conversations.images
+conversations.on_bad_sample conversations.held_out
+"""
+BASIC = frozenset(_BASIC.split())
+"""Options that most runs name, in whatever command has them."""
+
+
+def brief_help_of(command: str, about: str, options: Sequence[Option], settings: Mapping[str, Any], line: str) -> str:
+    """Return the help of a command on one screen: see `help_of`."""
+    all_of_them = [option for option in options if option.kind != "settings"]
+    shown = all_of_them if len(all_of_them) <= _FEW else [option for option in all_of_them if option.name in BASIC]
+    rows = [_row(option, settings) for option in sorted(shown, key=lambda option: "." in option.name)]
+    left = len(all_of_them) - len(shown)
+    more = [f"`eqat {command} --help-all` has all of this in full" + (f", and {left} more." if left else ".")]
+    return "\n".join([*_head(command, about, options, line), "", *rows, *_foot(command), *more])
+
+
+def _row(option: Option, settings: Mapping[str, Any]) -> str:
+    """Return one line: name, the beginning of what it does, its default."""
+    name = f"  --{option.name} ".ljust(_NAMES)
+    default = f"  [{textwrap.shorten(_default_of(option, settings), _NAMES, placeholder=' ...')}]"
+    first, room = option.does.partition(". ")[0].rstrip("."), max(20, _width() - len(name) - len(default))
+    return name + textwrap.shorten(first, room, placeholder=" ...") + default
 
 
 def help_of(command: str, about: str, options: Sequence[Option], settings: Mapping[str, Any], line: str) -> str:
@@ -23,12 +56,6 @@ def help_of(command: str, about: str, options: Sequence[Option], settings: Mappi
         settings: of the recipe that it would take, nested: they stand for the defaults.
         line: what is said of that recipe; empty without one.
     """
-    model = " [MODEL]" if any(option.name == "model" for option in options) else ""
-    head = [
-        f"usage: eqat {command}{model} [--config RECIPE] [--option VALUE ...]",
-        "",
-        _sentence(about),
-    ]
     own = [option for option in options if option.own and "." not in option.name and option.kind != "settings"]
     shared = [option for option in options if not option.own and "." not in option.name and option.kind != "settings"]
     parts = [_part("", own, settings)]
@@ -36,7 +63,13 @@ def help_of(command: str, about: str, options: Sequence[Option], settings: Mappi
         inner = [each for each in options if each.name.rpartition(".")[0] == group.name and each.kind != "settings"]
         parts.append(_part(f"--{group.name}: {_lowered(group.does)}", inner, settings))
     parts += [_part("training:", shared, settings)] if shared else []
-    return "\n".join([*head, *([f"\n{line}"] if line else []), *parts, *_foot(command)])
+    return "\n".join([*_head(command, about, options, line), *parts, *_foot(command)])
+
+
+def _head(command: str, about: str, options: Sequence[Option], line: str) -> list[str]:
+    model = " [MODEL]" if any(option.name == "model" for option in options) else ""
+    usage = f"usage: eqat {command}{model} [--config RECIPE] [--option VALUE ...]"
+    return [usage, "", _sentence(about), *([f"\n{line}"] if line else [])]
 
 
 def _sentence(words: str) -> str:
@@ -53,9 +86,8 @@ def _part(title: str, options: Sequence[Option], settings: Mapping[str, Any]) ->
 
 
 def _rows(option: Option, settings: Mapping[str, Any]) -> Iterator[str]:
-    given = _looked_up(settings, option.name)
-    default = option.default if given is None else given
-    words = "required" if option.required and given is None else f"default {_told(default)}"
+    default = _default_of(option, settings)
+    words = default if default == "required" else f"default {default}"
     name = f"  --{option.name}"
     text = f"{option.does.rstrip('.')}. [{option.takes}; {words}]" if option.does else f"[{option.takes}; {words}]"
     lines = textwrap.wrap(text, _width() - _NAMES, break_on_hyphens=False)
@@ -64,6 +96,13 @@ def _rows(option: Option, settings: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield name
     yield from (" " * _NAMES + line for line in lines)
+
+
+def _default_of(option: Option, settings: Mapping[str, Any]) -> str:
+    given = _looked_up(settings, option.name)
+    if option.required and given is None:
+        return "required"
+    return _told(option.default if given is None else given)
 
 
 def _told(value: Any) -> str:

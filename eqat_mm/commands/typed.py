@@ -16,7 +16,7 @@ from eqat_mm.commands.settings_file import read_recipe, read_value
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.settings import is_text, shown
 
-_ALWAYS = ("config", "help", "print_config")
+_ALWAYS = ("config", "help", "help_all", "print_config")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class E2EQPConfig(EndToEndConfig):
         trains: `scales` (step sizes), `projector` (of a vision-language model), `lora` (adapters on the frozen packed
             model: the baseline), or one of these with the projector.
         loss: `cross-entropy` (paper), or `kl` to the full-precision model's predictions.
-        lr_projector: peak, of the projector; null takes `learning_rate`.
+        lr_projector: peak learning rate of the projector; null takes `learning_rate`.
         lora: adapters of `trains: lora`, with their own learning rate.
         held_out_steps: optimizer steps between two looks at held-out conversations, where there are any.
         held_out_kl: compare them with the full-precision model, too, which is read once for that.

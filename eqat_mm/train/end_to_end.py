@@ -37,7 +37,7 @@ class EndToEndConfig(Settings):
     """How a whole model is trained, whatever is trained of it.
 
     Attributes:
-        learning_rate: peak.
+        learning_rate: peak learning rate.
         lr_floor: last learning rate as a fraction of the peak (cosine in between).
         warmup_steps: optimizer steps over which the learning rate rises.
         epochs: passes over the data.

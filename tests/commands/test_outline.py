@@ -12,6 +12,7 @@ import pytest
 
 from eqat_mm.cli import COMMANDS, main, parse_job
 from eqat_mm.commands import outline as module
+from eqat_mm.commands.help_text import BASIC
 from eqat_mm.commands.outline import OPTIONS_FILE, options_of, outline, stored_options
 
 PROGRAM = """
@@ -71,15 +72,41 @@ def test_help_and_mistakes_are_answered_without_torch(words: list[str], status: 
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
 
 
-def helped(capsys: pytest.CaptureFixture[str], command: str, *words: str) -> str:
+def helped(capsys: pytest.CaptureFixture[str], command: str, *words: str, how: str = "--help-all") -> str:
     with pytest.raises(SystemExit) as ended:
-        parse_job(command, COMMANDS[command].load()[0], [*words, "--help"])
+        parse_job(command, COMMANDS[command].load()[0], [*words, how])
     assert ended.value.code == 0
-    return " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_on_a_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = helped(capsys, command, how="--help").splitlines()
+    assert len(lines) <= 60
+    assert all(len(line) <= 100 for line in lines if "recipe" not in line)
+    assert f"eqat {command} --help-all" in lines[-1]
+
+
+def test_every_basic_option_is_one() -> None:
+    names = {option.name for command in COMMANDS.values() for option in options_of(command.load()[0])}
+    assert sorted(BASIC - names) == []
+
+
+def test_help_has_what_a_run_on_conversations_names(capsys: pytest.CaptureFixture[str]) -> None:
+    said = helped(capsys, "e2e-qp", "llava-1.5-7b", how="--help")
+    for name in ("source", "image_folder", "max_length", "template", "images"):
+        assert f"  --conversations.{name} " in said
+    for name in ("trains", "learning_rate", "batch_size", "global_batch", "deepspeed", "report_to"):
+        assert f"  --{name} " in said
+    assert "[scales+projector]" in said
+    assert "--lr_floor" not in said
 
 
 def test_help_says_what_an_option_does_takes_and_is(capsys: pytest.CaptureFixture[str]) -> None:
-    said = helped(capsys, "block-ap")
+    said = " ".join(helped(capsys, "block-ap").split())
     assert "leaves the block at its initialisation. [an integer of 0 or more; default 2]" in said
     assert "Second-moment decay of AdamW. [a number above 0, below 1; default 0.999]" in said
     assert "--model Model folder, alias (`eqat assets`) or hub repository. [text; required]" in said
@@ -87,7 +114,7 @@ def test_help_says_what_an_option_does_takes_and_is(capsys: pytest.CaptureFixtur
 
 
 def test_help_shows_the_settings_of_the_model_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    said = helped(capsys, "e2e-qp", "llava-1.5-7b", "--quant.bits", "4")
+    said = " ".join(helped(capsys, "e2e-qp", "llava-1.5-7b", "--quant.bits", "4").split())
     assert "settings: recipe llava-1.5-w4g64-e2e-qp" in said
     assert "[a number above 0; default 2e-05]" in said
     assert "default data/llava_v1_5_mix665k.json" in said
