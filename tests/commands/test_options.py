@@ -44,7 +44,6 @@ def refusal(command: str, *argv: str) -> EqatError:
     [
         ("block-ap", "--fit.epoch", "--fit.epochs"),
         ("block-ap", "--quant.bit", "--quant.bits"),
-        ("block-ap", "--group_size", "--quant.group_size"),
         ("block-ap", "--calibration.lenght", "--calibration.length"),
         ("e2e-qp", "--conversations.on_bad_samples", "--conversations.on_bad_sample"),
         ("e2e-qp", "--print-confg", "--print_config"),
