@@ -110,7 +110,7 @@ def answers(sizes: Sizes) -> dict[str, Any]:
     for name, bits in (("7b", 2), ("7b", 3), ("7b", 4), ("70b", 2)):
         sizes.empty_cache()
         model = whole_packed(sizes, name, bits).requires_grad_(False)
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         found[f"{name}, {bits} bits"] = _tokens_per_second(sizes, model, inputs, new) | {"peak GB": sizes.peak_gb()}
         del model
     return found

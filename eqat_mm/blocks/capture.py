@@ -106,15 +106,12 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Inputs]) 
         AdapterError: a forward ended without the last block, or called blocks in another order.
     """
     pool = TensorPool()
-    recorders = [_Recorder(block, index) for index, block in enumerate(blocks)]
-    recorders[-1].is_last = True
-    for recorder in recorders:
-        recorder.block.forward = recorder
+    recorded: list[_Recorded] = []
+    for index, block in enumerate(blocks):
+        block.forward = _Recorder(block, index, len(blocks), recorded)
     try:
         for inputs in batches:
-            recorded: list[_Recorded] = []
-            for recorder in recorders:
-                recorder.recorded = recorded
+            recorded.clear()
             try:
                 model(**inputs, use_cache=False)
             except _LastBlockReached:
@@ -136,11 +133,10 @@ class _Recorded(NamedTuple):
 
 
 class _Recorder:
-    """Stands in for the forward of one block."""
+    """Stands in for the forward of one of `count` blocks, and appends its calls to `recorded`."""
 
-    def __init__(self, block: nn.Module, index: int) -> None:
-        self.block, self.index, self.is_last = block, index, False
-        self.recorded: list[_Recorded] = []
+    def __init__(self, block: nn.Module, index: int, count: int, recorded: list[_Recorded]) -> None:
+        self.block, self.index, self.count, self.recorded = block, index, count, recorded
         self._more: int | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +147,7 @@ class _Recorder:
         # every block before returned zeros: what is not zero the model has added
         added = hidden if self.index and bool(hidden.any()) else None
         self.recorded.append(_Recorded(hidden, args, kwargs, added))
-        if self.is_last:
+        if len(self.recorded) == self.count:
             raise _LastBlockReached
         if self._more is None:
             self._more = returned_beside_hidden(self.block, hidden, args, kwargs)

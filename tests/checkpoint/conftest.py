@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,10 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def folder(pack: Pack, tmp_path: Path) -> Path:
+    """A checkpoint to be altered."""
+    shutil.copytree(pack(), tmp_path / "model")
+    return tmp_path / "model"

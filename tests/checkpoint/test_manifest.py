@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,7 @@ from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.files import read_json, write_json
-from tests.checkpoint.conftest import Pack
 from tests.checkpoint.files import alter_manifest, assert_four_lines, of_version_1, of_version_2, shard_of
-
-
-@pytest.fixture
-def folder(pack: Pack, tmp_path: Path) -> Path:
-    """A checkpoint to be altered."""
-    shutil.copytree(pack(), tmp_path / "model")
-    return tmp_path / "model"
 
 
 def refused(folder: Path) -> CheckpointError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,10 @@ from torch import Tensor
 
 import eqat_mm
 from eqat_mm.errors import CheckpointError
-from tests.checkpoint.conftest import Pack
 from tests.checkpoint.files import alter_config, alter_header, alter_tensors, assert_four_lines, shard_of
 
 LINEAR = "model.layers.0.mlp.up_proj"
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
-@pytest.fixture
-def folder(pack: Pack, tmp_path: Path) -> Path:
-    """A checkpoint to be altered."""
-    shutil.copytree(pack(), tmp_path / "model")
-    return tmp_path / "model"
 
 
 def refused(folder: Path) -> CheckpointError:

@@ -10,18 +10,10 @@ import pytest
 from eqat_mm.blocks.source import INDEX
 from eqat_mm.checkpoint import read_manifest, verify_checkpoint
 from eqat_mm.errors import CheckpointError
-from tests.checkpoint.conftest import Pack
 from tests.checkpoint.files import alter_manifest, assert_four_lines, reseal
 
 DECIDES = ("config.json", INDEX, "generation_config.json", "model-00001-of-00003.safetensors")
 LATER = ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "additional_chat_templates/tools.jinja")
-
-
-@pytest.fixture
-def folder(pack: Pack, tmp_path: Path) -> Path:
-    """A checkpoint to be altered."""
-    shutil.copytree(pack(), tmp_path / "model")
-    return tmp_path / "model"
 
 
 def refused(folder: Path) -> CheckpointError:

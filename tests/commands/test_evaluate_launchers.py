@@ -35,13 +35,19 @@ def test_text_is_divided(tiny: Tiny, tmp_path: Path) -> None:
     assert "1 windows for 2 processes" in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval")
-def test_questions_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def llava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny LLaVA, and questions for it in place of those of easy_vqa."""
     save_tiny_llava(tmp_path / "llava", dtype=torch.float32)
     write_questions(tmp_path / "questions.parquet")
     monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "questions.parquet"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    settings = {"model": tmp_path / "llava", "tasks": "easy_vqa", "limit": 5, "device": "cpu"}
+    return tmp_path / "llava"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval")
+def test_questions_are_divided(llava: Path, tmp_path: Path) -> None:
+    settings = {"model": llava, "tasks": "easy_vqa", "limit": 5, "device": "cpu"}
     found, answers = [], []
     for launcher, name in ((ALONE, "one"), (DATA_PARALLEL, "two")):
         run_well(words_of(launcher, "eval.py", settings | {"output": tmp_path / f"{name}.json"}))
@@ -52,12 +58,8 @@ def test_questions_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval")
-def test_questions_are_divided_by_the_command_of_lmms_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_tiny_llava(tmp_path / "llava", dtype=torch.float32)
-    write_questions(tmp_path / "questions.parquet")
-    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "questions.parquet"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    flags = {"model": "eqat", "model_args": f"pretrained={tmp_path / 'llava'}", "tasks": "easy_vqa", "limit": 5}
+def test_questions_are_divided_by_the_command_of_lmms_eval(llava: Path, tmp_path: Path) -> None:
+    flags = {"model": "eqat", "model_args": f"pretrained={llava}", "tasks": "easy_vqa", "limit": 5}
     flags |= {"include_path": tasks_folder(), "output_path": tmp_path / "out"}
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     run_well([*DATA_PARALLEL, "-m", "lmms_eval", *words, "--log_samples"])
