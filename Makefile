@@ -3,8 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.setup-done
-EXTRAS := dev,demo,lmms-eval
-CODE := eqat_mm llava_adapters kernels eval scripts benchmarks tests
+EXTRAS := dev,lmms-eval
+CODE := eqat_mm llava_adapters kernels eval demo scripts benchmarks tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -15,7 +15,7 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## create .venv and install eqat-mm into it, editable (reruns only when needed)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml demo/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "eqat-mm needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another one: make PYTHON=python3.12 setup" >&2; exit 1; }
@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv." >&2; \
 	  rm -rf .venv; exit 1; }
 	@echo "Installing eqat-mm and PyTorch into .venv (a few minutes the first time) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[$(EXTRAS)]' -e ./demo
 	@touch $@
 	@echo "Ready: $(BIN)/eqat --help"
 

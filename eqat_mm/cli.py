@@ -152,7 +152,7 @@ COMMANDS: dict[str, _Command] = {
     "verify": _Command("check every file of a packed checkpoint against its hash", _verify),
     "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
     "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),
-    "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
+    "assets": _Command("list the short names of models and data, or fetch some", _assets),
 }
 
 
@@ -248,12 +248,12 @@ def _settled(name: str, options: Sequence[Option], words: Typed) -> _Settled:
         SystemExit: after --help or --help-all.
     """
     from eqat_mm.commands.help_text import brief_help_of, help_of
-    from eqat_mm.commands.recipes import Recipe, named_recipe
-    from eqat_mm.commands.taken import Taken, recipe_taken, require_model_named
+    from eqat_mm.commands.recipes import Recipe
+    from eqat_mm.commands.taken import demo_recipe, recipe_taken, require_model_named
 
     command = COMMANDS[name]
     if command.recipe is not None:
-        taken = Taken(named_recipe(command.recipe))
+        taken = demo_recipe(name, command.recipe)
     else:
         taken = recipe_taken(command.settings_of or name, options, words)
     if {"--help", "-h", "--help_all"} & set(words.flags):

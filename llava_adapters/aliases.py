@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 ALIASES: dict[str, str] = {
-    "smollm2-135m": "asset:smollm2-135m",
-    "demo-llava": "asset:demo-llava",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-2-13b": "meta-llama/Llama-2-13b-hf",
     "llama-2-70b": "meta-llama/Llama-2-70b-hf",
@@ -21,4 +19,4 @@ ALIASES: dict[str, str] = {
     "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
     "llava-v1.6-34b": "llava-hf/llava-v1.6-34b-hf",
 }
-"""Short name -> hub repository, or `asset:NAME` for a model that the tool fetches and converts itself."""
+"""Short name -> hub repository."""

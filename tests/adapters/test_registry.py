@@ -32,7 +32,10 @@ def register(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
 
 def test_an_alias_is_expanded() -> None:
     assert resolve_alias("llama-2-7b") == "meta-llama/Llama-2-7b-hf"
-    assert resolve_alias("smollm2-135m") == "asset:smollm2-135m"
+
+
+def test_a_name_of_another_package_is_left_as_it_is() -> None:
+    assert resolve_alias("smollm2-135m") == "smollm2-135m"
 
 
 def test_an_existing_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

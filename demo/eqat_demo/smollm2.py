@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import torch
 from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eqat_mm.data.assets import ASSETS, asset_cache, building, fetch_asset, is_finished, origin_of
-from eqat_mm.errors import ConfigError, DataError
+from eqat_demo.assets import ASSETS, asset_cache, building, fetch_asset, is_finished, origin_of
+from eqat_mm.errors import DataError
 from eqat_mm.runtime.files import write_text
 from eqat_mm.runtime.progress import say
 
@@ -42,23 +41,21 @@ license: apache-2.0
 
 
 def smollm2_folder(cache: Path | None = None) -> Path:
-    """Return the Hugging Face folder of SmolLM2-135M-Instruct, converting it on the first call.
+    """SmolLM2-135M-Instruct (Apache-2.0), 93 MB: weights from a 4-bit file, converted to float32 on the first call.
 
-    The weights are float32 but come from a 4-bit file, see the module. The folder has the chat
-    template, a padding token and the generation settings of the instruct model.
+    See the module for what that means. The folder has the chat template, a padding token and the generation settings of
+    the instruct model.
 
     Args:
         cache: folder of all assets, instead of `asset_cache()`.
 
     Raises:
-        ConfigError: the package `gguf`, needed for the conversion only, is not installed.
         DataError: the asset cannot be fetched, or the converted folder does not load back the same.
     """
     origin = f"{origin_of(ASSETS[_NAME])} conversion:{_CONVERSION}"
     folder = (cache or asset_cache()) / f"{_NAME}-hf"
     if is_finished(folder, origin):
         return folder
-    _require_gguf()
     source = fetch_asset(_NAME, cache)
     say(f"converting {_GGUF.name} to float32 safetensors (once)")
     with building(folder, origin) as unfinished:
@@ -72,10 +69,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """Write the causal language model in a GGUF file to `folder` as float32 safetensors.
 
     Raises:
-        ConfigError: the package `gguf` is not installed.
         DataError: what was written does not load back as the same model and tokenizer.
     """
-    _require_gguf()
     model = _plain(AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32))
     tokenizer = _restored(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), model.config)
     model.generation_config.update(
@@ -87,16 +82,6 @@ def convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     _check_model(folder, model)
     _check_tokenizer(folder, tokenizer)
-
-
-def _require_gguf() -> None:
-    if find_spec("gguf") is None:
-        raise ConfigError(
-            "conversion of the demo model",
-            "gguf is not installed",
-            "gguf installed",
-            'pip install "eqat-mm[demo]", or gguf alone',
-        )
 
 
 def _plain(loaded: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from eqat_mm.data.easy_vqa import Part, easy_vqa_folder, image_contents, parse_question, published_questions
+from eqat_demo.easy_vqa import Part, easy_vqa_folder, image_contents, parse_question, published_questions
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Asked:
 
     @property
     def type(self) -> str:
-        """Type of the question, as in `eqat_mm.data.easy_vqa`."""
+        """Type of the question, as in `eqat_demo.easy_vqa`."""
         return parse_question(self.question).type
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eqat_eval import easy_vqa
+from eqat_demo import easy_vqa_task as easy_vqa
 
 
 @pytest.mark.parametrize(

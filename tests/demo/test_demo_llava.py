@@ -10,10 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from eqat_mm.errors import ConfigError
-from llava_adapters.demo_llava import build
-from llava_adapters.demo_llava.build import IMAGE_TOKEN, PROMPT, assemble, demo_llava_folder
-from tests.adapters.stand_ins import PATCHES, SIZE, SPECIAL, save_language_model, save_parts
+from eqat_demo.llava import build
+from eqat_demo.llava.build import IMAGE_TOKEN, PROMPT, assemble, demo_llava_folder
+from tests.demo.stand_ins import PATCHES, SIZE, SPECIAL, save_language_model, save_parts
 
 image_module = pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
@@ -113,7 +112,7 @@ def test_the_chat_template_writes_the_prompt_of_the_training(llava: Path) -> Non
 
 
 def test_it_answers(llava: Path) -> None:
-    accuracy = pytest.importorskip("llava_adapters.demo_llava.accuracy")
+    accuracy = pytest.importorskip("eqat_demo.llava.accuracy")
     images = [image_module.new("RGB", (SIZE, SIZE), colour) for colour in ("red", "blue")]
     answers = accuracy.generated_answers(llava, images, ["what?", "is there a circle?"])
     assert len(answers) == 2
@@ -156,10 +155,3 @@ def test_nothing_is_left_of_a_failed_assembly(cache: Path, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="no disk"):
         demo_llava_folder(cache)
     assert list(cache.iterdir()) == []
-
-
-def test_without_image_packages_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "find_spec", lambda name: None)
-    monkeypatch.setattr(build, "smollm2_folder", lambda cache: pytest.fail("fetched"))
-    with pytest.raises(ConfigError, match="PIL and torchvision"):
-        demo_llava_folder(tmp_path)

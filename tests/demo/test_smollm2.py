@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from eqat_mm.data import smollm2 as module
-from eqat_mm.data.smollm2 import convert_gguf, smollm2_folder
-from eqat_mm.errors import ConfigError, DataError
+from eqat_demo import smollm2 as module
+from eqat_demo.smollm2 import convert_gguf, smollm2_folder
+from eqat_mm.errors import DataError
 
 gguf = pytest.importorskip("gguf")
 
@@ -171,16 +171,7 @@ def test_the_model_is_converted_once_and_says_where_it_is_from(asset: Path, monk
         pytest.fail("converted a second time")
 
     monkeypatch.setattr(module, "convert_gguf", never)
-    monkeypatch.setattr(module, "find_spec", lambda name: None)  # gguf is needed for the conversion only
     assert smollm2_folder(asset) == folder
-
-
-def test_without_gguf_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    monkeypatch.setattr(module, "fetch_asset", lambda *_: pytest.fail("downloaded"))
-    with pytest.raises(ConfigError, match="gguf is not installed"):
-        smollm2_folder(tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_conversion_leaves_nothing(asset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,16 +11,16 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.adapters.stand_ins import PATCHES, SIZE, save_language_model, save_parts
+from tests.demo.stand_ins import PATCHES, SIZE, save_language_model, save_parts
 from tests.tolerances import assert_close
 
 pytest.importorskip("peft")
 pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
 
-from llava_adapters.demo_llava import build, language, vision
-from llava_adapters.demo_llava.images import Asked
-from llava_adapters.demo_llava.packing import IGNORED, Packer
+from eqat_demo.llava import build, language, vision
+from eqat_demo.llava.images import Asked
+from eqat_demo.llava.packing import IGNORED, Packer
 
 ASKED = [
     [
@@ -51,7 +51,7 @@ def llava(folders: tuple[Path, Path]) -> Any:
 
 @pytest.fixture
 def reader(llava: Any, folders: tuple[Path, Path]) -> language.Reader:
-    """As `scripts/train_demo_llava.py` puts it together: the configuration of the whole is made first."""
+    """As `demo/train_llava.py` puts it together: the configuration of the whole is made first."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folders[0])
     vision_config = transformers.CLIPVisionModel.from_pretrained(
         folders[0].parent / "parts" / build.VISION_TOWER

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eqat_demo.llava.descent import Descent
+from eqat_demo.llava.images import Asked
+from eqat_demo.llava.packing import IGNORED, Batch, Packer
 from eqat_mm.runtime.precision import Precision, autocast, resolve
 from eqat_mm.runtime.progress import progress, say
-from llava_adapters.demo_llava.descent import Descent
-from llava_adapters.demo_llava.images import Asked
-from llava_adapters.demo_llava.packing import IGNORED, Batch, Packer
 
 CAPTION = (" a", " {colour}", " {shape}", ",")
 _CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from eqat_mm.data import assets as module
-from eqat_mm.data.assets import ASSETS, Asset, asset_cache, building, fetch_asset, is_finished
+from eqat_demo import assets as module
+from eqat_demo.assets import ASSETS, Asset, asset_cache, building, fetch_asset, is_finished
 from eqat_mm.errors import ConfigError, DataError
 
 MEMBERS = {"toy/data.json": b'{"a": 1}', "toy/images/0.png": b"png", "toy-1.dist-info/LICENSE": b"free"}

@@ -1,11 +1,11 @@
 """Train the demo LLaVA: a vision tower from scratch, a projector and a LoRA on SmolLM2-135M-Instruct.
 
-    python scripts/train_demo_llava.py --out runs/train-demo-llava
+    python demo/train_llava.py --out runs/train-demo-llava
 
 takes about 40 minutes on one core. The data and the language model are fetched on first use. Each part is rounded to
 float16 and saved when its stage ends, and the next stage works on what was saved; a stopped run goes on behind its
 last finished stage. At the end the parts are assembled to a Hugging Face folder, which is asked all test questions.
-To ship new parts, copy `<out>/parts` over `llava_adapters/demo_llava/parts` and bring its card up to date.
+To ship new parts, copy `<out>/parts` over `demo/eqat_demo/llava/parts` and bring its card up to date.
 """
 
 from __future__ import annotations
@@ -21,13 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from eqat_mm.data.assets import building
-from eqat_mm.data.smollm2 import smollm2_folder
-from eqat_mm.runtime.files import atomic_path, write_json
-from eqat_mm.runtime.progress import duration, say
-from llava_adapters.demo_llava import language, vision
-from llava_adapters.demo_llava.accuracy import accuracy_by_type, blind_answers, generated_answers
-from llava_adapters.demo_llava.build import (
+from eqat_demo.assets import building
+from eqat_demo.llava import language, vision
+from eqat_demo.llava.accuracy import accuracy_by_type, blind_answers, generated_answers
+from eqat_demo.llava.build import (
     LORA,
     PROJECTOR,
     VISION_TOWER,
@@ -35,8 +32,11 @@ from llava_adapters.demo_llava.build import (
     llava_config,
     llava_processor,
 )
-from llava_adapters.demo_llava.images import Images, read_rgb
-from llava_adapters.demo_llava.packing import Packer
+from eqat_demo.llava.images import Images, read_rgb
+from eqat_demo.llava.packing import Packer
+from eqat_demo.smollm2 import smollm2_folder
+from eqat_mm.runtime.files import atomic_path, write_json
+from eqat_mm.runtime.progress import duration, say
 
 
 def main() -> None:

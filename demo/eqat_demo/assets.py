@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from eqat_mm.errors import ConfigError, DataError
-from eqat_mm.runtime.files import read_json, sha256_of, write_json, write_text
+from eqat_mm.runtime.files import cache_folder, read_json, sha256_of, write_json, write_text
 from eqat_mm.runtime.progress import say
 
 RECORD = "asset.json"
@@ -84,8 +84,7 @@ ASSETS: dict[str, Asset] = {asset.name: asset for asset in _TABLE}
 
 def asset_cache() -> Path:
     """Folder of all assets: `$EQAT_CACHE/assets`, by default `~/.cache/eqat-mm/assets`."""
-    root = os.environ.get("EQAT_CACHE") or "~/.cache/eqat-mm"
-    return Path(root).expanduser() / "assets"
+    return cache_folder() / "assets"
 
 
 def fetch_asset(name: str, cache: Path | None = None) -> Path:

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from llava_adapters.demo_llava import build
+from eqat_demo.llava import build
 from llava_adapters.tiny import tiny_config, tiny_vision_config
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<jupyter_code>"]

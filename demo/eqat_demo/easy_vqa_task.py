@@ -1,6 +1,6 @@
 """easy-VQA as a task of lmms-eval: what tasks/easy_vqa/easy_vqa.yaml refers to.
 
-The questions are those of `eqat_mm.data.easy_vqa`, made in the asset cache when they are first asked for. The
+The questions are those of `eqat_demo.easy_vqa`, made in the asset cache when they are first asked for. The
 environment variable EQAT_EASY_VQA names another parquet file with the same columns.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from eqat_mm.data.easy_vqa import easy_vqa_folder
+from eqat_demo.easy_vqa import easy_vqa_folder
 
 FILE_VARIABLE = "EQAT_EASY_VQA"
 """Environment variable that replaces the parquet file of test questions."""

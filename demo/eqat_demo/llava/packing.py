@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from llava_adapters.demo_llava.build import IMAGE_TOKEN, PROMPT
-from llava_adapters.demo_llava.images import Asked
+from eqat_demo.llava.build import IMAGE_TOKEN, PROMPT
+from eqat_demo.llava.images import Asked
 
 IGNORED = -100
 _PREFIX, _PADDING = 0, -1

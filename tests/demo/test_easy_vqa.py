@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from eqat_mm.data import easy_vqa as module
-from eqat_mm.data.easy_vqa import (
+from eqat_demo import easy_vqa as module
+from eqat_demo.easy_vqa import (
     COLOURS,
     SHAPES,
     Part,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from eqat_mm.data.easy_vqa import COLOURS, SHAPES
+from eqat_demo.easy_vqa import COLOURS, SHAPES
+from eqat_demo.llava.descent import Descent
 from eqat_mm.runtime.progress import progress
-from llava_adapters.demo_llava.descent import Descent
 
 _IMAGE_SIZE, _PATCH_SIZE = 64, 16
 CONFIG = CLIPVisionConfig(

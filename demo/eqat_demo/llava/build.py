@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from eqat_mm.data.assets import asset_cache, building, is_finished
-from eqat_mm.data.smollm2 import smollm2_folder
-from eqat_mm.errors import ConfigError
+from eqat_demo.assets import asset_cache, building, is_finished
+from eqat_demo.smollm2 import smollm2_folder
 from eqat_mm.runtime.files import sha256_of
 from eqat_mm.runtime.progress import say
 
@@ -59,16 +57,14 @@ _TEMPLATE = """\
 
 
 def demo_llava_folder(cache: Path | None = None) -> Path:
-    """Return the Hugging Face folder of the demo LLaVA, assembling it on the first call.
+    """A small LLaVA around SmolLM2-135M, trained on easy-VQA (Apache-2.0), assembled on the first call.
 
     Args:
         cache: folder of all assets, instead of `asset_cache()`.
 
     Raises:
-        ConfigError: a package that reads images or converts the language model is not installed.
         DataError: the language model cannot be fetched.
     """
-    _require_image_packages()
     origin = f"{_hash_of(PARTS)} assembly:{_ASSEMBLY}"
     folder = (cache or asset_cache()) / NAME
     if is_finished(folder, origin):
@@ -163,14 +159,3 @@ def _hash_of(parts: Path) -> str:
     files = sorted(path for path in parts.rglob("*") if path.is_file())
     digests = "".join(sha256_of(path) for path in files)
     return f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}"
-
-
-def _require_image_packages() -> None:
-    missing = [name for name in ("PIL", "torchvision") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            "demo-llava",
-            f"{' and '.join(missing)} not installed",
-            "Pillow and torchvision",
-            'pip install "eqat-mm[vlm]"',
-        )

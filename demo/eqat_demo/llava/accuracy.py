@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from PIL.Image import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from eqat_demo.llava.build import PROMPT
+from eqat_demo.llava.images import Asked, Images
 from eqat_mm.runtime.progress import progress
-from llava_adapters.demo_llava.build import PROMPT
-from llava_adapters.demo_llava.images import Asked
 
 _BATCH = 64
 
@@ -39,6 +40,12 @@ def blind_answers(train: Iterable[Asked], questions: Iterable[str]) -> list[str]
     for each in train:
         seen[each.question][each.answer] += 1
     return [seen[question].most_common(1)[0][0] for question in questions]
+
+
+def blind_accuracy() -> float:
+    """The share of easy-VQA's test questions that the commonest training answer to the same words gets right."""
+    train, test = (list(chain(*Images.of(part).asked)) for part in ("train", "test"))
+    return accuracy_by_type(blind_answers(train, [each.question for each in test]), test)["all"]
 
 
 def accuracy_by_type(answers: Iterable[str], asked: Iterable[Asked]) -> dict[str, float]:
