@@ -146,7 +146,7 @@ class _Rows:
         decides = self.bench.decides | {"model": model_fingerprint(self.full)}
         if run is None:
             return decides
-        return decides | {"run": what_decides(run), "text": self._digest(run.data) if run.reads_text else None}
+        return decides | {"run": what_decides(run), "text": self._digest(run.data) if run.reads_data else None}
 
     def _digest(self, data: TextWindows) -> str:
         if data not in self.digests:
