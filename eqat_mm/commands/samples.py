@@ -11,7 +11,7 @@ import transformers
 from torch.utils.data import Dataset
 
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.checkpoint.speaker import load_speaker, style_digest
+from eqat_mm.checkpoint.speaker import load_listener, style_digest
 from eqat_mm.commands.end_to_end_job import EndToEndJob
 from eqat_mm.commands.instructions import require_instructions
 from eqat_mm.data.batching import Collator, SampleOrder
@@ -20,7 +20,8 @@ from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.kept import Kept
 from eqat_mm.data.mixed import Mixed, windows_beside
 from eqat_mm.data.text_settings import TextWindows
-from eqat_mm.data.windows import digest_of, text_windows
+from eqat_mm.data.windows import TooLittleText, digest_of, text_windows
+from eqat_mm.errors import DataError
 from eqat_mm.runtime.device import processes
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.end_to_end import Sample, WindowDataset
@@ -126,7 +127,7 @@ def image_text_samples(
         EqatError: unreadable data, bad samples, too little text, or a model without a processor, or with another
             model's.
     """
-    processor = load_speaker(folder, config.style)
+    processor = load_listener(folder, config.style)
     data = image_text_data(processor, config, problems)
     if before is not None:
         data = data.as_before(before) or data
@@ -154,6 +155,14 @@ def _apart(data: Any, config: ImageTextData, read: Callable[[ImageTextData], Any
 def _with_text(conversations: Any, folder: Path, config: TextWindows, share: float) -> tuple[Dataset[Sample], str]:
     """Return conversations with windows of text behind them, and a hash of these."""
     count = windows_beside(len(conversations), share)
-    windows = text_windows(load_tokenizer(folder), replace(config, count=count))
+    try:
+        windows = text_windows(load_tokenizer(folder), replace(config, count=count))
+    except TooLittleText as error:
+        raise DataError(
+            where=f"--text_share {share:g}, {count:,} windows of text beside {len(conversations):,} conversations",
+            given=error.given,
+            allowed=error.allowed,
+            do="give more text with --data.source, or lower --text_share or --data.length",
+        ) from error
     say(f"{len(conversations):,} conversations and {count:,} windows of text, {count * windows.shape[1]:,} tokens")
     return Mixed(conversations, windows), digest_of(windows)
