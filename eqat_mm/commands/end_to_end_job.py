@@ -105,7 +105,7 @@ class EndToEndJob(EndToEndConfig):
                 where="--data.source and --conversations.source",
                 given=f"{self.data.source} and {self.conversations.source}",
                 allowed="one of them, or both and the share of text among the samples",
-                do="mix them with --text_share 0.1, leave one out, or train on text alone with --text_only",
+                do="mix them with --text_share 0.1, or take one of them: --data.source null, or --text_only",
             )
 
 
