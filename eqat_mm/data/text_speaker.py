@@ -50,7 +50,7 @@ class TextSpeaker:
 
     @chat_template.setter
     def chat_template(self, template: str) -> None:
-        self.tokenizer.chat_template = template  # type: ignore[assignment]
+        self.tokenizer.chat_template = template
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any]) -> dict[str, list[int]]:
         """Return what stands for images: the text itself."""
