@@ -15,7 +15,7 @@ _FEW = 16
 """Options that are all shown at once."""
 
 _BASIC = """
-model quantized reference output overwrite device precision dtype bits text_only prompt image max_new_tokens
+model quantized reference output overwrite device precision dtype bits text_only text_share prompt image max_new_tokens
 tasks limit generated count length temperature template images spool stream_dtype trains loss learning_rate
 lr_projector epochs max_steps batch_size accumulation global_batch save_steps gradient_checkpointing deepspeed
 dataloader_num_workers report_to gpu gpus ram disk json questions processes lora quant.bits quant.group_size

@@ -19,7 +19,7 @@ from eqat_mm.runtime.device import launched
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.reporting import reporter
+from eqat_mm.runtime.reporting import reported
 from eqat_mm.runtime.run import Run
 from eqat_mm.train.end_to_end import EndToEndConfig, training_arguments
 from eqat_mm.train.watch import Watch
@@ -100,11 +100,8 @@ def say_which_gpu(command: str, device: torch.device) -> None:
 @contextmanager
 def watched(job: EndToEndConfig, folder: Path) -> Iterator[Watch]:
     """Let the numbers of a run be seen: live in `metrics.jsonl`, and where the job reports them to."""
-    found = reporter(job.report_to, folder, settings(job))
-    try:
-        yield Watch(folder / "metrics.jsonl", found)
-    finally:
-        found.close()
+    with reported(job.report_to, folder, settings(job)) as reporter:
+        yield Watch(folder / "metrics.jsonl", reporter)
 
 
 @contextmanager

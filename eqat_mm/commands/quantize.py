@@ -24,7 +24,7 @@ from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import require_same_everywhere
 from eqat_mm.runtime.ranks import Ranks, launched_ranks, own_device
-from eqat_mm.runtime.reporting import reporter, require_reporter
+from eqat_mm.runtime.reporting import reported, require_reporter
 from eqat_mm.runtime.run import Run
 from eqat_mm.runtime.settings import Settings
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap
@@ -113,9 +113,8 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     with opened_run(place, wanted, prepare, overwrite=job.overwrite, from_first=ranks.from_first) as run:
         if not run.finished:
             options: dict[str, Any] = {"device": device, "source": job.model, "provenance": run.record, "ranks": ranks}
-            options["reporter"] = reporter(job.report_to, folder, settings(job))
-            run_block_ap(opened, batches, job, folder, **options)
-            options["reporter"].close()
+            with reported(job.report_to, folder, settings(job)) as reporter:
+                run_block_ap(opened, batches, job, folder, reporter=reporter, **options)
             ranks.from_first(run.finish)
             say(f"checkpoint: {folder / 'model'}")
     return folder / "model"

@@ -32,6 +32,10 @@ _MOST_PER_TOKEN = 8
 """Characters, more than a token has on the average."""
 
 
+class TooLittleText(DataError):
+    """There is less text than was asked for."""
+
+
 def text_windows(tokenizer: PreTrainedTokenizerBase, config: TextWindows) -> Tensor:
     """Load, split and pack the text that `config` names, for training as for evaluation.
 
@@ -287,8 +291,8 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
-def _too_little_text(documents: int, found: int, windows: int, length: int) -> DataError:
-    return DataError(
+def _too_little_text(documents: int, found: int, windows: int, length: int) -> TooLittleText:
+    return TooLittleText(
         "text windows",
         f"{found} tokens in {documents} documents",
         f"at least {windows * length} tokens for {windows} windows of {length}",

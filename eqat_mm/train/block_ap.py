@@ -137,6 +137,7 @@ def run_block_ap(
         ranks=ranks,
     )
     state.restore(walker)
+    reporter.begin(state.done)
     release_freed_memory()
     console = _Console(len(walker), state.done, device)
     for step in walker.walk(state.done):
