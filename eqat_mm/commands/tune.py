@@ -92,7 +92,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
     job = with_one_kind_of_data(job, base)
-    stage = STAGE if "scales" in job.trains else job.trains.partition("+")[0]
+    stage = stage_of(job)
     folder, device = job.output or runs / stage, best_device(job.device)
     announce_e2e_qp(base, job.model, job.quant, job, job.conversations or job.data, device, folder)
     _require_block_ap(base, job)
@@ -125,6 +125,11 @@ def e2e_qp(job: E2EQPJob) -> Path:
                 say_late(problems_of(folder))
                 say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
+
+
+def stage_of(job: E2EQPConfig) -> str:
+    """Return the name of what a job makes, and of its default folder: `e2e-qp`, or what else it trains."""
+    return STAGE if "scales" in job.trains else job.trains.partition("+")[0]
 
 
 def _trained(

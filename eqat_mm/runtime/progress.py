@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TextIO, TypeVar
 
 from tqdm import tqdm
@@ -37,9 +38,22 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: s
     )
 
 
+_QUIET = ContextVar("quiet", default=False)
+
+
 def speaks() -> bool:
     """Whether this process talks to the user: of several that a launcher started, only the first does."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" and not _QUIET.get()
+
+
+@contextmanager
+def quietly(quiet: bool = True) -> Iterator[None]:
+    """Say nothing and show no progress in the body, if `quiet`."""
+    before = _QUIET.set(quiet or _QUIET.get())
+    try:
+        yield
+    finally:
+        _QUIET.reset(before)
 
 
 def say(line: str) -> None:
