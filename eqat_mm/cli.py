@@ -40,6 +40,12 @@ def _block_ap() -> tuple[type[Any], Callable[[Any], Any]]:
     return BlockAPJob, block_ap
 
 
+def _quantize() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.whole import QuantizeJob, quantize
+
+    return QuantizeJob, quantize
+
+
 def _rtn() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.quantize import RTNJob, rtn
 
@@ -136,6 +142,7 @@ COMMANDS: dict[str, _Command] = {
     ),
     "demo-vlm": _Command("the same for a small LLaVA, with questions about images, scored by lmms-eval", _demo_vlm),
     "plan": _Command("what a run will need: memory, disk, hours by phase", _plan, settings_of="block-ap"),
+    "quantize": _Command("all of it: a plan, Block-AP, E2E-QP, an evaluation and one table", _quantize),
     "block-ap": _Command("train W, s, z of one block at a time and write a packed checkpoint", _block_ap),
     "e2e-qp": _Command("train the step sizes of a packed checkpoint end to end", _e2e_qp),
     "rtn": _Command("round to nearest: the baseline", _rtn),

@@ -107,8 +107,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     elif _judges_by_full_precision(job):
         require_teacher(model_folder(job.model))
     style = {} if job.conversations is None else restyled(base, job.conversations.style)
-    samples = _samples(base, job, folder)
-    job.check_warmup_of(len(samples.dataset), processes())  # type: ignore[arg-type]
+    samples = checked_samples(base, job, folder)
     verify_checkpoint(base)
     inputs["data"] = samples.digest
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
@@ -182,6 +181,22 @@ def _require_judged(job: E2EQPJob) -> None:
 
 def _adapts(job: E2EQPJob) -> bool:
     return "lora" in job.trains.split("+")
+
+
+def checked_samples(base: Path, job: E2EQPJob, folder: Path) -> Samples:
+    """Return what a job trains on, looked through.
+
+    Args:
+        base: model, packed or not, whose tokenizer or processor reads it.
+        job: with its data.
+        folder: of the run.
+
+    Raises:
+        EqatError: unreadable, bad or too little data, or fewer steps than the learning rate takes to rise.
+    """
+    samples = _samples(base, job, folder)
+    job.check_warmup_of(len(samples.dataset), processes())  # type: ignore[arg-type]
+    return samples
 
 
 def _samples(base: Path, job: E2EQPJob, folder: Path) -> Samples:
