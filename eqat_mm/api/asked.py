@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers.utils import logging
+
 from eqat_mm.commands.resolved import job_of, words_of
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.progress import quietly
 from eqat_mm.runtime.settings import Settings
 
 Job = TypeVar("Job", bound=Settings)
 Text = str | Path | Sequence[str | Path | Mapping[str, Any]]
 """A file, a folder or hf:NAME; or several, which share the windows by their weights (`{"path": ..., "weight": 3}`)."""
+
+
+@contextmanager
+def said(*, unless: bool) -> Iterator[None]:
+    """Let the body say what a command says, unless it is to be quiet; bars of transformers are then hidden, too."""
+    bars = logging.is_progress_bar_enabled()
+    if unless:
+        logging.disable_progress_bar()
+    try:
+        with quietly(unless):
+            yield
+    finally:
+        if unless and bars:
+            logging.enable_progress_bar()
 
 
 def common(output: str | Path | None, config: str | Path | None, device: str | None, overwrite: bool) -> dict[str, Any]:

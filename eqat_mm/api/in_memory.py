@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from eqat_mm.checkpoint.adapters import has_adapters
 from eqat_mm.checkpoint.changed import is_as_loaded
 from eqat_mm.checkpoint.companions import copy_companions
+from eqat_mm.checkpoint.folders import is_packed
 from eqat_mm.checkpoint.pretrained import SavesPacked
 from eqat_mm.checkpoint.unfinished import folder_in_the_making
 from eqat_mm.commands.runs import model_fingerprint
@@ -54,7 +55,7 @@ def require_full_precision(model: Any) -> None:
         do = "merge the adapters first: model = model.merge_and_unload()" if has_adapters(model) else "give one of them"
         raise ConfigError("model", type(model).__name__, "a name, a folder, or a transformers model", do)
     allowed, do = "a full-precision model", "give the model that it was made from"
-    if is_packed_model(model) or getattr(model, "is_quantized", False) or hasattr(model.config, "quantization_config"):
+    if is_packed_model(model) or _is_quantized(model):
         raise ConfigError("model", f"a {type(model).__name__} that is quantized already", allowed, do)
     if has_adapters(model):
         do = "merge the adapters first: model = model.merge_and_unload()"
@@ -65,6 +66,12 @@ def require_full_precision(model: Any) -> None:
     if processes() > 1:
         do = "save it first with save_pretrained, and give the folder"
         raise ConfigError("model", f"a model in memory, in {processes()} processes", "a name or a folder", do)
+
+
+def _is_quantized(model: PreTrainedModel) -> bool:
+    """Whether weights are quantized, or were: transformers gives those of a packed checkpoint as dense ones."""
+    stored = getattr(model, "is_quantized", False) or hasattr(model.config, "quantization_config")
+    return bool(stored) or is_packed(Path(model.name_or_path or ""))
 
 
 @contextmanager

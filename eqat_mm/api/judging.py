@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from eqat_mm.api.asked import Text, job_from, require_no_processor, sources_of
+from eqat_mm.api.asked import Text, job_from, require_no_processor, said, sources_of
 from eqat_mm.api.in_memory import is_packed_model, packed_folder, require_full_precision, written
 from eqat_mm.checkpoint.folders import is_packed
 from eqat_mm.checkpoint.manifest import read_manifest
@@ -19,7 +19,7 @@ from eqat_mm.commands import evaluate as command
 from eqat_mm.commands.evaluate import EvalJob
 from eqat_mm.commands.model_config import config_of
 from eqat_mm.commands.models import model_folder
-from eqat_mm.runtime.progress import quietly, say
+from eqat_mm.runtime.progress import say
 
 _OF_TASKS = ("limit", "template", "images")
 """Settings that held-out text has no use for."""
@@ -89,7 +89,7 @@ def evaluate(
     Raises:
         EqatError: any bad input; neither text nor tasks.
     """
-    with quietly(quiet), _readable(model, processor) as folder:
+    with said(unless=quiet), _readable(model, processor) as folder:
         beside = {**(settings or {}), **more}
         common: dict[str, Any] = {"model": folder, "device": device}
         found: dict[str, Any] = {}

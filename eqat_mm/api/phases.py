@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from eqat_mm.api.asked import Text, common, job_from, require_no_processor, sources_of
+from eqat_mm.api.asked import Text, common, job_from, require_no_processor, said, sources_of
 from eqat_mm.api.in_memory import (
     configuration_of,
     is_packed_model,
@@ -31,7 +31,6 @@ from eqat_mm.plan.verdict import Verdict
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.place import RECORD
-from eqat_mm.runtime.progress import quietly
 from eqat_mm.runtime.ranks import own_device
 
 
@@ -77,7 +76,7 @@ def quantize(
     """
     named = {"quant.bits": bits, "quant.group_size": group_size, "calibration.source": sources_of(text)}
     named |= common(output, config, device, overwrite)
-    with quietly(quiet):
+    with said(unless=quiet):
         if isinstance(model, str | Path):
             require_no_processor(processor)
             job = job_from("block-ap", BlockAPJob, named | {"model": model}, settings, more)
@@ -134,7 +133,7 @@ def tune(
         "data.source": sources_of(text),
     }
     named |= {"train_projector": train_projector} | common(output, config, device, overwrite)
-    with quietly(quiet):
+    with said(unless=quiet):
         base = _base_of(model)
         if base is None:
             job = job_from("e2e-qp", E2EQPJob, named | {"model": source or model}, settings, more)
@@ -171,7 +170,7 @@ def plan_for(
         EqatError: an unknown model or card, or settings that do not fit the model.
     """
     named = {"quant.bits": bits, "quant.group_size": group_size, "gpu": gpu}
-    with quietly(quiet):
+    with said(unless=quiet):
         if isinstance(model, str | Path):
             return plan(job_from("plan", PlanJob, named | {"model": model}, settings, more, recipes_of="block-ap"))
         require_full_precision(model)

@@ -212,17 +212,15 @@ def _rungs(phases: _Phases, job: QuantizeJob) -> Rungs:
 
 def _left_out(job: QuantizeJob) -> str:
     return (
-        f"E2E-QP is left out: {job.model} sees images, and no conversations are named. They win back most of what "
-        f"Block-AP leaves: {_again(job)}"
+        f"E2E-QP, the second phase, is left out: {job.model} is tuned on conversations about images, and none are "
+        f"named. This adds it, and does not repeat Block-AP: {_again(job)}"
     )
 
 
 def _again(job: QuantizeJob) -> str:
-    words = ["eqat", "quantize", job.model, "--bits", str(job.bits)]
-    words += [] if job.group_size is None else ["--group_size", str(job.group_size)]
-    words += [] if job.text is None else ["--text", job.text]
-    words += [] if job.output is None else ["--output", str(job.output)]
-    return f"{shlex.join(words)} --conversations FILE.json --images FOLDER"
+    usual = words_of(settings(QuantizeJob(model=job.model)))
+    said = [word for word in words_of(settings(replace(job, plan=False))) if word not in usual]
+    return f"{shlex.join(['eqat', 'quantize', job.model, *said])} --conversations FILE.json --images FOLDER"
 
 
 def _closing(job: QuantizeJob, phases: _Phases, made: Path) -> str:

@@ -12,11 +12,12 @@ from typing import TextIO, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+_QUIET = ContextVar("quiet", default=False)
 
 
 def interactive() -> bool:
     """Whether progress goes to a terminal."""
-    return sys.stderr.isatty()
+    return sys.stderr.isatty() and not _QUIET.get()
 
 
 def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
@@ -36,9 +37,6 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: s
             file=sys.stderr,
         )
     )
-
-
-_QUIET = ContextVar("quiet", default=False)
 
 
 def speaks() -> bool:
