@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import eqat_mm
+
+ROOT = Path(__file__).resolve().parents[2]
 
 QUICK = """
 import sys, time
@@ -41,3 +46,23 @@ def test_every_argument_is_explained(name: str) -> None:
     for argument in inspect.signature(function).parameters:
         assert f"    {argument.replace('more', '**more')}:" in text
     assert "Raises:" in text
+
+
+def blocks() -> list[str]:
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/python.md")]
+    return [block for text in texts for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
+
+
+@pytest.mark.parametrize("block", blocks(), ids=lambda block: block.partition("\n")[0][:40])
+def test_documented_python_names_what_there_is(block: str) -> None:
+    tree = ast.parse(block)
+    named = [each.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "eqat_mm"
+             for each in node.names]  # fmt: skip
+    named += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+              and isinstance(node.value, ast.Name) and node.value.id == "eqat_mm"]  # fmt: skip
+    assert set(named) <= set(eqat_mm.__all__)
+
+
+def test_the_five_lines_are_the_same_everywhere() -> None:
+    assert blocks()[0] == blocks()[1]
+    assert "quantize(" in blocks()[0]
