@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eqat_mm import __version__
@@ -20,6 +19,7 @@ from eqat_mm.runtime.signals import stoppable
 
 if TYPE_CHECKING:
     from eqat_mm.commands.outline import Option
+    from eqat_mm.commands.taken import Taken
     from eqat_mm.commands.typed import Typed
 
 __all__ = ["main", "run_command", "script"]
@@ -38,6 +38,12 @@ def _block_ap() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.quantize import BlockAPJob, block_ap
 
     return BlockAPJob, block_ap
+
+
+def _quantize() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.whole import QuantizeJob, quantize
+
+    return QuantizeJob, quantize
 
 
 def _rtn() -> tuple[type[Any], Callable[[Any], Any]]:
@@ -136,6 +142,7 @@ COMMANDS: dict[str, _Command] = {
     ),
     "demo-vlm": _Command("the same for a small LLaVA, with questions about images, scored by lmms-eval", _demo_vlm),
     "plan": _Command("what a run will need: memory, disk, hours by phase", _plan, settings_of="block-ap"),
+    "quantize": _Command("all of it: a plan, Block-AP, E2E-QP, an evaluation and one table", _quantize),
     "block-ap": _Command("train W, s, z of one block at a time and write a packed checkpoint", _block_ap),
     "e2e-qp": _Command("train the step sizes of a packed checkpoint end to end", _e2e_qp),
     "rtn": _Command("round to nearest: the baseline", _rtn),
@@ -203,9 +210,12 @@ def _run(name: str, argv: Sequence[str]) -> None:
     options = stored_options(spelled)  # what is wrong with them is said before torch is imported
     if options is None:
         options = list(options_of(COMMANDS[spelled].load()[0]))
-    settled = _settled(spelled, options, typed(spelled, options, argv))
+    words = typed(spelled, options, argv)
+    taken = _taken(spelled, options, words)
     job_class, function = COMMANDS[spelled].load()
-    job = _job(spelled, job_class, settled)
+    from eqat_mm.commands.resolved import job_with
+
+    job = job_with(spelled, job_class, options, words, taken)
     with stoppable():
         function(job)
 
@@ -225,22 +235,15 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
         SystemExit: after --help or --print_config.
     """
     from eqat_mm.commands.outline import options_of
+    from eqat_mm.commands.resolved import job_with
     from eqat_mm.commands.typed import typed
 
     options = list(options_of(job_class))
-    return _job(name, job_class, _settled(name, options, typed(name, options, argv)))
+    words = typed(name, options, argv)
+    return job_with(name, job_class, options, words, _taken(name, options, words))
 
 
-@dataclass(frozen=True)
-class _Settled:
-    """The words of a command line with the recipe that lies beneath, files among them, and what is said of it."""
-
-    words: list[str]
-    files: list[Path]
-    line: str
-
-
-def _settled(name: str, options: Sequence[Option], words: Typed) -> _Settled:
+def _taken(name: str, options: Sequence[Option], words: Typed) -> Taken:
     """Find the recipe of a command line; print help where it asks for that.
 
     Raises:
@@ -262,26 +265,7 @@ def _settled(name: str, options: Sequence[Option], words: Typed) -> _Settled:
         print(told(name, command.help, options, shown[-1] if shown else {}, taken.line))
         raise SystemExit(0)
     require_model_named(name, options, words)
-    files = [each for each in words.configs if isinstance(each, Path)]
-    return _Settled(words.words(taken.beneath), files, "" if command.settings_of else taken.line)
-
-
-def _job(name: str, job_class: type[Any], settled: _Settled) -> Any:
-    from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
-
-    from eqat_mm.commands.options import parsed
-    from eqat_mm.commands.settings_file import check_names, read_recipe
-    from eqat_mm.runtime.progress import say
-
-    for path in settled.files:
-        check_names(job_class, read_recipe(path), path)
-    parser = ArgumentParser(prog=f"eqat {name}", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile)
-    parser.add_class_arguments(job_class)
-    job = parsed(parser, name, job_class, settled.words)
-    if settled.line:
-        say(settled.line)
-    return job
+    return Taken(taken.beneath) if command.settings_of else taken
 
 
 def _unknown_command(name: str) -> ConfigError:

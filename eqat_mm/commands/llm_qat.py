@@ -66,12 +66,11 @@ def llm_qat(job: LLMQATJob) -> Path:
     opened = _checked(job)
     style = None if job.conversations is None else job.conversations.style
     restyled(opened.folder, style)  # what cannot be stored is found out now
-    samples = samples_of(opened.folder, job, folder) if job.reads_data else None
+    read = checked_samples if job.trains else samples_of
+    samples = read(opened.folder, job, folder) if job.reads_data else None
     inputs: dict[str, Path | str] = {"model": opened.folder}
     if samples is not None:
         inputs["data"] = samples.digest
-    if samples is not None and job.trains:
-        job.check_warmup_of(len(samples.dataset), processes())
     stage, room = STAGE if job.trains else ROUNDED, _room(opened, job)
     with training_run(job, Place.within(folder), stage, inputs, device, deepspeed, room) as (job, arguments, run):
         if not run.finished:

@@ -15,11 +15,10 @@ from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import eqat_mm
 from eqat_mm.runtime.settings import Settings, allowed_by, hints_of, settings_in, settings_listed
 
 OPTIONS_FILE = Path(__file__).with_name("options.json")
-_PACKAGE = Path(eqat_mm.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 Kind = Literal["value", "flag", "list", "place", "settings"]
 

@@ -70,8 +70,19 @@ class Samples:
         return HeldOut.of(self.held_out, self.collator, job.held_out_steps, job.batch_size, **place)
 
 
+def checked_samples(folder: Path, job: EndToEndJob, output: Path) -> Samples:
+    """Return what a job trains on, as `samples_of`, enough of it for its steps.
+
+    Raises:
+        EqatError: as `samples_of`, and fewer steps than the learning rate takes to rise.
+    """
+    samples = samples_of(folder, job, output)
+    job.check_warmup_of(len(samples.dataset), processes())
+    return samples
+
+
 def samples_of(folder: Path, job: EndToEndJob, output: Path) -> Samples:
-    """Return what a job trains on, in the tokens of the model in `folder`.
+    """Return what a job reads, in the tokens of the model in `folder`.
 
     Args:
         folder: of the model.

@@ -22,7 +22,7 @@ from eqat_mm.commands.models import load_model, model_folder, require_teacher
 from eqat_mm.commands.preflight import announce_e2e_qp
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import default_output, require_startable
-from eqat_mm.commands.samples import Samples, problems_of, samples_of
+from eqat_mm.commands.samples import Samples, checked_samples, problems_of
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.problems import say_late
 from eqat_mm.data.text_settings import TextWindows
@@ -69,7 +69,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     runs = default_output(job.model, job.quant)
     base = job.quantized or runs / "block-ap" / "model"
     job = job.with_data_decided(str(base), job.model)
-    stage = STAGE if "scales" in job.trains else job.trains.partition("+")[0]
+    stage = stage_of(job)
     folder, device = job.output or runs / stage, best_device(job.device)
     announce_e2e_qp(base, job.model, job.quant, job, _heaviest(job), device, folder)
     _require_block_ap(base, job)
@@ -84,8 +84,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     elif job.judged_by_full_precision:
         require_teacher(model_folder(job.model))
     style = {} if job.conversations is None else restyled(base, job.conversations.style)
-    samples = samples_of(base, job, folder)
-    job.check_warmup_of(len(samples.dataset), processes())
+    samples = checked_samples(base, job, folder)
     verify_checkpoint(base)
     inputs["data"] = samples.digest
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
@@ -102,6 +101,11 @@ def e2e_qp(job: E2EQPJob) -> Path:
                 say_late(problems_of(folder))
                 say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
+
+
+def stage_of(job: E2EQPConfig) -> str:
+    """Return the name of what a job makes, and of its default folder: `e2e-qp`, or what else it trains."""
+    return STAGE if "scales" in job.trains else job.trains.partition("+")[0]
 
 
 def _trained(
