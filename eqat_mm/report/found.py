@@ -69,8 +69,7 @@ class Stage:
 
     def setting(self, name: str) -> Any:
         """Return one of the settings it was started with; None without."""
-        config = self.record.get("config")
-        return config.get(name) if isinstance(config, dict) else None
+        return table(self.record.get("config")).get(name)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Found:
 
     def of(self, stage: Stage) -> list[Measured]:
         """Return the evaluations of a stage's checkpoint."""
-        return [one for one in self.measured if stage.fingerprint in (one.fingerprint, None) and one.fingerprint]
+        return [one for one in self.measured if one.fingerprint == stage.fingerprint is not None]
 
 
 def find(root: Path, fingerprint: Fingerprint) -> Found:
@@ -171,7 +170,7 @@ def _add_run(found: Found, path: Path, fingerprint: Fingerprint) -> None:
 
 def _add_note(found: Found, folder: Path, record: Record) -> None:
     """Add what a table has noted of one of its rows."""
-    decides, path = record.get("decides", {}), folder / "result.json"
+    decides, path = table(record.get("decides")), folder / "result.json"
     if path.is_file():
         numbers = read_json_object(path)
         found.measured.append(Measured(path, folder.name, decides.get("model"), numbers, decides.get("tokens")))
@@ -207,3 +206,8 @@ def number(value: Any) -> float | None:
     """Return a finite number as it is, None for anything else: files may hold anything."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if plain and math.isfinite(value) else None
+
+
+def table(value: Any) -> Record:
+    """Return a JSON object as it is, an empty one for anything else."""
+    return value if isinstance(value, dict) else {}

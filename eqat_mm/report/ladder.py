@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from eqat_mm.report.found import Found, Measured, Stage, number
+from eqat_mm.report.found import Found, Measured, Stage, number, table
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def _of_full_precision(found: Found) -> Iterator[Measured]:
     """Yield the evaluations of what the stages were made from: it has no bits per weight, and was named as their source."""
     sources = {str(stage.manifest.source) for stage in found.stages if stage.manifest}
     sources |= {str(stage.setting("model")) for stage in found.stages}
-    inputs = [stage.record.get("decides", {}).get("inputs", {}) for stage in found.stages]
-    prints = {each.get("model") for each in inputs if isinstance(each, dict)} - {None}
+    decides = [table(stage.record.get("decides")) for stage in found.stages]
+    prints = {table(each.get("inputs")).get("model") for each in decides} - {None}
     for one in found.measured:
         if one.numbers.get("bits_per_weight") is None and (one.model in sources or one.fingerprint in prints):
             yield one
@@ -87,8 +87,7 @@ def _scores(numbers: dict[str, object]) -> Iterator[tuple[str, float]]:
     accuracy = number(numbers.get("accuracy"))
     if accuracy is not None:
         yield "accuracy", accuracy
-    tasks = numbers.get("tasks")
-    for task, row in tasks.items() if isinstance(tasks, dict) else ():
-        score = number(row.get("accuracy")) if isinstance(row, dict) else None
+    for task, row in table(numbers.get("tasks")).items():
+        score = number(table(row).get("accuracy"))
         if score is not None:
-            yield str(task), score
+            yield task, score
