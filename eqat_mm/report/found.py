@@ -67,6 +67,13 @@ class Stage:
         """Whether the run has come to its end."""
         return "finished" in self.record and self.manifest is not None
 
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of all starts together; of a run that is not finished, of what it has committed."""
+        blocks = [number(record.get("seconds")) or 0.0 for record in self.metrics]
+        recorded = number(self.record.get("seconds"))
+        return recorded if self.finished else max(recorded or 0.0, sum(blocks))
+
     def setting(self, name: str) -> Any:
         """Return one of the settings it was started with; None without."""
         return table(self.record.get("config")).get(name)

@@ -47,11 +47,12 @@ def rungs(found: Found, bits: dict[str, float | None]) -> list[Rung]:
     """
     rows = [_rung("full precision", "", None, None, one) for one in _of_full_precision(found)]
     for stage in found.stages:
-        seconds, own = number(stage.record.get("seconds")), found.of(stage)
+        seconds, own = stage.seconds, found.of(stage)
         rows += [_rung(stage.title, stage.name, bits.get(stage.name), seconds, one) for one in own]
         if not own:
-            missing = evaluation_of(found, stage)
-            rows.append(Rung(stage.title, stage.name, bits.get(stage.name), seconds=seconds, missing=missing))
+            missing = evaluation_of(found, stage) if stage.finished else None
+            title = stage.title if stage.finished else f"{stage.title}, not finished"
+            rows.append(Rung(title, stage.name, bits.get(stage.name), seconds=seconds, missing=missing))
     return rows
 
 

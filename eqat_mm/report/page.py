@@ -129,7 +129,7 @@ def _context(found: Found, parts: list[Part], answers: Sequence[Answers] | None)
         "curves": [_drawn(part, "steps", step_panels(part.stage.metrics)) for part in parts if _is(part, *_END_TO_END)],
         "usage": _usage(parts),
         "answers": answers,
-        "seconds": sum(number(stage.record.get("seconds")) or 0 for stage in found.stages),
+        "seconds": sum(stage.seconds or 0.0 for stage in found.stages),
         "model": _model_of(found),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
@@ -146,7 +146,9 @@ def _is(part: Part, *commands: str) -> bool:
 
 def _drawn(part: Part, name: str, drawn: Any) -> dict[str, Any]:
     alt = {"blocks": "Loss and relative error of each block.", "steps": "Loss and learning rate along the steps."}[name]
-    return {"part": part, "chart": Markup(chart(f"{name}{part.key}", drawn, alt)), "totals": totals(part.stage)}
+    held_out = any("held_out_loss" in record for record in part.stage.metrics)
+    svg = Markup(chart(f"{name}{part.key}", drawn, alt))
+    return {"part": part, "chart": svg, "held_out": held_out, "totals": totals(part.stage)}
 
 
 def _usage(parts: list[Part]) -> list[Markup]:
@@ -167,7 +169,7 @@ def _environment() -> jinja2.Environment:
     loader = jinja2.FunctionLoader(_read)
     made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters |= {"size": size, "duration": duration, "flat": flat, "share": share, "short": short}
-    made.globals |= {"beside": beside, "number": number, "table": table}
+    made.globals |= {"beside": beside, "table": table}
     return made
 
 

@@ -34,7 +34,7 @@ def beside(stage: Stage) -> list[Beside]:
 
 def _rows(stage: Stage) -> Iterator[Beside]:
     plan, record = table(stage.record.get("plan")), stage.record
-    yield _row("time", number(plan.get("seconds")), number(record.get("seconds")), duration)
+    yield _row("time", number(plan.get("seconds")), stage.seconds, duration)
     yield _row("RAM at the peak", number(plan.get("ram")), number(record.get("peak_ram")) or _on_cpu(stage), size)
     if number(plan.get("gpu")) or not _computed_on_cpu(stage):
         yield _row("GPU memory at the peak", number(plan.get("gpu")), None if _computed_on_cpu(stage) else peak_of(stage), size)
