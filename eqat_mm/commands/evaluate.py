@@ -86,8 +86,8 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
     require_weights(folder)
     device = best_device(own_device(job.device))
     with launched_ranks(device) as ranks:
-        result = {"model": job.model, "fingerprint": model_fingerprint(folder)}
-        result |= {"bits_per_weight": bits_per_weight(folder)}
+        result: dict[str, Any] = {"model": job.model, "fingerprint": model_fingerprint(folder)}
+        result["bits_per_weight"] = bits_per_weight(folder)
         result |= ranks.gathered(_measure(job, folder, device, ranks))[0]  # what lmms-eval found, the first has
         if job.output is not None and ranks.rank == 0:
             write_json(job.output, result)

@@ -69,9 +69,9 @@ def _setting(settings: Any, name: str) -> Any:
 def typed(command: str, options: Sequence[Option], argv: Sequence[str]) -> Typed:
     """Spell out what users may abbreviate, and tell recipes from flags.
 
-    A first word without dashes is the model, or the run; `--overwrite` means `--overwrite true`. Dashes stand for underscores. A
-    name that other training scripts use is taken where it means the same. What is given again of several (`--image`),
-    or behind it, is one more.
+    A first word without dashes is the model, or the run; `--overwrite` means `--overwrite true`. Dashes stand for
+    underscores. A name that other training scripts use is taken where it means the same. What is given again of several
+    (`--image`), or behind it, is one more.
 
     Args:
         command: its name.

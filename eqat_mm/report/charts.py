@@ -25,7 +25,7 @@ _LINES = [f"#0101{index:02x}" for index in range(COLOURS)]
 _INK, _GRID = "#0101f0", "#0101f1"
 _VARIABLES = {colour: f"var(--c{index})" for index, colour in enumerate(_LINES)}
 _VARIABLES |= {_INK: "var(--soft)", _GRID: "var(--line)"}
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "axes.edgecolor": _GRID,

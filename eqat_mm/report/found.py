@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def find(root: Path, fingerprint: Fingerprint) -> Found:
     found = Found(root)
     records = [root / RECORD] if (root / RECORD).is_file() else list(_below(root, RECORD))
     for path in records:
-        _take(found, path, lambda path=path: _add_run(found, path, fingerprint))
+        _take(found, path, partial(_add_run, found, path, fingerprint))
     if not found.stages:
         raise CheckpointError(
             where=str(root),
@@ -139,7 +140,7 @@ def find(root: Path, fingerprint: Fingerprint) -> Found:
     around = root.parent if (root / RECORD).is_file() else root
     for path in sorted({*_below(around, "*.json"), *around.glob("eval/*.json")}):
         if path.name not in (RECORD, "state.json", "results.json"):
-            _take(found, path, lambda path=path: _add_evaluation(found, path))
+            _take(found, path, partial(_add_evaluation, found, path))
     found.stages.sort(key=lambda stage: str(stage.record.get("started", "")))
     return found
 

@@ -100,7 +100,9 @@ def linears(folder: Path, bits: int) -> Iterator[Linear]:
         CheckpointError: a shard is missing or damaged.
     """
     source = WeightSource(folder)
-    names = sorted((name.removesuffix(SCALE_SUFFIX) for name in source.names() if name.endswith(SCALE_SUFFIX)), key=_key)
+    names = sorted(
+        (name.removesuffix(SCALE_SUFFIX) for name in source.names() if name.endswith(SCALE_SUFFIX)), key=_key
+    )
     for name in progress(names, what="grids", total=len(names), unit="linear"):
         yield Linear(name, *place_of(name), _grids(source, name, bits))
 

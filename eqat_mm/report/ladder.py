@@ -65,7 +65,7 @@ def evaluation_of(found: Found, stage: Stage) -> str:
 
 
 def _of_full_precision(found: Found) -> Iterator[Measured]:
-    """Yield the evaluations of what the stages were made from: it has no bits per weight, and was named as their source."""
+    """Yield the evaluations of what the stages were made from, by its name or by its hash."""
     sources = {str(stage.manifest.source) for stage in found.stages if stage.manifest}
     sources |= {str(stage.setting("model")) for stage in found.stages}
     decides = [table(stage.record.get("decides")) for stage in found.stages]

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from eqat_mm import __version__
 from eqat_mm.report.charts import COLOURS, DASHES, chart
 from eqat_mm.report.curves import block_panels, step_panels, totals
-from eqat_mm.report.found import Found, Stage, number, table
+from eqat_mm.report.found import Found, Stage, table
 from eqat_mm.report.grids import Linear, by_block, linears
 from eqat_mm.report.ladder import rungs
 from eqat_mm.report.planned import beside
@@ -167,7 +167,9 @@ def _model_of(found: Found) -> str:
 
 def _environment() -> jinja2.Environment:
     loader = jinja2.FunctionLoader(_read)
-    made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     made.filters |= {"size": size, "duration": duration, "flat": flat, "share": share, "short": short}
     made.globals |= {"beside": beside, "table": table}
     return made

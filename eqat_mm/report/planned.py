@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from eqat_mm.report.curves import peak_of
 from eqat_mm.report.found import Stage, number, table
@@ -37,13 +38,15 @@ def _rows(stage: Stage) -> Iterator[Beside]:
     yield _row("time", number(plan.get("seconds")), stage.seconds, duration)
     yield _row("RAM at the peak", number(plan.get("ram")), number(record.get("peak_ram")) or _on_cpu(stage), size)
     if number(plan.get("gpu")) or not _computed_on_cpu(stage):
-        yield _row("GPU memory at the peak", number(plan.get("gpu")), None if _computed_on_cpu(stage) else peak_of(stage), size)
+        yield _row(
+            "GPU memory at the peak", number(plan.get("gpu")), None if _computed_on_cpu(stage) else peak_of(stage), size
+        )
 
 
-def _row(what: str, planned: float | None, measured: float | None, words: object) -> Beside:
-    assert callable(words)
+def _row(what: str, planned: float | None, measured: float | None, words: Callable[[Any], str]) -> Beside:
     ratio = measured / planned if planned and measured else None
-    return Beside(what, *(None if value is None else words(value) for value in (planned, measured)), ratio)
+    shown = [None if value is None else words(value) for value in (planned, measured)]
+    return Beside(what, shown[0], shown[1], ratio)
 
 
 def _on_cpu(stage: Stage) -> float | None:

@@ -36,7 +36,7 @@ class Layer:
     name: str
     form: str
     weights: int = 0
-    stored: tuple[int, int, int, int] = (0, 0, 0, 0)
+    stored: tuple[int, ...] = (0, 0, 0, 0)
     count: int = 0
 
     @property
@@ -64,7 +64,7 @@ def layers_of(folder: Path) -> list[Layer]:
         stored[part] += math.prod(one.shape) * _width(one)
         counts = part in (_CODES, _KEPT)
         weights = _weights(source, one, form) if counts else 0
-        layers[name, form] = Layer(name, form, layer.weights + weights, (*stored,), layer.count + counts)
+        layers[name, form] = Layer(name, form, layer.weights + weights, tuple(stored), layer.count + counts)
     return sorted(layers.values(), key=lambda layer: -layer.bytes)
 
 
@@ -88,9 +88,8 @@ def _placed(source: WeightSource) -> Iterator[tuple[Stored, str, str, int]]:
 
 def _part(module: str) -> str:
     """Return the part of the model that a module which is not quantized belongs to."""
-    block, kind = place_of(module)
-    outside = block is None or re.search(r"vision|image|visual", module)
-    return ".".join(module.split(".")[:2]) if outside else kind
+    sees = re.match(r"(?:[^.]*\.)*?[^.]*(?:vision|visual|image|projector)[^.]*", module)
+    return sees[0] if sees else place_of(module)[1]
 
 
 def _weights(source: WeightSource, one: Stored, form: str) -> int:

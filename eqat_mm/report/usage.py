@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from eqat_mm.report.charts import Line, Panel
@@ -72,8 +72,7 @@ def panels(stages: Mapping[int, Sequence[Linear]]) -> list[list[Panel]]:
     ]
 
 
-def _points(blocks: Mapping[int, Grids], value: object) -> list[tuple[float, float]]:
-    assert callable(value)
+def _points(blocks: Mapping[int, Grids], value: Callable[[Grids], float | None]) -> list[tuple[float, float]]:
     found = [(block + 1, value(grids)) for block, grids in blocks.items()]
     return [(block, share) for block, share in found if share is not None]
 

@@ -32,7 +32,6 @@ from eqat_mm.runtime.provenance import differences, provenance, require_same_con
 from eqat_mm.runtime.room import require_disk
 from eqat_mm.runtime.sealed import read_sealed, write_sealed
 
-
 _OF_THE_RUN = ("finished", "seconds", "proof", "plan", "peak_ram")
 """What the record says of the run alone, not of what it makes."""
 

@@ -6,10 +6,11 @@ import re
 from html.parser import HTMLParser
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-MADE_OF = set(
-    "html head meta title style body header main footer nav h1 h2 h3 p a div span b code pre ul li dl dt dd table thead "
-    "tbody tr th td sup details summary br i svg g path defs use text clippath rect tspan img".split()
-)
+MADE_OF = {
+    *("html", "head", "meta", "title", "style", "body", "header", "main", "footer", "nav", "h1", "h2", "h3", "p", "a"),
+    *("div", "span", "b", "i", "sup", "br", "code", "pre", "img", "ul", "li", "dl", "dt", "dd", "details", "summary"),
+    *("table", "thead", "tbody", "tr", "th", "td", "svg", "g", "path", "defs", "use", "text", "clippath", "rect"),
+}
 
 
 class Page(HTMLParser):

@@ -103,6 +103,8 @@ def test_a_record_is_read_as_it_is_sealed(root: Path, tmp_path: Path) -> None:
         find(copy, model_fingerprint)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(3, 3.0), (0.5, 0.5), (True, None), ("7", None), (float("nan"), None), ([], None)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(3, 3.0), (0.5, 0.5), (True, None), ("7", None), (float("nan"), None), ([], None)]
+)
 def test_only_finite_numbers_count(value: object, expected: float | None) -> None:
     assert number(value) == expected

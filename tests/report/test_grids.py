@@ -40,7 +40,9 @@ def test_codes_and_zero_points_are_counted(
 ) -> None:
     monkeypatch.setattr(module, "_CODES_AT_ONCE", at_once)
     state, codes, _, zero = packed(bits)
-    save_file({f"model.layers.7.mlp.up_proj.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {f"model.layers.7.mlp.up_proj.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors"
+    )
     (found,) = linears(tmp_path, bits)
     assert (found.block, found.kind) == (7, "mlp.up_proj")
     assert found.grids.codes.tolist() == [int((codes == code).sum()) for code in range(2**bits)]

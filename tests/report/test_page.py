@@ -108,7 +108,9 @@ def hostile(root: Path, tmp_path: Path) -> Path:
         record = read_sealed(folder / "run.json")
         kept = {"command": name, "started": record["started"], "finished": HOSTILE, "seed": HOSTILE, "python": HOSTILE}
         kept |= {part: spoiled(record[part]) for part in ("config", "environment", "versions", "decides", "plan")}
-        write_sealed(folder / "run.json", kept | {"continued": [{"started": HOSTILE, "environment": {HOSTILE: HOSTILE}}]})
+        write_sealed(
+            folder / "run.json", kept | {"continued": [{"started": HOSTILE, "environment": {HOSTILE: HOSTILE}}]}
+        )
         manifest = read_sealed(folder / "model" / "eqat.json")
         manifest["provenance"] = [one | {"command": HOSTILE} for one in manifest["provenance"]]
         write_sealed(folder / "model" / "eqat.json", manifest | {"source": HOSTILE})
@@ -165,7 +167,10 @@ def test_a_browser_shows_the_page(written: Path, tmp_path: Path, scheme: str, wi
     shot = tmp_path / "shot.png"
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars --disable-sync"
     flags += " --disable-background-networking --disable-component-update --enable-logging=stderr"
-    told = [f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}", f"--user-data-dir={tmp_path}/me"]
+    told = [
+        f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}",
+        f"--user-data-dir={tmp_path}/me",
+    ]
     told += [f"--window-size={width},2400", f"--screenshot={shot}", written.as_uri()]
     done = subprocess.run([BROWSER, *flags.split(), *told], capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr

@@ -37,9 +37,20 @@ def test_layers_say_how_many_and_how_large_they_are(root: Path) -> None:
     assert layers["input_layernorm"].count == 2
 
 
-def test_a_vision_tower_is_one_layer(tmp_path: Path) -> None:
-    names = [f"model.vision_tower.layers.{index}.mlp.fc1.{leaf}" for index in range(3) for leaf in ("weight", "bias")]
-    save_file({name: torch.zeros(4, dtype=torch.bfloat16) for name in names}, tmp_path / "model.safetensors")
-    (tower,) = layers_of(tmp_path)
-    assert (tower.name, tower.bytes, tower.weights) == ("model.vision_tower", 48, 24)
-    assert bits_per_weight(tmp_path, [tower]) is None
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [
+        ("model.vision_tower.layers.3.mlp.fc1", "model.vision_tower"),
+        ("vision_tower.vision_model.encoder.layers.3.mlp.fc1", "vision_tower"),
+        ("model.multi_modal_projector.linear_1", "model.multi_modal_projector"),
+        ("language_model.model.embed_tokens", "language_model.model.embed_tokens"),
+        ("language_model.model.layers.11.input_layernorm", "input_layernorm"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_what_is_not_quantized_is_told_apart_by_its_part(module: str, part: str, tmp_path: Path) -> None:
+    tensors = {f"{module}.{leaf}": torch.zeros(4, dtype=torch.bfloat16) for leaf in ("weight", "bias")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (found,) = layers_of(tmp_path)
+    assert (found.name, found.form, found.bytes, found.weights) == (part, "BF16", 16, 8)
+    assert bits_per_weight(tmp_path, [found]) is None
