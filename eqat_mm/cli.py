@@ -136,6 +136,12 @@ def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
     return PlanJob, plan
 
 
+def _report() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.report import ReportJob, report
+
+    return ReportJob, report
+
+
 COMMANDS: dict[str, _Command] = {
     "demo": _Command(
         "quantize SmolLM2-135M to 2 bits and print the ladder of stages", _demo, "smollm2-135m-w2g64-demo"
@@ -156,6 +162,7 @@ COMMANDS: dict[str, _Command] = {
     "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
     "chat": _Command("talk with a model, about images if shown, line by line", _chat),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
+    "report": _Command("one page about a run, or all runs of a model: ladder, losses, grids, provenance", _report),
     "verify": _Command("check every file of a packed checkpoint against its hash", _verify),
     "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
     "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),

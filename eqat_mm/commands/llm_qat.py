@@ -17,7 +17,7 @@ from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import open_full_precision
 from eqat_mm.commands.recipes import warn_without_recipe
 from eqat_mm.commands.runs import require_startable
-from eqat_mm.commands.samples import Samples, problems_of, samples_of
+from eqat_mm.commands.samples import Samples, checked_samples, problems_of, samples_of
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.problems import say_late
 from eqat_mm.data.text_settings import TextWindows

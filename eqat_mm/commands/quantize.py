@@ -105,9 +105,10 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     require_same(ranks, {"data": inputs["data"]})
     job = ranks.from_first(lambda: _settled(job, place, device))
 
-    def prepare(run: Run) -> None:
-        announce_block_ap(opened, job, len(windows), windows.shape[1], device, folder)
+    def prepare(run: Run) -> dict[str, Any]:
+        verdict = announce_block_ap(opened, job, len(windows), windows.shape[1], device, folder)
         check_room(opened, batches, job, folder, device, ranks, run.written)
+        return {"plan": verdict.phase.totals}
 
     wanted = asked("block-ap", job, device, inputs)
     with opened_run(place, wanted, prepare, overwrite=job.overwrite, from_first=ranks.from_first) as run:
@@ -149,8 +150,9 @@ def rtn(job: RTNJob) -> Path:
     folder = job.output or default_output(job.model, job.quant) / "rtn"
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
 
-    def prepare(run: Run) -> None:
+    def prepare(run: Run) -> dict[str, Any]:
         run.require_room(weights * 2, "checkpoint")
+        return {}
 
     wanted = asked("rtn", job, torch.device("cpu"), {"model": opened.folder})
     with opened_run(Place.within(folder), wanted, prepare, overwrite=job.overwrite) as run:

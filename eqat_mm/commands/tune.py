@@ -71,7 +71,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     job = job.with_data_decided(str(base), job.model)
     stage = stage_of(job)
     folder, device = job.output or runs / stage, best_device(job.device)
-    announce_e2e_qp(base, job.model, job.quant, job, _heaviest(job), device, folder)
+    plan = announce_e2e_qp(base, job.model, job.quant, job, _heaviest(job), device, folder)
     _require_block_ap(base, job)
     warn_without_recipe(job.model, job.recipe_for, STAGE)
     require_startable(job, Place.within(folder))
@@ -88,7 +88,8 @@ def e2e_qp(job: E2EQPJob) -> Path:
     verify_checkpoint(base)
     inputs["data"] = samples.digest
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
-    with training_run(job, Place.within(folder), STAGE, inputs, device, deepspeed, room) as (job, arguments, run):
+    given: dict[str, Any] = {"inputs": inputs, "device": device, "deepspeed": deepspeed, "room": room, "plan": plan}
+    with training_run(job, Place.within(folder), STAGE, **given) as (job, arguments, run):
         if not run.finished:
             if arguments.process_index == 0:
                 samples.keep(folder)
