@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -73,6 +73,7 @@ class Arch:
         tiny: returns a small random model and batches of inputs, for tests.
         projector: exact path of the module that turns image features into hidden states, in vision-language models;
             the one full-precision part that can be trained.
+        processor: of a vision-language model, returns a processor that fits `tiny`; None leaves out the checks with it.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Arch:
     sums: tuple[tuple[str, str], ...] = ()
     norms: tuple[tuple[str, int], ...] = (("input_layernorm", 0), ("post_attention_layernorm", 2))
     projector: str | None = None
+    processor: Callable[[], Any] | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -195,7 +197,8 @@ class Arch:
             linears = dict(self.named_linears(block))
             for path, stage in self.norms:
                 name = f"{self.blocks}.{index}.{path}"
-                reading = [linears[linear] for linear in self.stages[stage] if linear in linears]
+                stages = _round(self.stages[stage], linears.keys()).stages
+                reading = [linears[linear] for each in stages for linear in each]
                 if reading:
                     found.append(NormedLinears(name, self.find(block, path), reading))
         return found
@@ -246,8 +249,9 @@ def _round(stage: Stage, names: Set[str]) -> Round:
     if not star:
         own = tuple(path for path in stage if path in names)
         return Round((own,) if own else ())
-    count = sum(1 for name in names if name.startswith(f"{experts}.") and name[len(experts) + 1 :].isdecimal())
-    each = (tuple(path.replace(EXPERT, str(number)) for path in stage) for number in range(count))
+    inside = (name.removeprefix(f"{experts}.").partition(".")[0] for name in names if name.startswith(f"{experts}."))
+    numbers = sorted({int(number) for number in inside if number.isdecimal()})
+    each = (tuple(path.replace(EXPERT, str(number)) for path in stage) for number in numbers)
     own = (tuple(path for path in paths if path in names) for paths in each)
     return Round(tuple(paths for paths in own if paths), experts)
 
