@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from eqat_mm.blocks.arch import Arch, Round
-from eqat_mm.blocks.capture import BlockCall
+from eqat_mm.blocks.calls import BlockCall
 from eqat_mm.blocks.experts import SplitExperts
 from eqat_mm.blocks.parts import Part
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
