@@ -130,6 +130,12 @@ def _recipes() -> tuple[type[Any], Callable[[Any], Any]]:
     return RecipesJob, list_recipes
 
 
+def _check_adapter() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.check_adapter import CheckAdapterJob, check_adapter
+
+    return CheckAdapterJob, check_adapter
+
+
 def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.plan import PlanJob, plan
 
@@ -164,6 +170,9 @@ COMMANDS: dict[str, _Command] = {
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
     "report": _Command("one page about a run, or all runs of a model: ladder, losses, grids, provenance", _report),
     "verify": _Command("check every file of a packed checkpoint against its hash", _verify),
+    "check-adapter": _Command(
+        "try an adapter on a tiny model of its kind: what it declares, trains and writes", _check_adapter
+    ),
     "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
     "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),
     "assets": _Command("list the short names of models and data, or fetch some", _assets),

@@ -10,6 +10,8 @@ ALIASES: dict[str, str] = {
     "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
     "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
     "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B-Base",
     "vicuna-7b": "lmsys/vicuna-7b-v1.5",
     "vicuna-13b": "lmsys/vicuna-13b-v1.5",
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",

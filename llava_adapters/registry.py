@@ -17,7 +17,7 @@ from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.plugins import MODELS, plugged
-from llava_adapters import llama, llava, llava_next, mistral
+from llava_adapters import llama, llava, llava_next, mistral, mixtral, qwen3_moe
 from llava_adapters.aliases import ALIASES
 from llava_adapters.original import refuse_original_folder, refuse_original_repository
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 GROUP = "eqat_mm.adapters"
 
-_BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH, llava.ARCH, llava_next.ARCH)
+_BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH, mixtral.ARCH, qwen3_moe.ARCH, llava.ARCH, llava_next.ARCH)
 
 
 @lru_cache(maxsize=1)

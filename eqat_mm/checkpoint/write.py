@@ -117,7 +117,7 @@ class CheckpointWriter:
         copy_companions(self.opened.folder, self.folder)
         write_over(self.folder, restyled(self.opened.folder, style))
         config = read_json(self.opened.folder / "config.json")
-        ignore = ignored_linears(self.opened.arch, self.opened.model)
+        ignore = ignored_linears(self.opened.arch, self.opened.model, self.opened.source)
         channels = None if self.widths.kv_cache == UNQUANTIZED else head_dim(self.opened)
         config["quantization_config"] = quantization_config(self.spec, ignore, self.widths, channels)
         files = [self.shard(index) for index in range(self._count)]

@@ -171,7 +171,9 @@ def _as_text(job: PlanJob, shape: ModelShape, machine: Machine, verdicts: list[V
     memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
     where = f"{machine.gpus} x {machine.name}" if machine.gpus > 1 else machine.name
     blocks, head = len(shape.blocks), f"{job.model}, {job.quant.name}: {billions(shape.parameters)} parameters"
-    lines = [f"{head}, {blocks} blocks", f"on {where}{memory} (rates: {machine.origin})"]
+    experts, sent = shape.largest.experts, shape.largest.sent
+    routed = f" of {experts} experts, {sent} for each token" if experts else ""
+    lines = [f"{head}, {blocks} blocks{routed}", f"on {where}{memory} (rates: {machine.origin})"]
     if job.recipe_for:
         lines.append(f"settings of Block-AP: the recipe for {', '.join(job.recipe_for)}")
     return "\n".join([*lines, "", summary(verdicts), details(verdicts)])
