@@ -148,7 +148,8 @@ def _tokenizer(text: str) -> Tokenizer:
     found = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     found.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = (f"▁{word}" for said in islice(load_documents(text), DOCUMENTS) for word in said.split())
+    said = " ".join(islice(load_documents(text), DOCUMENTS)).split()
+    words = (f"▁{word}" for word in said if "<" not in word)  # `<image>` is no word
     trained = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     trainer = BpeTrainer(vocab_size=LEARNED, special_tokens=first, show_progress=False)
     trained.train_from_iterator(words, trainer)
