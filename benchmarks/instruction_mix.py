@@ -2,12 +2,12 @@
 
     python benchmarks/instruction_mix.py FOLDER [--records 665298] [--images 200] [--odd] [--text demo-wikipedia]
 
-FOLDER gets `mix.json` and `images/`. Words are those of a text, by default Wikipedia's lead sections: natural work for a
-tokenizer.
+FOLDER gets `mix.json` and `images/`. Words are those of a text, by default Wikipedia's lead sections: natural work for
+a tokenizer.
 Of the records 6% are long talks without an image, 30% two or three long answers, the others up to fourteen short ones.
 `--odd` adds, one in a thousand each, what the published data have: a first turn by the model, several `<image>` for one
-image, a literal `<image>` in a text, an image without `<image>`, two images, a missing image, and more than 2,048 tokens.
-Of the images one is then an empty file, and one was cut off in the middle.
+image, a literal `<image>` in a text, an image without `<image>`, two images, a missing image, and more than 2,048
+tokens. Of the images one is then an empty file, and one was cut off in the middle.
 """
 
 from __future__ import annotations

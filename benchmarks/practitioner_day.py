@@ -2,48 +2,39 @@
 
     python benchmarks/practitioner_day.py FOLDER [--records 20000] [--images 200] [--steps 48] [--text demo-wikipedia]
 
-FOLDER gets a cache of the hub with a tiny LLaVA in the published layout (`released_llava.py`), an instruction mix with
-its images (`instruction_mix.py`), a dump of text, and a photo. The commands are those of the document, word for word, but
-for `REPLACED`; what downloads (`DOWNLOADS`) is not run, because the stand-ins are there. Then the training goes on three
-more times: killed by SIGKILL and continued, to the same bytes as a whole run; stopped by SIGTERM and continued in one
-process, to the same weights within rounding. Printed is what each command took: seconds, CPU seconds of all its processes,
-and the memory of the largest one at its peak.
+FOLDER gets what a day begins with (`stand_ins.py`). The commands are those of the document, word for word, but for
+`REPLACED`; what downloads (`DOWNLOADS`) is not run, because the stand-ins are there. Then the training is started four
+more times: killed by SIGKILL and continued, to the same bytes as the whole run; stopped by SIGTERM and continued in one
+process, to the same weights within rounding. Printed is what each command took: seconds, CPU seconds of all its
+processes, and the memory of the largest one at its peak.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import io
-import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
-import pyarrow
 import torch
-from instruction_mix import write_mix
-from PIL import Image
-from pyarrow import parquet
-from released_llava import write_released
+from measured_command import Cost, Started, measured
 from safetensors.torch import load_file
+from stand_ins import write_stand_ins
 
 from eqat_mm.commands.launchers import free_port
-from eqat_mm.data.documents import load_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "llava.md"
 DOWNLOADS = ("hf ", "wget ", "unzip ", "mkdir ", "pip ")
-DUMPS = 3
-QUESTIONS = 8
+TYPED = "/image photo.jpg\nwhat is it?\n/quit\n"
+"""To `eqat chat`; nothing else reads it."""
+
 RUN = "runs/llava-1.5-7b-w2g64"
 TOLERANCE = 1e-2
 """Largest difference of two runs on different numbers of processes, of the largest number of a tensor."""
@@ -63,7 +54,9 @@ REPLACED = (
         "scripts/e2e_qp.py --config llava-1.5-w2g64-e2e-qp --max_steps {steps} --save_steps {save} --logging_steps 4 "
         "--learning_rate 1e-3 --precision float32",
     ),
+    (r"--save_steps 500 ", ""),
     (r"--conversations\.held_out 256", "--conversations.held_out 16"),
+    (r"--data\.source texts/", "--data.source texts/ --data.count 16 --data.length 256"),
     # the tasks of the paper are on the hub
     (r"--tasks llava-1\.5 --batch_size 16", "--tasks easy_vqa --limit 8 --batch_size 2"),
 )
@@ -71,31 +64,6 @@ REPLACED = (
 
 _DAY = re.compile(r"^## \d\d:\d\d.*?(?=^## (?!\d\d:\d\d)|\Z)", re.M | re.S)
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a command took.
-
-    Attributes:
-        what: it was.
-        status: with which it ended.
-        seconds: on the clock.
-        cpu: seconds of all its processes.
-        memory: of the largest process at its peak, in MiB.
-        log: file of what it said.
-    """
-
-    what: str
-    status: int
-    seconds: float
-    cpu: float
-    memory: float
-    log: Path
-
-    def row(self) -> str:
-        """Return a row of a table."""
-        return f"| {self.what} | {self.seconds:.0f} | {self.cpu:.0f} | {self.memory:,.0f} |"
 
 
 class Place:
@@ -112,8 +80,9 @@ class Place:
     def __init__(self, folder: Path, records: int, images: int, steps: int, text: str) -> None:
         self.folder = folder.resolve()
         self.steps = steps
-        if not (self.folder / "photo.jpg").exists():
-            self._fill(records, images, text)
+        if not self.folder.exists():
+            write_stand_ins(self.folder, records, images, text)
+            (self.folder / "scripts").symlink_to(ROOT / "scripts")
         self.environment = os.environ | {
             "HF_HOME": str(self.folder / "hf"),
             "HF_HUB_OFFLINE": "1",
@@ -124,17 +93,6 @@ class Place:
             "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'eval'}",
         }
 
-    def _fill(self, records: int, images: int, text: str) -> None:
-        write_released(self.folder / "hf" / "hub", text)
-        data = self.folder / "data"
-        data.mkdir()
-        write_mix(data, records, images, odd=True, text=text).rename(data / "llava_v1_5_mix665k.json")
-        (data / "images").rename(data / "llava-images")
-        _write_dump(self.folder / "texts" / "en", text)
-        _write_questions(self.folder / "questions.parquet")
-        (self.folder / "scripts").symlink_to(ROOT / "scripts")
-        _photo(90).save(self.folder / "photo.jpg")
-
     def replaced(self, command: str) -> str:
         """Return a command of the document as it is run here."""
         for pattern, by in REPLACED:
@@ -142,61 +100,39 @@ class Place:
             command = re.sub(pattern, by.replace("\\", r"\\"), command)
         return command
 
-    def run(self, command: str, what: str | None = None, stop: Callable[[int], None] | None = None) -> Cost:
-        """Run a command; return what it took.
-
-        Args:
-            command: of a shell.
-            what: it is called.
-            stop: ends the process of this number.
-        """
+    def run(
+        self, command: str, what: str | None = None, stop: Callable[[Started], None] = lambda started: None
+    ) -> Cost:
+        """Run a command of a shell, which `stop` may end; return what it took."""
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
-        log, started = logs / f"{len(list(logs.iterdir())):02}.txt", time.perf_counter()
-        with log.open("w", encoding="utf-8") as said:
-            said.write(f"{command}\n")
-            said.flush()
-            process = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"],
-                stdin=subprocess.PIPE,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                cwd=self.folder,
-                env=self.environment,
-            )
-            assert process.stdin is not None
-            process.stdin.write(b"/image photo.jpg\nwhat is it?\n/quit\n")  # for `eqat chat`
-            process.stdin.close()
-            if stop is not None:
-                stop(process.pid)
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        seconds, cpu = time.perf_counter() - started, used.ru_utime + used.ru_stime
-        return Cost(what or _short(command), process.returncode, seconds, cpu, used.ru_maxrss / 1024, log)
+        log = logs / f"{len(list(logs.glob('*.txt'))):02}.txt"
+        return measured(what or short(command), command, log, self.folder, self.environment, TYPED, stop)
 
-    def kill_a_process(self, output: str) -> Callable[[int], None]:
+    def kill_a_process(self, output: str) -> Callable[[Started], None]:
         """Return what kills the second process of a training once there is a checkpoint in the middle."""
 
-        def stop(launcher: int) -> None:
-            self._wait_for_checkpoint(output, launcher)
-            second = [each for each in psutil.Process(launcher).children(recursive=True) if _rank(each) == "1"]
+        def stop(started: Started) -> None:
+            self._wait_for_checkpoint(output, started)
+            second = [each for each in psutil.Process(started.pid).children(recursive=True) if _rank(each) == "1"]
             min(second, key=psutil.Process.create_time).send_signal(signal.SIGKILL)
 
         return stop
 
-    def terminate(self, output: str) -> Callable[[int], None]:
+    def terminate(self, output: str) -> Callable[[Started], None]:
         """Return what asks the launcher of a training to end once there is a checkpoint in the middle."""
 
-        def stop(launcher: int) -> None:
-            self._wait_for_checkpoint(output, launcher)
-            os.kill(launcher, signal.SIGTERM)
+        def stop(started: Started) -> None:
+            self._wait_for_checkpoint(output, started)
+            (launcher,) = psutil.Process(started.pid).children()
+            launcher.send_signal(signal.SIGTERM)
 
         return stop
 
-    def _wait_for_checkpoint(self, output: str, launcher: int) -> None:
+    def _wait_for_checkpoint(self, output: str, started: Started) -> None:
         trainer = self.folder / output / "trainer"
         while len(list(trainer.glob("checkpoint-*[0-9]/checkpoint.json"))) < 2:
-            assert psutil.Process(launcher).status() != psutil.STATUS_ZOMBIE, "it ended before its second checkpoint"
+            assert started.poll() is None, "it ended before its second checkpoint"
             time.sleep(0.1)
 
     def tensors(self, output: str) -> dict[str, torch.Tensor]:
@@ -221,7 +157,7 @@ def documented(place: Place) -> Iterator[Cost]:
     """Run the commands of the document, and yield what each took."""
     for command in commands_of_the_day(DOCUMENT.read_text(encoding="utf-8")):
         if is_run(command):
-            yield place.run(place.replaced(command), _short(command))
+            yield place.run(place.replaced(command), short(command))
 
 
 def killed_and_continued(place: Place) -> Iterator[Cost]:
@@ -257,8 +193,11 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
     return max(float((left - right).abs().max() / right.abs().max().clamp(min=1e-30)) for left, right in pairs)
 
 
-def _short(command: str) -> str:
-    words = [word for word in command.split() if word.startswith(("eqat", "scripts/")) or word in ("deepspeed", "torchrun")]
+def short(command: str) -> str:
+    """Return what a command is called in a table."""
+    words = [
+        word for word in command.split() if word.startswith(("eqat", "scripts/")) or word in ("deepspeed", "torchrun")
+    ]
     name = command.split()[1] if words[:1] == ["eqat"] else ""
     return f"`{' '.join([*words, name]).strip() or command}`"
 
@@ -269,30 +208,6 @@ def _rank(process: psutil.Process) -> str | None:
     except psutil.Error:
         return None
     return found
-
-
-def _write_dump(folder: Path, text: str) -> None:
-    """Write text as C4 is published: compressed files with a record a line."""
-    folder.mkdir(parents=True)
-    documents = list(load_documents(text))
-    for number in range(DUMPS):
-        with gzip.open(folder / f"c4-train.{number:05}-of-01024.json.gz", "wt", encoding="utf-8") as out:
-            for said in documents[number::DUMPS]:
-                out.write(json.dumps({"text": said, "timestamp": "2019-04-25T12:57:54Z", "url": "https://a.b/c"}) + "\n")
-
-
-def _photo(shade: int) -> Image.Image:
-    return Image.linear_gradient("L").point(lambda value: (value + shade) % 256).resize((640, 480)).convert("RGB")
-
-
-def _write_questions(file: Path) -> None:
-    rows = []
-    for number in range(QUESTIONS):
-        image = io.BytesIO()
-        _photo(30 * number).save(image, "PNG")
-        asked = {"question": "What is it?", "answer": "a cat", "type": "colour"}
-        rows.append({"question_id": f"{number}", "image": image.getvalue()} | asked)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
 
 
 def main() -> int:

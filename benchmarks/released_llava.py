@@ -2,9 +2,9 @@
 
     python benchmarks/released_llava.py FOLDER [--text demo-wikipedia]
 
-FOLDER becomes a cache of the hub (`HF_HUB_CACHE`) that holds `llava-hf/llava-1.5-7b-hf`, and nothing else. Images become
-576 tokens and text is tokenised as Llama does, so that samples are as long as real ones; the language tower has two
-blocks of 64 channels, and says nothing sensible.
+FOLDER becomes a cache of the hub (`HF_HUB_CACHE`) that holds `llava-hf/llava-1.5-7b-hf`, and nothing else. Images
+become 576 tokens and text is tokenised as Llama does, so that samples are as long as real ones; the language tower has
+two blocks of 64 channels, and says nothing sensible.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ REPOSITORY = "llava-hf/llava-1.5-7b-hf"
 LEARNED = 8000
 """Most tokens that the tokenizer learns, 32,000 in the original; `<image>` is the one behind them, padding the next."""
 
+FIRST = ["<unk>", "<s>", "</s>"]
 TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SEES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 DOCUMENTS = 4000
@@ -76,7 +77,7 @@ def write_released(cache: Path, text: str = "demo-wikipedia") -> Path:
 
 def _config(image: int) -> dict[str, Any]:
     vocabulary = image + 64
-    text = TOWER | {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05}
+    text = TOWER | {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096, "model_type": "llama"}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "ignore_index": -100,
@@ -84,7 +85,8 @@ def _config(image: int) -> dict[str, Any]:
         "model_type": "llava",
         "pad_token_id": image + 1,
         "projector_hidden_act": "gelu",
-        "text_config": text | {"architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary, "torch_dtype": "float16"},
+        "text_config": text
+        | {"architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary, "torch_dtype": "float16"},
         "tie_word_embeddings": False,
         "torch_dtype": "float16",
         "transformers_version": "4.36.0.dev0",
@@ -130,7 +132,7 @@ def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int = 3
 
 
 def _write_speaker(folder: Path, text: str) -> int:
-    """Write tokenizer, processor and template, each in the files that the repository has; return the id of `<image>`."""
+    """Write tokenizer, processor and template in the files that the repository has; return the id of `<image>`."""
     tokenizer = _tokenizer(text)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -145,19 +147,23 @@ def _write_speaker(folder: Path, text: str) -> int:
 
 def _tokenizer(text: str) -> Tokenizer:
     """Return a tokenizer of Llama's kind that has learned from a text: bytes for what it does not know."""
-    found = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    vocabulary, merges = _learned(text)
+    found = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     found.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    said = " ".join(islice(load_documents(text), DOCUMENTS)).split()
-    words = (f"▁{word}" for word in said if "<" not in word)  # `<image>` is no word
-    trained = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    trainer = BpeTrainer(vocab_size=LEARNED, special_tokens=first, show_progress=False)
-    trained.train_from_iterator(words, trainer)
-    model = json.loads(trained.to_str())["model"]
-    found.model = BPE(model["vocab"], [tuple(pair) for pair in model["merges"]], unk_token="<unk>", byte_fallback=True)
-    found.add_special_tokens([*first[:3], AddedToken("<image>", normalized=False), AddedToken("<pad>", normalized=False)])
+    found.add_special_tokens([*FIRST, *(AddedToken(token, normalized=False) for token in ("<image>", "<pad>"))])
     found.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return found
+
+
+def _learned(text: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return a vocabulary, special tokens and bytes first, and what is merged."""
+    said = " ".join(islice(load_documents(text), DOCUMENTS)).split()
+    words = (f"▁{word}" for word in said if "<" not in word)  # `<image>` is no word
+    special = [*FIRST, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained = Tokenizer(BPE(unk_token="<unk>"))
+    trained.train_from_iterator(words, BpeTrainer(vocab_size=LEARNED, special_tokens=special, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
 def _write_json(path: Path, value: Any) -> None:
