@@ -1,11 +1,13 @@
 """A stand-in for LLaVA-1.5's instruction mix: as many records, as long, in the published layout, about few images.
 
-    python benchmarks/instruction_mix.py FOLDER [--records 665298] [--images 200] [--odd]
+    python benchmarks/instruction_mix.py FOLDER [--records 665298] [--images 200] [--odd] [--text demo-wikipedia]
 
-FOLDER gets `mix.json` and `images/`. Words are those of Wikipedia's lead sections: natural work for a tokenizer.
+FOLDER gets `mix.json` and `images/`. Words are those of a text, by default Wikipedia's lead sections: natural work for
+a tokenizer.
 Of the records 6% are long talks without an image, 30% two or three long answers, the others up to fourteen short ones.
 `--odd` adds, one in a thousand each, what the published data have: a first turn by the model, several `<image>` for one
-image, a literal `<image>` in a text, an image without `<image>`, a missing image, and more than 2,048 tokens.
+image, a literal `<image>` in a text, an image without `<image>`, two images, a missing image, and more than 2,048
+tokens. Of the images one is then an empty file, and one was cut off in the middle.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ FOLDERS = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_imag
 Record = dict[str, Any]
 
 
-def write_mix(folder: Path, records: int, images: int, *, odd: bool = False) -> Path:
+def write_mix(folder: Path, records: int, images: int, *, odd: bool = False, text: str = "demo-wikipedia") -> Path:
     """Write `mix.json` with its images below `folder`; return the file."""
     names = _images(folder / "images", images)
-    words = " ".join(load_documents("demo-wikipedia")).split()
+    if odd:
+        _damage(folder / "images" / names[0], folder / "images" / names[1])
+    words = " ".join(load_documents(text)).split()
     draw = random.Random(0)
     file = folder / "mix.json"
     with file.open("w", encoding="utf-8") as out:
@@ -54,10 +58,15 @@ def _images(folder: Path, count: int) -> list[str]:
     return names
 
 
+def _damage(emptied: Path, cut: Path) -> None:
+    emptied.write_bytes(b"")
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+
+
 def _records(words: list[str], names: list[str], count: int, draw: random.Random, odd: bool) -> Iterator[Record]:
     for index in range(count):
         record = _record(words, names, index, draw)
-        yield _odd(record, words, draw) if odd and draw.random() < 0.006 else record
+        yield _odd(record, words, names, draw) if odd and draw.random() < 0.007 else record
 
 
 def _record(words: list[str], names: list[str], index: int, draw: random.Random) -> Record:
@@ -85,12 +94,12 @@ def _text(words: list[str], most: int, draw: random.Random) -> str:
     return " ".join(words[start : start + length])
 
 
-def _odd(record: Record, words: list[str], draw: random.Random) -> Record:
+def _odd(record: Record, words: list[str], names: list[str], draw: random.Random) -> Record:
     turns = record["conversations"]
     if "image" not in record:
         turns[0]["value"] += " write <image> for a picture"
         return record
-    match draw.randrange(5):
+    match draw.randrange(6):
         case 0:
             turns.insert(0, {"from": "gpt", "value": "Hello!"})
         case 1:
@@ -99,6 +108,9 @@ def _odd(record: Record, words: list[str], draw: random.Random) -> Record:
             turns[0]["value"] = turns[0]["value"].replace("<image>", "")
         case 3:
             record["image"] = f"gone/{record['id']}.jpg"
+        case 4:
+            record["image"] = [record["image"], draw.choice(names)]
+            turns[0]["value"] += "\nand <image>"
         case _:
             turns[-1]["value"] = _text(words, 2000, draw)
     return record
@@ -110,5 +122,6 @@ if __name__ == "__main__":
     parser.add_argument("--records", type=int, default=RECORDS)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--odd", action="store_true")
+    parser.add_argument("--text", default="demo-wikipedia")
     given = parser.parse_args()
-    print(write_mix(given.folder, given.records, given.images, odd=given.odd))
+    print(write_mix(given.folder, given.records, given.images, odd=given.odd, text=given.text))

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 from transformers import ProcessorMixin
 
 from eqat_mm.data.conversations import IMAGE, Turn
@@ -29,6 +29,9 @@ _BEFORE, _BEHIND = "text before", "text behind"
 """What is asked of a template to find out where it writes images."""
 
 _IMAGE = {"type": "image"}
+_REPLACED = "text_replacement_offsets"
+"""What a processor says of its image tokens, in dictionaries."""
+
 _PATIENCE = 10.0
 """Seconds that a template may take, a program of the model's whose loops need not end; they take milliseconds."""
 
@@ -116,13 +119,15 @@ class Renderer:
             ids = torch.tensor(self.ids([text])[0], dtype=torch.int64)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         require_unicode(text)
-        found = dict(self._processed(text, images, return_tensors="pt", add_special_tokens=False, **options))
+        found = dict(self._processed(text, images, add_special_tokens=False, **options))
         rows = {name: value for name, value in found.items() if name not in self._of_images}
         return found | {name: self._row(name, value, text) for name, value in rows.items()}
 
     def _processed(self, text: str, images: Sequence[Any], **settings: Any) -> Any:
+        """Return what the processor makes: tensors of images, lists of tokens, which it is slow to make tensors of."""
+        tensors = {"images_kwargs": {"return_tensors": "pt"}}
         try:
-            return self._speaker(text=[text], images=list(images) or None, **settings)
+            return self._speaker(text=[text], images=list(images) or None, **tensors, **settings)
         except ValueError as error:
             said = " ".join(str(error).split())[:200]
             raise DataError(
@@ -134,12 +139,12 @@ class Renderer:
 
     def _row(self, name: str, value: Any, text: str) -> Any:
         """Return one of the processor's rows of tokens with what is missing in front of it."""
-        if not isinstance(value, Tensor):
+        if name == _REPLACED:
             return value[0]
-        start = torch.tensor(self.missing_start(text), dtype=value.dtype)
+        row, start = np.asarray(value[0], np.int64), np.asarray(self.missing_start(text), np.int64)
         if name != "input_ids":
-            start = torch.full((len(start), *value.shape[2:]), int(name == "attention_mask"), dtype=value.dtype)
-        return torch.cat([start, value[0]])
+            start = np.full((len(start), *row.shape[1:]), int(name == "attention_mask"))
+        return torch.from_numpy(np.concatenate([start, row]))
 
     @property
     def _of_images(self) -> Sequence[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from eqat_mm import __version__
 from eqat_mm.report.charts import COLOURS, DASHES, chart
 from eqat_mm.report.curves import block_panels, step_panels, totals
 from eqat_mm.report.found import Found, Stage, table
@@ -132,7 +132,7 @@ def _context(found: Found, parts: list[Part], answers: Sequence[Answers] | None)
         "seconds": sum(stage.seconds or 0.0 for stage in found.stages),
         "model": _model_of(found),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "version": __version__,
+        "version": version("eqat-mm"),
         "style": Markup(_read("style.css")),
         "dashes": DASHES,
         "colours": COLOURS,

@@ -1,0 +1,1 @@
+"""The day of docs/llava.md: its figures and its commands."""
