@@ -268,7 +268,7 @@ def _taken(name: str, options: Sequence[Option], words: Typed) -> Taken:
     """
     from eqat_mm.commands.help_text import brief_help_of, help_of
     from eqat_mm.commands.recipes import Recipe
-    from eqat_mm.commands.taken import demo_recipe, recipe_taken, require_model_named
+    from eqat_mm.commands.taken import Taken, demo_recipe, recipe_taken, require_model_named
 
     command = COMMANDS[name]
     if command.recipe is not None:

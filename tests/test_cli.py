@@ -24,6 +24,7 @@ NEEDS_A_MODEL = ("block-ap", "chat", "e2e-qp", "eval", "generate", "generate-dat
 NEEDS_A_MODEL += ("verify", "prepare-data", "quantize")
 RECIPES = recipe_names()
 MODEL = {name: ["--model", "m"] for name in NAMES if name in NEEDS_A_MODEL}
+MODEL["report"] = ["--run", "r"]
 MODEL["prepare-data"] += ["--conversations.source", "mix.json"]
 
 
