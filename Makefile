@@ -3,12 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.setup-done
-EXTRAS := dev,lmms-eval
+EXTRAS := dev,docs,lmms-eval
 CODE := eqat_mm llava_adapters kernels eval demo scripts benchmarks tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-vlm test test-all test-faults test-gpu lint format types imports options aot check bench bench-kernels clean
+.PHONY: help setup demo demo-vlm test test-all test-faults test-gpu lint format types imports options aot docs check bench bench-kernels clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,7 +65,10 @@ options: setup  ## write down the options of all commands, which --help reads
 aot: setup  ## compile every Triton kernel, sm_80 to sm_120, without a GPU; a spill is an error
 	cd kernels && ../$(BIN)/python -m eqat_kernels.aot
 
-check: lint types imports test aot  ## everything CI runs
+docs: setup  ## build the site of docs/ into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint types imports test aot docs  ## everything CI runs
 
 bench: setup  ## speed and memory of the training paths, as ratios
 	$(BIN)/python benchmarks/run.py
@@ -74,5 +77,5 @@ bench-kernels: setup  ## speed of the kernels, as ratios; on the CPU where there
 	$(BIN)/python benchmarks/time_kernels.py
 
 clean:  ## remove caches and build leftovers (keeps .venv and runs/)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

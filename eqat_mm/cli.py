@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         return to_its_end(lambda: main(sys.argv[1:]))
-    arguments = list(argv)
+    arguments = _of_launchers_left_out(argv)
     if arguments[:1] == ["--version"]:
         print(__version__)
         return 0
@@ -205,7 +205,7 @@ def script(name: str) -> int:
 
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command with its own arguments, those of a launcher left out; returns the exit status."""
-    argv = [argument for argument in argv if not argument.startswith("--local_rank")]  # deepspeed adds it
+    argv = _of_launchers_left_out(argv)
     warnings.showwarning = _show_warning
     _print_anything()
     if "LOCAL_RANK" in os.environ:
@@ -214,6 +214,11 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         end_with_launcher()
         quiet_libraries()
     return status_of(lambda: _run(name, argv))
+
+
+def _of_launchers_left_out(argv: Sequence[str]) -> list[str]:
+    """Return the words without the one that deepspeed puts in front of them."""
+    return [word for word in argv if not word.startswith("--local_rank")]
 
 
 def _run(name: str, argv: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ RECIPES = recipe_names()
 MODEL = {name: ["--model", "m"] for name in NAMES if name in NEEDS_A_MODEL}
 MODEL["report"] = ["--run", "r"]
 MODEL["prepare-data"] += ["--conversations.source", "mix.json"]
+MODEL["report"] = ["--run", "runs/m-w2g64"]
 
 
 def command_of(recipe: str) -> str:

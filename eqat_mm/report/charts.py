@@ -78,7 +78,7 @@ class Panel:
         title: what the y axis shows.
         lines: in it.
         x: what the x axis shows.
-        log: whether the y axis is logarithmic.
+        log: whether the y axis is logarithmic, where there is room for it; all values are above zero then.
         percent: whether y is a share.
         wide: width relative to the others of the chart.
     """
@@ -94,6 +94,13 @@ class Panel:
     def drawn(self) -> bool:
         """Whether there is something to draw."""
         return any(line.points for line in self.lines)
+
+    @property
+    def spread(self) -> float:
+        """Largest value divided by the smallest."""
+        values = [value for line in self.lines for _, value in line.points]
+        values += [edge for line in self.lines for edges in line.band for edge in edges]
+        return max(values) / min(values)
 
 
 def require_charts() -> None:
@@ -141,19 +148,16 @@ def chart(name: str, panels: Sequence[Panel], alt: str, height: float = 2.5) -> 
 
 
 def _draw(axes: Any, panel: Panel) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x)
-    if panel.log:
-        axes.set_yscale("log")
     for line in panel.lines:
         _draw_line(axes, line)
-    if panel.log and axes.get_ylim()[1] / axes.get_ylim()[0] > 30:
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    elif panel.log:
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
-    if panel.log:
+    if panel.log and panel.spread > 8:
+        axes.set_yscale("log")
+        some = "1" if panel.spread > 100 else "25"  # of the digits between powers of ten
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in some else ""))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     elif panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
