@@ -92,7 +92,9 @@ class StageStatistics:
 def rounds_at_a_time(arch: Arch, block: nn.Module) -> Iterator[Round]:
     """Yield what one pass of the streams measures: a stage, or the experts whose sums there is room for."""
     for measured in arch.rounds_of(block):
-        inputs = block.get_submodule(measured.stages[0][0]).in_features
+        linear = block.get_submodule(measured.stages[0][0])
+        assert isinstance(linear, nn.Linear)
+        inputs = linear.in_features
         count = max(1, NUMBERS // inputs**2)
         for at in range(0, len(measured.stages), count):
             yield measured._replace(stages=measured.stages[at : at + count])
