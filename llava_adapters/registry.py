@@ -17,7 +17,20 @@ from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.plugins import MODELS, plugged
-from llava_adapters import llama, llava, llava_next, mistral, mixtral, qwen3_moe
+from llava_adapters import (
+    granite,
+    llama,
+    llava,
+    llava_next,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from llava_adapters.aliases import ALIASES
 from llava_adapters.original import refuse_original_folder, refuse_original_repository
 
@@ -25,7 +38,23 @@ log = logging.getLogger(__name__)
 
 GROUP = "eqat_mm.adapters"
 
-_BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH, mixtral.ARCH, qwen3_moe.ARCH, llava.ARCH, llava_next.ARCH)
+_BUILT_IN: tuple[Arch, ...] = tuple(
+    module.ARCH
+    for module in (
+        llama,
+        mistral,
+        qwen2,
+        qwen3,
+        olmo2,
+        granite,
+        smollm3,
+        phi3,
+        mixtral,
+        qwen3_moe,
+        llava,
+        llava_next,
+    )
+)
 
 
 @lru_cache(maxsize=1)

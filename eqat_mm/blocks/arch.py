@@ -251,9 +251,9 @@ def _round(stage: Stage, names: Set[str]) -> Round:
         return Round((own,) if own else ())
     inside = (name.removeprefix(f"{experts}.").partition(".")[0] for name in names if name.startswith(f"{experts}."))
     numbers = sorted({int(number) for number in inside if number.isdecimal()})
-    each = (tuple(path.replace(EXPERT, str(number)) for path in stage) for number in numbers)
-    own = (tuple(path for path in paths if path in names) for paths in each)
-    return Round(tuple(paths for paths in own if paths), experts)
+    each = [tuple(path.replace(EXPERT, str(number)) for path in stage) for number in numbers]
+    theirs = [tuple(path for path in paths if path in names) for paths in each]
+    return Round(tuple(paths for paths in theirs if paths), experts)
 
 
 def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:

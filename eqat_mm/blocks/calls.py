@@ -95,5 +95,6 @@ def signature(call: BlockCall, hidden_shape: torch.Size, identity: Callable[[Ten
 
 def _value_of(leaf: Any) -> Any:
     """Return a leaf that is equal to others by value; of another one, which may hold anything, its identity."""
-    by_identity = type(leaf).__hash__ in (None, object.__hash__)
+    hashed: Any = type(leaf).__hash__
+    by_identity = hashed is None or hashed is object.__hash__
     return (type(leaf).__name__, id(leaf)) if by_identity else leaf

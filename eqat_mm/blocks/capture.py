@@ -183,7 +183,8 @@ def _quiet() -> Iterator[None]:
 
 def _require_unchanged(sample: Sample, blocks: nn.ModuleList) -> None:
     for index, (block, call) in enumerate(zip(blocks, sample.calls, strict=True)):
-        tried = block.forward.tried
+        recorder: Any = block.forward
+        tried: _Tried | None = recorder.tried
         for argument, value in () if tried is None else tried.changed:
             if argument in call.shared:
                 raise changes_shared(block, f"block {index}", argument, value)

@@ -29,6 +29,11 @@ _ANOTHER = {"is_transposed": True, "is_concatenated": False, "has_bias": True, "
 class Expert(nn.Module):
     """One expert: down(act(gate(x)) * up(x))."""
 
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: nn.Module
+
     def __init__(self, linears: dict[str, nn.Linear], act_fn: nn.Module) -> None:
         super().__init__()
         for name, linear in linears.items():
@@ -129,7 +134,7 @@ def _expert(merged: Any, number: int) -> Expert:
     for parameter, names in LAYOUT.items():
         weight = getattr(merged, parameter)[number]
         for name, rows in zip(names, weight.chunk(len(names)), strict=True):
-            linears[name] = nn.Linear(*reversed(rows.shape), bias=False, device="meta")
+            linears[name] = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
             linears[name].weight = nn.Parameter(rows.detach(), requires_grad=weight.requires_grad)
     return Expert(linears, merged.act_fn)
 

@@ -143,4 +143,6 @@ def _models(
         taught = job.trains and job.loss == "logits"
         kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
         teacher = load_model(opened.folder, arguments.device, kept) if taught else None
-        return load_model(opened.folder, arguments.device, "float32"), teacher
+        student = load_model(opened.folder, arguments.device, "float32")
+        opened.arch.split_experts(student)
+        return student, teacher

@@ -50,8 +50,8 @@ class Case:
 
     def __init__(self, arch: Arch, folder: Path) -> None:
         self.arch, self.folder, self.saved = arch, folder, folder / "full"
-        model, self.batches = arch.tiny()
-        self._tiny: Any = model
+        made: tuple[Any, list[Inputs]] = arch.tiny()
+        self._tiny, self.batches = made
         self._tiny.save_pretrained(self.saved)
 
     def open(self) -> OpenModel:

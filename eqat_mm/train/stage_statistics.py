@@ -30,8 +30,11 @@ from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.quant.gptq import damp
 from eqat_mm.train.losses import token_weights
 
-FEW = 1 / 8
-"""An expert's statistics count from so many tokens for each of its inputs on."""
+FEW, MANY = 1, 8
+"""Tokens for each input of an expert from which on its statistics count, and from which on its weights are corrected.
+
+Of tiny models with random weights, rounding with statistics beats a search on the weights alone from one token on; the
+stream correction fits its few tokens below eight, and pays above sixteen."""
 
 NUMBERS = 1 << 28
 """Numbers in the Hessians of experts that are summed up at a time, 1 GiB, and as many in what they lack."""
@@ -68,6 +71,11 @@ class StageStatistics:
         """Whether an expert saw too few tokens for its sums to say anything about most directions of its input."""
         return self.routed and self.tokens < len(self.hessian_II) * FEW
 
+    @property
+    def corrects(self) -> bool:
+        """Whether there were tokens enough to move weights by what the output lacks on them."""
+        return not self.routed or self.tokens >= len(self.hessian_II) * MANY
+
     def add(self, x_q: Tensor, d: Tensor) -> None:
         """Add the sums over tokens, [T, I] and [T, .]."""
         self.hessian_II += x_q.T @ x_q
@@ -84,7 +92,9 @@ class StageStatistics:
 def rounds_at_a_time(arch: Arch, block: nn.Module) -> Iterator[Round]:
     """Yield what one pass of the streams measures: a stage, or the experts whose sums there is room for."""
     for measured in arch.rounds_of(block):
-        inputs = block.get_submodule(measured.stages[0][0]).in_features
+        linear = block.get_submodule(measured.stages[0][0])
+        assert isinstance(linear, nn.Linear)
+        inputs = linear.in_features
         count = max(1, NUMBERS // inputs**2)
         for at in range(0, len(measured.stages), count):
             yield measured._replace(stages=measured.stages[at : at + count])

@@ -79,7 +79,7 @@ def initial_grids(
     working = copy.deepcopy(step.block)
     for measured in rounds_at_a_time(arch, working):
         statistics = collect(walker, step, working, measured, samples[: config.samples])
-        _say_of_few(step.name, statistics)
+        _say_of_tokens(step.name, statistics)
         for stage, seen in zip(measured.stages, statistics, strict=True):
             for path in stage:
                 try:
@@ -100,13 +100,14 @@ def _round(linear: nn.Module, seen: StageStatistics, spec: QuantSpec, config: Wa
     return grid
 
 
-def _say_of_few(block: str, statistics: Sequence[StageStatistics]) -> None:
-    """Say how many experts get a grid without statistics."""
-    few = [seen.tokens for seen in statistics if seen.few]
-    if few:
+def _say_of_tokens(block: str, statistics: Sequence[StageStatistics]) -> None:
+    """Say how many experts get a grid without statistics, or without a correction of their weights."""
+    few, uncorrected = (sum(each) for each in zip(*((seen.few, not seen.corrects) for seen in statistics), strict=True))
+    tokens = [seen.tokens for seen in statistics]
+    if uncorrected:
         say(
-            f"{block}: {len(few)} of {len(statistics)} experts were sent {min(few)} to {max(few)} calibration tokens, "
-            "too few for statistics: their grids are searched on the weights alone"
+            f"{block}: {len(tokens)} experts were sent {min(tokens):,} to {max(tokens):,} calibration tokens; "
+            f"{uncorrected} too few for a stream correction, {few} of these for statistics: searched on weights alone"
         )
 
 
@@ -130,7 +131,7 @@ def _grid_of(
 def _grid_at(
     weight: Tensor, seen: StageStatistics, spec: QuantSpec, config: WarmStartConfig, layer: str, more: float
 ) -> tuple[Tensor, Grid]:
-    if config.init in ("gptq", "refined"):
+    if config.init in ("gptq", "refined") and seen.corrects:
         weight = weight + seen.correction(weight, config.correction_damping + more)
     hessian = damp(seen.hessian_II, more) if more else seen.hessian_II
     return weight, initial_grid(weight, spec, layer=layer, init=config.init, hessian=hessian)

@@ -106,7 +106,7 @@ def test_other_distributions_register_adapters(monkeypatch: pytest.MonkeyPatch, 
 def test_an_unknown_adapter_is_told_from_where_it_was_named() -> None:
     for words in ((), ("base/model: the adapter that made it",)):
         with pytest.raises(AdapterError) as caught:
-            arch_for("qwen3", *words)
+            arch_for("qwen4", *words)
         assert caught.value.where == (words[0] if words else "--adapter")
         assert "install the package that has it" in caught.value.do
 
