@@ -4,8 +4,8 @@
 
 FOLDER gets what a day begins with (`stand_ins.py`). The commands are those of the document, word for word, but for
 `REPLACED`; what downloads (`DOWNLOADS`) is not run, because the stand-ins are there. Then the training is started four
-more times: killed by SIGKILL and continued, to the same bytes as the whole run; stopped by SIGTERM and continued in one
-process, to the same weights within rounding. Printed is what each command took: seconds, CPU seconds of all its
+more times: killed by SIGKILL and continued, to the same numbers as the whole run; stopped by SIGTERM and continued in
+one process, to the same weights within rounding. Printed is what each command took: seconds, CPU seconds of all its
 processes, and the memory of the largest one at its peak.
 """
 
@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,7 +36,7 @@ TYPED = "/image photo.jpg\nwhat is it?\n/quit\n"
 """To `eqat chat`; nothing else reads it."""
 
 RUN = "runs/llava-1.5-7b-w2g64"
-TOLERANCE = 1e-2
+TOLERANCE = 1e-3
 """Largest difference of two runs on different numbers of processes, of the largest number of a tensor."""
 
 REPLACED = (
@@ -109,23 +109,14 @@ class Place:
         log = logs / f"{len(list(logs.glob('*.txt'))):02}.txt"
         return measured(what or short(command), command, log, self.folder, self.environment, TYPED, stop)
 
-    def kill_a_process(self, output: str) -> Callable[[Started], None]:
-        """Return what kills the second process of a training once there is a checkpoint in the middle."""
+    def signalled(self, number: signal.Signals, output: str, ranks: Sequence[str]) -> Callable[[Started], None]:
+        """Return what sends a signal to processes of a training once there are two checkpoints."""
 
         def stop(started: Started) -> None:
             self._wait_for_checkpoint(output, started)
-            second = [each for each in psutil.Process(started.pid).children(recursive=True) if _rank(each) == "1"]
-            min(second, key=psutil.Process.create_time).send_signal(signal.SIGKILL)
-
-        return stop
-
-    def terminate(self, output: str) -> Callable[[Started], None]:
-        """Return what asks the launcher of a training to end once there is a checkpoint in the middle."""
-
-        def stop(started: Started) -> None:
-            self._wait_for_checkpoint(output, started)
-            (launcher,) = psutil.Process(started.pid).children()
-            launcher.send_signal(signal.SIGTERM)
+            for process in psutil.Process(started.pid).children(recursive=True):
+                if _rank(process) in ranks:
+                    process.send_signal(number)
 
         return stop
 
@@ -166,24 +157,20 @@ def killed_and_continued(place: Place) -> Iterator[Cost]:
     Raises:
         AssertionError: the results are not those of the whole run.
     """
-    (training,) = (
-        command
-        for command in commands_of_the_day(DOCUMENT.read_text(encoding="utf-8"))
-        if "scripts/e2e_qp.py" in command
-    )
-    whole, killed, moved = f"{RUN}/e2e-qp", f"{RUN}/killed", f"{RUN}/moved"
-    two = place.replaced(training)
+    commands = commands_of_the_day(DOCUMENT.read_text(encoding="utf-8"))
+    (two,) = (place.replaced(command) for command in commands if "scripts/e2e_qp.py" in command)
     alone = re.sub(r"^deepspeed.*?scripts/e2e_qp\.py", "eqat e2e-qp --deepspeed null", two)
-    yield place.run(f"{two} --output {killed}", "the same, a process killed by SIGKILL", place.kill_a_process(killed))
+    killed, moved = f"{RUN}/killed", f"{RUN}/moved"
+    kill, end = place.signalled(signal.SIGKILL, killed, "1"), place.signalled(signal.SIGTERM, moved, "01")
+    yield place.run(f"{two} --output {killed}", "the same, a process killed by SIGKILL", kill)
     yield place.run(f"{two} --output {killed}", "the same again, which continues it")
-    left, right = place.tensors(killed), place.tensors(whole)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in right), "not the bytes of the whole run"
-    yield place.run(f"{two} --output {moved}", "the same, stopped by SIGTERM", place.terminate(moved))
+    whole = place.tensors(f"{RUN}/e2e-qp")
+    assert largest_difference(place.tensors(killed), whole) == 0, "not the numbers of the whole run"
+    yield place.run(f"{two} --output {moved}", "the same, both processes stopped by SIGTERM", end)
     yield place.run(f"{alone} --output {moved}", "`eqat e2e-qp`, which continues it in one process")
-    difference = largest_difference(place.tensors(moved), right)
+    difference = largest_difference(place.tensors(moved), whole)
     assert difference < TOLERANCE, f"{difference} beside the whole run"
-    print(f"continued by two processes: the same bytes; by one: {difference:.1e} of the largest number of a tensor")
+    print(f"continued by two processes: the same numbers; by one: {difference:.1e} of a tensor's largest")
 
 
 def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

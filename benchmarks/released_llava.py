@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import nn
@@ -105,8 +105,8 @@ def _write_model(folder: Path, image: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = transformers.AutoModelForImageTextToText.from_config(config)
-        for parameter in model.parameters():  # large enough that every part matters
-            nn.init.normal_(parameter, std=0.1)
+        for matrix in (parameter for parameter in model.parameters() if parameter.dim() > 1):
+            nn.init.normal_(matrix, std=0.1)  # large enough that every part matters
     model.half().save_pretrained(folder / "whole")
     tensors = _published(load_file(folder / "whole" / "model.safetensors"))
     for path in (folder / "whole").iterdir():
@@ -150,6 +150,7 @@ def _tokenizer(text: str) -> Tokenizer:
     vocabulary, merges = _learned(text)
     found = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     found.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    found.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     found.add_special_tokens([*FIRST, *(AddedToken(token, normalized=False) for token in ("<image>", "<pad>"))])
     found.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return found
