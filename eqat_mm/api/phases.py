@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from eqat_mm.api.asked import Text, common, job_from, require_no_processor, said, sources_of
@@ -235,4 +236,7 @@ def _beside(base: Path, stage: str) -> Path | None:
 
 
 def _loaded(folder: Path, device: str) -> PreTrainedModel:
+    """Return what a job has made, in each process of a launcher, once the first has written it."""
+    if dist.is_initialized():
+        dist.barrier()
     return load(folder, device=best_device(own_device(device)))
