@@ -130,6 +130,12 @@ def _recipes() -> tuple[type[Any], Callable[[Any], Any]]:
     return RecipesJob, list_recipes
 
 
+def _completion() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.completion import CompletionJob, completion
+
+    return CompletionJob, completion
+
+
 def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.plan import PlanJob, plan
 
@@ -159,6 +165,7 @@ COMMANDS: dict[str, _Command] = {
     "verify": _Command("check every file of a packed checkpoint against its hash", _verify),
     "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
     "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),
+    "completion": _Command("print what bash or zsh needs to complete commands, options and values", _completion),
     "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
 }
 

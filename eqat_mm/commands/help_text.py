@@ -67,8 +67,8 @@ def help_of(command: str, about: str, options: Sequence[Option], settings: Mappi
 
 
 def _head(command: str, about: str, options: Sequence[Option], line: str) -> list[str]:
-    model = " [MODEL]" if any(option.name == "model" for option in options) else ""
-    usage = f"usage: eqat {command}{model} [--config RECIPE] [--option VALUE ...]"
+    first = next((f" [{name.upper()}]" for name in ("model", "shell") if name in {each.name for each in options}), "")
+    usage = f"usage: eqat {command}{first} [--config RECIPE] [--option VALUE ...]"
     return [usage, "", _sentence(about), *([f"\n{line}"] if line else [])]
 
 
