@@ -17,6 +17,7 @@ from eqat_mm.api.in_memory import (
     name_of,
     packed_folder,
     require_full_precision,
+    require_model,
     written,
 )
 from eqat_mm.checkpoint.folders import is_packed
@@ -174,7 +175,7 @@ def plan_for(
     with said(unless=quiet):
         if isinstance(model, str | Path):
             return plan(job_from("plan", PlanJob, named | {"model": model}, settings, more, recipes_of="block-ap"))
-        require_full_precision(model)
+        require_model(model)
         with configuration_of(model) as folder:
             return plan(job_from("plan", PlanJob, named | {"model": folder}, settings, more, recipes_of="block-ap"))
 
