@@ -23,6 +23,7 @@ quant.symmetric start.init fit.epochs fit.batch_size fit.lr_weight fit.lr_scale 
 calibration.length calibration.count data.source data.length data.count conversations.source
 conversations.image_folder conversations.max_length conversations.template conversations.images
 conversations.on_bad_sample conversations.held_out
+text conversations plan group_size block_ap e2e_qp
 """
 BASIC = frozenset(_BASIC.split())
 """Options that most runs name, in whatever command has them."""
