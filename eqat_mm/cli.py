@@ -136,6 +136,12 @@ def _check_adapter() -> tuple[type[Any], Callable[[Any], Any]]:
     return CheckAdapterJob, check_adapter
 
 
+def _completion() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.completion import CompletionJob, completion
+
+    return CompletionJob, completion
+
+
 def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.plan import PlanJob, plan
 
@@ -176,6 +182,7 @@ COMMANDS: dict[str, _Command] = {
     "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
     "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),
     "assets": _Command("list the short names of models and data, or fetch some", _assets),
+    "completion": _Command("print what bash or zsh needs to complete commands, options and values", _completion),
 }
 
 

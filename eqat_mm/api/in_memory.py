@@ -45,15 +45,24 @@ def name_of(model: PreTrainedModel) -> str:
     return Path(model.name_or_path or "").name or str(model.config.model_type)
 
 
+def require_model(model: Any) -> None:
+    """Check that something in memory is a model.
+
+    Raises:
+        ConfigError: it is no transformers model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        do = "merge the adapters first: model = model.merge_and_unload()" if has_adapters(model) else "give one of them"
+        raise ConfigError("model", type(model).__name__, "a name, a folder, or a transformers model", do)
+
+
 def require_full_precision(model: Any) -> None:
     """Check that a model in memory can be quantized.
 
     Raises:
         ConfigError: it is no transformers model, quantized already, has adapters, or its weights lie elsewhere.
     """
-    if not isinstance(model, PreTrainedModel):
-        do = "merge the adapters first: model = model.merge_and_unload()" if has_adapters(model) else "give one of them"
-        raise ConfigError("model", type(model).__name__, "a name, a folder, or a transformers model", do)
+    require_model(model)
     allowed, do = "a full-precision model", "give the model that it was made from"
     if is_packed_model(model) or _is_quantized(model):
         raise ConfigError("model", f"a {type(model).__name__} that is quantized already", allowed, do)

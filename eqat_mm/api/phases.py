@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from eqat_mm.api.asked import Text, common, job_from, require_no_processor, said, sources_of
@@ -16,6 +17,7 @@ from eqat_mm.api.in_memory import (
     name_of,
     packed_folder,
     require_full_precision,
+    require_model,
     written,
 )
 from eqat_mm.checkpoint.folders import is_packed
@@ -173,7 +175,7 @@ def plan_for(
     with said(unless=quiet):
         if isinstance(model, str | Path):
             return plan(job_from("plan", PlanJob, named | {"model": model}, settings, more, recipes_of="block-ap"))
-        require_full_precision(model)
+        require_model(model)
         with configuration_of(model) as folder:
             return plan(job_from("plan", PlanJob, named | {"model": folder}, settings, more, recipes_of="block-ap"))
 
@@ -235,4 +237,7 @@ def _beside(base: Path, stage: str) -> Path | None:
 
 
 def _loaded(folder: Path, device: str) -> PreTrainedModel:
+    """Return what a job has made, in each process of a launcher, once the first has written it."""
+    if dist.is_initialized():
+        dist.barrier()
     return load(folder, device=best_device(own_device(device)))

@@ -69,7 +69,7 @@ def _setting(settings: Any, name: str) -> Any:
 def typed(command: str, options: Sequence[Option], argv: Sequence[str]) -> Typed:
     """Spell out what users may abbreviate, and tell recipes from flags.
 
-    A first word without dashes is the model, or the run or adapter where no model is asked for; `--overwrite` means
+    A first word without dashes is the model, or the run, adapter or shell where no model is asked for; `--overwrite` means
     `--overwrite true`. Dashes stand for underscores. A name that other training scripts use is taken where it means the
     same. What is given again of several (`--image`), or behind it, is one more.
 
@@ -82,7 +82,7 @@ def typed(command: str, options: Sequence[Option], argv: Sequence[str]) -> Typed
         ConfigError: a flag that is none, text that is none, or an unreadable recipe.
     """
     known = {option.name: option for option in options}
-    first = next((name for name in ("model", "run", "adapter") if name in known), None)
+    first = next((name for name in ("model", "run", "adapter", "shell") if name in known), None)
     if argv and not argv[0].startswith("-") and first is not None:
         argv = [f"--{first}", *argv]
     configs: list[Recipe | Path] = []

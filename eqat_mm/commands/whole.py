@@ -51,9 +51,9 @@ class QuantizeJob(Settings):
         model: model folder, alias (`eqat assets`) or hub repository.
         bits: of a weight.
         group_size: weights that share a step size; null takes the recipe's, or 64.
-        text: that the blocks are fitted on, and a language model is tuned on; its held-out side judges.
-        conversations: about images, in LLaVA's format; a vision-language model is tuned on them.
-        images: folder that the image paths in them are relative to.
+        text: text to fit the blocks on, and to tune a language model on; a side of it is held out to judge by.
+        conversations: conversations about images to tune a vision-language model on, in LLaVA's format.
+        images: folder that the image paths in conversations are relative to.
         plan: print the plan, and end.
         block_ap: recipe or YAML file with other settings of `eqat block-ap`.
         e2e_qp: recipe or YAML file with other settings of `eqat e2e-qp`.

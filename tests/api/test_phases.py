@@ -81,6 +81,23 @@ def test_every_spelling_of_a_model_gives_the_job_of_the_command(tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("only_asked")
+def test_a_model_in_memory_has_the_recipe_of_its_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 7B are neither there nor written: what decides is the configuration."""
+    (tmp_path / "config.json").write_text(json.dumps(shipped_config("llava-1.5-7b")), encoding="utf-8")
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    monkeypatch.setattr(phases, "require_full_precision", lambda model: None)
+    monkeypatch.setattr(phases, "written", lambda model, folder, processor, overwrite: folder)
+    job = job_of(eqat_mm.quantize, model, bits=3, output=tmp_path / "run")
+    wanted = parse_job("block-ap", BlockAPJob, ["llava-1.5-7b", "--quant.bits", "3"])
+    places = {"model": str(tmp_path / "run" / "source"), "output": tmp_path / "run"}
+    assert vars(job) == vars(wanted) | places
+    assert job.recipe_for == ("llava-1.5",)
+    assert eqat_mm.plan_for(model, gpu="h100", quiet=True)[0].fits
+
+
+@pytest.mark.usefixtures("only_asked")
 def test_settings_have_the_names_of_the_options(tmp_path: Path) -> None:
     flat = job_of(eqat_mm.quantize, "llava-1.5-7b", **{"fit.epochs": 4, "seed": 3, "stream_dtype": torch.bfloat16})
     nested = job_of(

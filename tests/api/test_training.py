@@ -35,15 +35,16 @@ class Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def trained(model: Any, folder: Path, **more: Any) -> transformers.Trainer:
+def trained(model: Any, folder: Path, *, save: bool = False, resume: bool = False) -> transformers.Trainer:
     """Four steps under the Trainer of transformers, as its users write it."""
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=4, learning_rate=1e-3, per_device_train_batch_size=4, use_cpu=True,
-        report_to="none", disable_tqdm=True, save_strategy="no", seed=1,
+        report_to="none", disable_tqdm=True, seed=1,
+        save_strategy="steps" if save else "no", save_steps=4,
     )  # fmt: skip
     callbacks = [eqat_mm.RoundStepSizes()]
-    trainer = transformers.Trainer(model, arguments, train_dataset=Windows(), callbacks=callbacks, **more)  # type: ignore[arg-type]
-    trainer.train()
+    trainer = transformers.Trainer(model, arguments, train_dataset=Windows(), callbacks=callbacks)  # type: ignore[arg-type]
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -106,6 +107,20 @@ def test_parts_of_a_llava(seeing: Seeing, tmp_path: Path) -> None:
         names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         kinds = {"projector" if "projector" in name else name.rpartition("_")[2] for name in names}
         assert kinds == {{"scales": "scale"}.get(part, part) for part in trains.split("+")}
+
+
+def test_a_trainer_goes_on_from_its_checkpoint(seeing: Seeing, tmp_path: Path) -> None:
+    base = tmp_path / "x"
+    settings = {"calibration": {"length": 16, "count": 4}, "fit": {"epochs": 0, "validation_samples": 1}}
+    given: dict[str, Any] = {"bits": 4, "group_size": 32, "text": seeing.text, "quiet": True, "settings": settings}
+    model: Any = eqat_mm.quantize(seeing.folder, output=base, **given)
+    eqat_mm.train_only(model)
+    trained(model, tmp_path / "trainer", save=True)
+    again: Any = eqat_mm.load(base)
+    eqat_mm.train_only(again)
+    trained(again, tmp_path / "trainer", save=True, resume=True)  # all steps are done: it only loads
+    assert torch.equal(logits_of(again), logits_of(eqat_mm.load(tmp_path / "trainer" / "checkpoint-4")))
+    assert not torch.equal(logits_of(again), logits_of(eqat_mm.load(base)))
 
 
 @pytest.mark.parametrize(("trains", "words"), [("norms", "--trains"), ("projector", "projector"), ("lora", "lora")])
