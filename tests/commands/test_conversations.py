@@ -18,6 +18,7 @@ from eqat_mm.commands import tune
 from eqat_mm.commands.end_to_end_job import EndToEndJob
 from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
 from eqat_mm.commands.models import load_model
+from eqat_mm.commands.prepare_data import PrepareDataJob, prepare_data
 from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.commands.samples import samples_of
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
@@ -187,6 +188,12 @@ def test_what_a_language_model_cannot_take_is_said(
     with pytest.raises(EqatError, match=words):
         run(job_of(kind, place, tmp_path / "run", "llama", conversations=conversations))
     assert not (tmp_path / "run").exists()
+
+
+def test_its_conversations_are_looked_through_before(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ImageTextData(source=str(place / "texts.json"), template="llava_hf")
+    assert prepare_data(PrepareDataJob(model=str(place / "llama"), conversations=data)).is_file()
+    assert "24 records about 0 images, 24 without one" in capsys.readouterr().out
 
 
 # ---- text among conversations -------------------------------------------------------------------------
