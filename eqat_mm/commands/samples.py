@@ -20,7 +20,7 @@ from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.kept import Kept
 from eqat_mm.data.mixed import Mixed, windows_beside
 from eqat_mm.data.text_settings import TextWindows
-from eqat_mm.data.windows import TooLittleText, digest_of, text_windows
+from eqat_mm.data.windows import TOO_LITTLE, digest_of, text_windows
 from eqat_mm.errors import DataError
 from eqat_mm.runtime.device import processes
 from eqat_mm.runtime.progress import say
@@ -168,7 +168,9 @@ def _with_text(conversations: Any, folder: Path, config: TextWindows, share: flo
     count = windows_beside(len(conversations), share)
     try:
         windows = text_windows(load_tokenizer(folder), replace(config, count=count))
-    except TooLittleText as error:
+    except DataError as error:
+        if error.where != TOO_LITTLE:
+            raise
         raise DataError(
             where=f"--text_share {share:g}, {count:,} windows of text beside {len(conversations):,} conversations",
             given=error.given,

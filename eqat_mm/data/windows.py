@@ -31,9 +31,8 @@ _MOST_PER_DOCUMENT = 4
 _MOST_PER_TOKEN = 8
 """Characters, more than a token has on the average."""
 
-
-class TooLittleText(DataError):
-    """There is less text than was asked for."""
+TOO_LITTLE = "text windows"
+"""Where an error is said to be that there is less text than was asked for."""
 
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, config: TextWindows) -> Tensor:
@@ -291,9 +290,9 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
-def _too_little_text(documents: int, found: int, windows: int, length: int) -> TooLittleText:
-    return TooLittleText(
-        "text windows",
+def _too_little_text(documents: int, found: int, windows: int, length: int) -> DataError:
+    return DataError(
+        TOO_LITTLE,
         f"{found} tokens in {documents} documents",
         f"at least {windows * length} tokens for {windows} windows of {length}",
         f"give more text, or lower count (now {found // length} fit) or length",

@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer
 from eqat_mm.checkpoint.verify import verify_checkpoint
+from eqat_mm.commands import tune
 from eqat_mm.commands.end_to_end_job import EndToEndJob
 from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
+from eqat_mm.commands.models import load_model
+from eqat_mm.commands.prepare_data import PrepareDataJob, prepare_data
 from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.commands.samples import samples_of
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
@@ -23,6 +26,8 @@ from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.style import template_text
 from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.errors import ConfigError, DataError, EqatError
+from eqat_mm.train.llm_qat import prepare
+from llava_adapters import arch_for
 from tests.checkpoint.files import assert_four_lines, same_weights, tensors_of
 from tests.commands.jobs import SIX_STEPS, SPEC
 from tests.tiny_llava import save_tiny_llava
@@ -94,25 +99,25 @@ def test_the_language_tower_learns_and_what_sees_stays(place: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("loss", ["logits", "labels"])
-def test_only_answers_are_learned(place: Path, tmp_path: Path, loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the labels of answers the loss is a mean over these; both losses say the same of words that are not."""
-    seen: list[torch.Tensor] = []
-    from eqat_mm.train import end_to_end
-
-    original = end_to_end.predictions_that_count
-
-    def spy(labels: torch.Tensor) -> Any:
-        seen.append(labels)
-        return original(labels)
-
-    monkeypatch.setattr(end_to_end, "predictions_that_count", spy)
-    llm_qat(job_of(LLMQATJob, place, tmp_path / "run", loss=loss, max_steps=1))
-    samples = samples_of(place / "llava", job_of(LLMQATJob, place, tmp_path), tmp_path)
+def test_the_loss_is_that_of_answers_about_the_same_images(place: Path, tmp_path: Path, loss: Any) -> None:
+    """Computed once more, from logits at all places of the first step's batch."""
+    job = job_of(LLMQATJob, place, tmp_path / "run", loss=loss, max_steps=1)
+    llm_qat(job)
+    samples = samples_of(place / "llava", job, tmp_path)
     assert samples.order is not None
-    rows = [samples.dataset[index]["labels"] for index in samples.order.indices(0)[:4]]
-    answered = [row[row != -100].tolist() for row in rows]
-    assert [row[row != -100].tolist() for row in seen[0]] == answered
-    assert all(0 < len(answer) < len(row) for answer, row in zip(answered, rows, strict=True))
+    assert samples.collator is not None
+    batch = samples.collator([samples.dataset[index] for index in samples.order.indices(0)[:4]])
+    labels = batch.pop("labels")
+    teacher, student = (load_model(place / "llava", torch.device("cpu")) for _ in range(2))
+    prepare(student, arch_for("llava"), job)
+    with torch.no_grad():
+        wanted, found = (model(**batch, use_cache=False).logits[:, :-1].log_softmax(-1) for model in (teacher, student))
+    answers = labels[:, 1:] != -100
+    assert 0 < answers.sum() < answers.numel() / 2
+    divergence = (wanted.exp() * (wanted - found)).sum(-1)[answers].mean()
+    words = -found[answers].gather(-1, labels[:, 1:][answers].unsqueeze(-1)).mean()
+    expected = divergence if loss == "logits" else words
+    assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_the_statistics_of_smoothing_are_those_of_images_too(place: Path, tmp_path: Path) -> None:
@@ -185,6 +190,12 @@ def test_what_a_language_model_cannot_take_is_said(
     assert not (tmp_path / "run").exists()
 
 
+def test_its_conversations_are_looked_through_before(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ImageTextData(source=str(place / "texts.json"), template="llava_hf")
+    assert prepare_data(PrepareDataJob(model=str(place / "llama"), conversations=data)).is_file()
+    assert "24 records about 0 images, 24 without one" in capsys.readouterr().out
+
+
 # ---- text among conversations -------------------------------------------------------------------------
 
 
@@ -202,6 +213,17 @@ def test_a_share_of_the_samples_is_text(
     assert samples.order.indices(0) != samples.order.indices(1)
     verify_checkpoint(run(job))
     assert f"23 conversations and {windows} windows of text" in capsys.readouterr().out
+
+
+def test_a_run_on_both_is_planned_for_the_longer_of_them(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Any] = []
+    monkeypatch.setattr(tune, "announce_e2e_qp", lambda *given: planned.append(given[4]))
+    for length in (8, 32):
+        data, talks = replace(text_of(place), length=length), ImageTextData(str(place / "mixed.json"), max_length=20)
+        e2e_qp(job_of(E2EQPJob, place, tmp_path / str(length), conversations=talks, data=data, text_share=0.1))
+    assert [data.max_length for data in planned] == [20, 32]
 
 
 @BOTH
