@@ -69,7 +69,7 @@ def _setting(settings: Any, name: str) -> Any:
 def typed(command: str, options: Sequence[Option], argv: Sequence[str]) -> Typed:
     """Spell out what users may abbreviate, and tell recipes from flags.
 
-    A first word without dashes is the model, or the run, adapter or shell where no model is asked for; `--overwrite` means
+    A first word without dashes is the model, or the run, adapter or shell where there is no model; `--overwrite` means
     `--overwrite true`. Dashes stand for underscores. A name that other training scripts use is taken where it means the
     same. What is given again of several (`--image`), or behind it, is one more.
 

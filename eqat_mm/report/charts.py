@@ -187,4 +187,4 @@ def _inline(svg: str, name: str, alt: str) -> str:
     size = re.search(r'viewBox="[^"]*"', svg)
     assert size is not None, "no SVG of matplotlib"
     head = f'<svg class="chart" role="img" aria-label="{alt}" {size[0]}>'
-    return re.sub(r"\n\s*", "\n", head + svg[svg.index(">") + 1 :])
+    return re.sub(r"\n\s*", "\n", head + svg[svg.index(">") + 1 :]).strip()

@@ -117,7 +117,7 @@ class Found:
 
     def of(self, stage: Stage) -> list[Measured]:
         """Return the evaluations of a stage's checkpoint."""
-        return [one for one in self.measured if one.fingerprint == stage.fingerprint is not None]
+        return [one for one in self.measured if one.fingerprint and one.fingerprint == stage.fingerprint]
 
 
 def find(root: Path, fingerprint: Fingerprint) -> Found:
@@ -126,6 +126,7 @@ def find(root: Path, fingerprint: Fingerprint) -> Found:
     Raises:
         CheckpointError: no run is there.
     """
+    root = root if root.name not in ("", "..") else root.resolve()
     found = Found(root)
     records = [root / RECORD] if (root / RECORD).is_file() else list(_below(root, RECORD))
     for path in records:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -130,7 +131,9 @@ def _context(found: Found, parts: list[Part], answers: Sequence[Answers] | None)
         "usage": _usage(parts),
         "answers": answers,
         "seconds": sum(stage.seconds or 0.0 for stage in found.stages),
-        "model": _model_of(found),
+        "model": Path(_source_of(found)).name,
+        "source": shlex.quote(_source_of(found)),
+        "root": shlex.quote(str(found.root)),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": version("eqat-mm"),
         "style": Markup(_read("style.css")),
@@ -160,9 +163,10 @@ def _usage(parts: list[Part]) -> list[Markup]:
     return [Markup(chart(f"usage{index}", each, alts[index])) for index, each in enumerate(drawn)]
 
 
-def _model_of(found: Found) -> str:
+def _source_of(found: Found) -> str:
+    """Return the full-precision model as it was named."""
     named = [str(stage.manifest.source if stage.manifest else stage.setting("model") or "") for stage in found.stages]
-    return Path(named[-1]).name or found.root.name
+    return named[-1] or "MODEL"
 
 
 def _environment() -> jinja2.Environment:

@@ -48,6 +48,13 @@ def test_a_run_alone_has_its_evaluation_from_beside_it(root: Path) -> None:
     assert fitted.perplexity is not None
 
 
+def test_a_run_may_be_named_by_a_dot(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root / "block-ap")
+    for spelled in (".", "../block-ap", "../block-ap/"):
+        found = find(Path(spelled), model_fingerprint)
+        assert [(row.title, row.name) for row in rungs(found, {})] == [("full precision", ""), ("Block-AP", "block-ap")]
+
+
 def test_an_evaluation_of_another_checkpoint_does_not_count(root: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(root, tmp_path / "copy")
     shutil.rmtree(copy / "block-ap" / "model")

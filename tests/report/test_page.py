@@ -19,6 +19,7 @@ from eqat_mm.report import Answers, Found, find, write_report
 from eqat_mm.report.page import flat
 from eqat_mm.runtime.sealed import read_sealed, write_sealed
 from tests.report.html import checked
+from tests.tiny_model import Tiny
 
 SECTIONS = ["ladder", "blocks", "curves", "grids", "storage", "plan", "answers", "provenance"]
 HOSTILE = "</style></title>\"'><script>alert(1)</script><img src=http://x.y onerror=alert(1)>{{ 7*7 }}$x^2$\u202e"
@@ -65,10 +66,11 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(written: Path, r
     assert words.count("Not recorded:") == 3  # two evaluations, and answers
 
 
-def test_a_run_of_its_own_says_which_parts_it_lacks(root: Path, tmp_path: Path) -> None:
+def test_a_run_of_its_own_says_which_parts_it_lacks(root: Path, tiny: Tiny, tmp_path: Path) -> None:
     page = checked(page_of(find(root / "rtn", model_fingerprint), tmp_path))
     words = " ".join(page.words.split())
     assert "no run of Block-AP is in this folder" in words
+    assert f"eqat block-ap --model {tiny.folder} --calibration.source" in words
     assert "no run of E2E-QP or LLM-QAT is in this folder" in words
 
 
