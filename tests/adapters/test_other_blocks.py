@@ -259,7 +259,6 @@ def test_factors_are_those_of_float32_whatever_the_files_hold(tmp_path: Path) ->
 
 def test_blocks_that_share_keys_and_values_are_refused_by_name(tmp_path: Path) -> None:
     """Of a Gemma-4 with these settings the last two blocks read what the first two leave for them."""
-    kinds = ["sliding_attention", "full_attention"] * 2
     own = {"intermediate_size": 128, "head_dim": 16, "global_head_dim": 16, "num_hidden_layers": 4}
     sizes = {"vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
     config = transformers.Gemma4TextConfig(
