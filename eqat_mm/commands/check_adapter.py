@@ -46,17 +46,22 @@ def check_adapter(job: CheckAdapterJob) -> dict[str, list[Outcome]]:
 
 def _tried(arch: Arch) -> list[Outcome]:
     say(f"{arch.name}: {len(arch.linears)} linears in {len(arch.stages)} stages of {arch.blocks}")
-    done = []
+    done: list[Outcome] = []
+    told: set[str] = set()
     with TemporaryDirectory() as folder:
         for outcome in outcomes(arch, Path(folder)):
-            say(_line(outcome))
+            say(_line(outcome, told))
             done.append(outcome)
     return done
 
 
-def _line(outcome: Outcome) -> str:
+def _line(outcome: Outcome, told: set[str]) -> str:
+    """Return what is printed of an outcome; `told` are reasons that were given before."""
     if outcome.error is not None:
-        return f"  FAIL  {outcome.says}\n        {reason_of(outcome.error)}"
+        reason = reason_of(outcome.error)
+        shown = "for a reason that is given above" if reason in told else reason
+        told.add(reason)
+        return f"  FAIL  {outcome.says}\n        {shown}"
     return f"  ok    {outcome.says}" if outcome.not_here is None else f"  -     {outcome.says} ({outcome.not_here})"
 
 

@@ -18,6 +18,7 @@ Check = Callable[[Case], None]
 
 CHECKS: tuple[Check, ...] = (
     structure.parts,
+    structure.kinds,
     structure.projector,
     structure.padding,
     structure.images,
@@ -61,12 +62,16 @@ def outcomes(arch: Arch, folder: Path) -> Iterator[Outcome]:
         arch: the adapter.
         folder: an empty one, for its tiny model and what is made of it.
     """
-    case: Case | None = None
+    try:
+        with _quiet():
+            case = Case(arch, folder)
+    except Exception as error:  # noqa: BLE001 - a model's own code may raise anything where an adapter is wrong
+        yield Outcome("A tiny model is made and saved", error=error)
+        return
     for check in CHECKS:
         says = (check.__doc__ or "").partition("\n")[0].rstrip(".")
         try:
             with _quiet():
-                case = case or Case(arch, folder)
                 check(case)
         except NotHere as reason:
             yield Outcome(says, not_here=str(reason))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ def inputs(case: Case) -> None:
         raise NotHere("a language model")
     if case.arch.processor is None:
         raise NotHere("the adapter has no `processor` for its tiny model")
+    if find_spec("PIL") is None or find_spec("torchvision") is None:
+        raise NotHere("what reads images is not installed: pip install 'eqat-mm[vlm]'")
     processor, model = case.arch.processor(), case.model()
     chat, collate = Chat(processor), Collator(processor.tokenizer)
     samples = [chat.encode(_conversation(count), _images(count)) for count in (0, 1, 2)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import re
 
+from torch import Tensor, nn
+
+from eqat_mm.blocks.arch import EXPERT
 from eqat_mm.contract.case import Case, NotHere
 
 SEES = "AutoModelForImageTextToText"
@@ -26,6 +29,38 @@ def parts(case: Case) -> None:
         "take it out of one of the stages",
     )
     case.arch.full_precision_parts(opened.model)
+
+
+def kinds(case: Case) -> None:
+    """What is declared of blocks is in some block of the tiny model, and no matrix of theirs is left out."""
+    blocks = case.open().blocks
+    names = {_alike(name) for block in blocks for name, _ in block.named_modules()}
+    absent = [path for path in (*case.arch.linears, *case.arch.kept) if path not in names]
+    case.require(
+        not absent,
+        f"{', '.join(absent[:3])} in no block of the tiny model",
+        "each declared path in one block or more",
+        "correct the path, or let `tiny` make blocks of all kinds",
+    )
+    for block in blocks:
+        known = {*case.arch.linears_of(block), *case.arch.kept}
+        left = [name for name, module in block.named_modules() if name not in known and _is_matrix(module)]
+        case.require(
+            not left,
+            f"{', '.join(left[:3])}: a matrix that is neither quantized nor kept",
+            "routers and the like in `kept`",
+            "list it there: to other readers it may be a linear, which they must leave alone",
+        )
+
+
+def _alike(name: str) -> str:
+    """Return a path with `*` for the number of an expert."""
+    return re.sub(r"\.\d+(?=\.)", f".{EXPERT}", name)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.dim() == 2
 
 
 def projector(case: Case) -> None:

@@ -39,6 +39,14 @@ def test_a_broken_one_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureF
     assert f"1 of {len(CHECKS)} checks failed" in said.err
 
 
+def test_a_reason_is_given_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(GOOD.replace("tiny=", "full_precision=(), tiny="))
+    assert main(["check-adapter", str(tmp_path / "mine.py")]) == 2
+    said = capsys.readouterr().out
+    assert said.count("in no declared part") == 1
+    assert said.count("for a reason that is given above") > 5
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

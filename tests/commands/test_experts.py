@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.checkpoint.folders import load_for_inference
 from eqat_mm.commands.evaluate import EvalJob, evaluate
 from eqat_mm.commands.generate import GenerateJob, generate
@@ -18,8 +20,11 @@ from eqat_mm.commands.quantize import block_ap, rtn
 from eqat_mm.commands.tune import e2e_qp
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
+from eqat_mm.train import block_ap as trainer
+from eqat_mm.train.block_ap import BlockAPConfig
 from eqat_mm.train.warm_start import WarmStartConfig
 from llava_adapters import arch_for
+from tests.checkpoint.files import same_weights
 from tests.commands.jobs import block_ap_job, e2e_qp_job, llm_qat_job, rtn_job
 from tests.tiny_model import Tiny, save_text, word_tokenizer
 
@@ -57,6 +62,25 @@ def divergence(tiny: Tiny, model: Path) -> float:
 def test_training_leaves_less_than_rounding(tiny: Tiny, trained: Path, tmp_path: Path) -> None:
     rounded = rtn(rtn_job(tiny, tmp_path, quant=replace(SPEC, bits=2)))
     assert divergence(tiny, trained) < divergence(tiny, rounded)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [block_ap_job(tiny, tmp_path / name, quant=SPEC) for name in ("whole", "stopped")]
+    whole = block_ap(jobs[0])
+    plain = trainer.quantize_block
+
+    def stopping(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) -> Any:
+        if step.index == 1:
+            raise KeyboardInterrupt
+        return plain(walker, step, config)
+
+    monkeypatch.setattr(trainer, "quantize_block", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        block_ap(jobs[1])
+    monkeypatch.setattr(trainer, "quantize_block", plain)
+    assert same_weights(whole, block_ap(jobs[1]))
 
 
 def test_plain_transformers_predicts_the_same(tiny: Tiny, trained: Path) -> None:

@@ -43,6 +43,13 @@ def one_image() -> Any:
 BROKEN: dict[str, tuple[Check, Arch, str]] = {
     "a linear is missing": (structure.parts, replace(LLAMA, stages=LLAMA.stages[:3]), "does not mention"),
     "a part is missing": (structure.parts, replace(LLAMA, full_precision=("model.norm",)), "in no declared part"),
+    "a router is not kept": (structure.kinds, replace(MIXTRAL, kept=()), "mlp.gate: a matrix that is neither"),
+    "kept is mistyped": (structure.kinds, replace(MIXTRAL, kept=("mlp.gate", "mlp.gat")), "mlp.gat in no block"),
+    "tiny lacks a kind": (
+        structure.kinds,
+        replace(MIXTRAL, stages=(*MIXTRAL.stages, ("mlp.down_proj",))),
+        "mlp.down_proj in no block of the tiny model",
+    ),
     "no projector": (structure.projector, replace(LLAVA, projector=None), "projector None"),
     "no padding": (structure.padding, replace(LLAMA, tiny=unpadded), "0 of 1 batches padded"),
     "images alike": (structure.images, replace(LLAVA, tiny=one_image), "image tokens by sample"),
@@ -124,6 +131,11 @@ def test_all_outcomes_are_told(tmp_path: Path) -> None:
     assert len(found) == len(CHECKS)
     assert all(isinstance(each.error, AdapterError) for each in found if "Experts" in each.says)
     assert [each.says for each in found if each.not_here is None and each.error is None]
+
+
+def test_a_tiny_model_that_cannot_be_made_is_told_once(tmp_path: Path) -> None:
+    (only,) = outcomes(replace(LLAMA, tiny=lambda: tiny_causal_lm("no-such-type")), tmp_path)
+    assert "no-such-type" in reason_of(only.error or Exception())
 
 
 def test_what_does_not_apply_is_no_failure(tmp_path: Path) -> None:
