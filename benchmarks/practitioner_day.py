@@ -161,7 +161,7 @@ def killed_and_continued(place: Place) -> Iterator[Cost]:
     (two,) = (place.replaced(command) for command in commands if "scripts/e2e_qp.py" in command)
     alone = re.sub(r"^deepspeed.*?scripts/e2e_qp\.py", "eqat e2e-qp --deepspeed null", two)
     killed, moved = f"{RUN}/killed", f"{RUN}/moved"
-    kill, end = place.signalled(signal.SIGKILL, killed, "1"), place.signalled(signal.SIGTERM, moved, "01")
+    kill, end = place.signalled(signal.SIGKILL, killed, ["1"]), place.signalled(signal.SIGTERM, moved, ["0", "1"])
     yield place.run(f"{two} --output {killed}", "the same, a process killed by SIGKILL", kill)
     yield place.run(f"{two} --output {killed}", "the same again, which continues it")
     whole = place.tensors(f"{RUN}/e2e-qp")
