@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eqat_mm.data.documents import load_documents
+from eqat_mm.data.text.documents import load_documents
 
 RECORDS = 665_298
 SHORT = "Answer the question using a single word or phrase."

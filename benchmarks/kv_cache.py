@@ -22,8 +22,8 @@ from torch import Tensor
 import eqat_mm
 from eqat_mm.blocks.attention import new_cache
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.data.text_settings import TextWindows
-from eqat_mm.data.windows import text_windows
+from eqat_mm.data.text.settings import TextWindows
+from eqat_mm.data.text.windows import text_windows
 from eqat_mm.quant.kv_cache import cache_bytes
 
 TOKENS, PIECE, TIMED = 2048, 128, 24

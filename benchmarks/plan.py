@@ -27,7 +27,7 @@ import transformers
 from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.plan import model_shape
+from eqat_mm.commands.verbs.plan import model_shape
 from eqat_mm.plan.amounts import Phase
 from eqat_mm.plan.block_ap import plan_block_ap
 from eqat_mm.plan.costs import ORIGINAL

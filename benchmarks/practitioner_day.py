@@ -27,7 +27,7 @@ from measured_command import Cost, Started, measured
 from safetensors.torch import load_file
 from stand_ins import write_stand_ins
 
-from eqat_mm.commands.launchers import free_port
+from eqat_mm.commands.plumbing.launchers import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "llava.md"

@@ -22,9 +22,9 @@ import psutil
 from instruction_mix import RECORDS, write_mix
 
 from eqat_mm.checkpoint.speaker import load_speaker
-from eqat_mm.commands.models import model_folder
-from eqat_mm.data.batching import SampleOrder
-from eqat_mm.data.image_text import ImageTextData, image_text_data
+from eqat_mm.commands.plumbing.models import model_folder
+from eqat_mm.data.image_text.batching import SampleOrder
+from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
 
 SAMPLES = 100
 

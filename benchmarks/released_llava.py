@@ -23,8 +23,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import nn
 
-from eqat_mm.data.documents import load_documents
-from eqat_mm.data.style import template_text
+from eqat_mm.data.image_text.style import template_text
+from eqat_mm.data.text.documents import load_documents
 
 REPOSITORY = "llava-hf/llava-1.5-7b-hf"
 LEARNED = 8000

@@ -32,7 +32,7 @@ from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.blocks.walker import BlockWalker, capture_front
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.models import load_model, model_folder
+from eqat_mm.commands.plumbing.models import load_model, model_folder
 from eqat_mm.quant.convert import to_fake
 from eqat_mm.quant.fake_linear import fake_quant_linears, project
 from eqat_mm.quant.init import initial_grid

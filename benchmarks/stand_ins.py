@@ -21,7 +21,7 @@ from PIL import Image
 from pyarrow import parquet
 from released_llava import write_released
 
-from eqat_mm.data.documents import load_documents
+from eqat_mm.data.text.documents import load_documents
 
 DUMPS = 3
 QUESTIONS = 8

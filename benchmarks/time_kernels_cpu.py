@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eqat_kernels import PackedLayout, pack, quant_linear, use
 from eqat_mm.blocks.arch import set_submodule
-from eqat_mm.commands.models import load_model, model_folder
+from eqat_mm.commands.plumbing.models import load_model, model_folder
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.fake_linear import fake_quant_linears, project
 from eqat_mm.quant.init import initial_grid

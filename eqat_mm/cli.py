@@ -18,9 +18,9 @@ from eqat_mm.runtime.launcher import end_with_launcher
 from eqat_mm.runtime.signals import stoppable
 
 if TYPE_CHECKING:
-    from eqat_mm.commands.outline import Option
-    from eqat_mm.commands.taken import Taken
-    from eqat_mm.commands.typed import Typed
+    from eqat_mm.commands.line.outline import Option
+    from eqat_mm.commands.line.taken import Taken
+    from eqat_mm.commands.line.typed import Typed
 
 __all__ = ["main", "run_command", "script"]
 
@@ -35,121 +35,121 @@ class _Command:
 
 
 def _block_ap() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.quantize import BlockAPJob, block_ap
+    from eqat_mm.commands.verbs.quantize import BlockAPJob, block_ap
 
     return BlockAPJob, block_ap
 
 
 def _quantize() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.whole import QuantizeJob, quantize
+    from eqat_mm.commands.tables.whole import QuantizeJob, quantize
 
     return QuantizeJob, quantize
 
 
 def _rtn() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.quantize import RTNJob, rtn
+    from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 
     return RTNJob, rtn
 
 
 def _e2e_qp() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.tune import E2EQPJob, e2e_qp
+    from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
 
     return E2EQPJob, e2e_qp
 
 
 def _llm_qat() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
+    from eqat_mm.commands.verbs.llm_qat import LLMQATJob, llm_qat
 
     return LLMQATJob, llm_qat
 
 
 def _llm_qat_table() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.llm_qat_table import LLMQATTableJob, llm_qat_table
+    from eqat_mm.commands.tables.llm_qat_table import LLMQATTableJob, llm_qat_table
 
     return LLMQATTableJob, llm_qat_table
 
 
 def _eval() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.evaluate import EvalJob, evaluate
+    from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
 
     return EvalJob, evaluate
 
 
 def _generate() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.generate import GenerateJob, generate
+    from eqat_mm.commands.verbs.generate import GenerateJob, generate
 
     return GenerateJob, generate
 
 
 def _chat() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.chat import ChatJob, chat
+    from eqat_mm.commands.verbs.chat import ChatJob, chat
 
     return ChatJob, chat
 
 
 def _generate_data() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.generate_data import GenerateDataJob, generate_data
+    from eqat_mm.commands.verbs.generate_data import GenerateDataJob, generate_data
 
     return GenerateDataJob, generate_data
 
 
 def _demo() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.ladder import LadderJob, ladder
+    from eqat_mm.commands.tables.ladder import LadderJob, ladder
 
     return LadderJob, ladder
 
 
 def _demo_vlm() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.vlm_ladder import VLMLadderJob, vlm_ladder
+    from eqat_mm.commands.tables.vlm_ladder import VLMLadderJob, vlm_ladder
 
     return VLMLadderJob, vlm_ladder
 
 
 def _prepare_data() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.prepare_data import PrepareDataJob, prepare_data
+    from eqat_mm.commands.verbs.prepare_data import PrepareDataJob, prepare_data
 
     return PrepareDataJob, prepare_data
 
 
 def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.assets import AssetsJob, assets
+    from eqat_mm.commands.verbs.assets import AssetsJob, assets
 
     return AssetsJob, assets
 
 
 def _verify() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verify import VerifyJob, verify
+    from eqat_mm.commands.verbs.verify import VerifyJob, verify
 
     return VerifyJob, verify
 
 
 def _recipes() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.recipe_list import RecipesJob, list_recipes
+    from eqat_mm.commands.verbs.recipe_list import RecipesJob, list_recipes
 
     return RecipesJob, list_recipes
 
 
 def _check_adapter() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.check_adapter import CheckAdapterJob, check_adapter
+    from eqat_mm.commands.verbs.check_adapter import CheckAdapterJob, check_adapter
 
     return CheckAdapterJob, check_adapter
 
 
 def _completion() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.completion import CompletionJob, completion
+    from eqat_mm.commands.verbs.completion import CompletionJob, completion
 
     return CompletionJob, completion
 
 
 def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.plan import PlanJob, plan
+    from eqat_mm.commands.verbs.plan import PlanJob, plan
 
     return PlanJob, plan
 
 
 def _report() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.report import ReportJob, report
+    from eqat_mm.commands.verbs.report import ReportJob, report
 
     return ReportJob, report
 
@@ -229,8 +229,8 @@ def _of_launchers_left_out(argv: Sequence[str]) -> list[str]:
 
 
 def _run(name: str, argv: Sequence[str]) -> None:
-    from eqat_mm.commands.outline import options_of, stored_options
-    from eqat_mm.commands.typed import typed
+    from eqat_mm.commands.line.outline import options_of, stored_options
+    from eqat_mm.commands.line.typed import typed
 
     spelled = name.replace("_", "-")
     if spelled not in COMMANDS:
@@ -241,7 +241,7 @@ def _run(name: str, argv: Sequence[str]) -> None:
     words = typed(spelled, options, argv)
     taken = _taken(spelled, options, words)
     job_class, function = COMMANDS[spelled].load()
-    from eqat_mm.commands.resolved import job_with
+    from eqat_mm.commands.line.resolved import job_with
 
     job = job_with(spelled, job_class, options, words, taken)
     with stoppable():
@@ -262,9 +262,9 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
         ConfigError: unknown option, no model, or a value that is not allowed.
         SystemExit: after --help or --print_config.
     """
-    from eqat_mm.commands.outline import options_of
-    from eqat_mm.commands.resolved import job_with
-    from eqat_mm.commands.typed import typed
+    from eqat_mm.commands.line.outline import options_of
+    from eqat_mm.commands.line.resolved import job_with
+    from eqat_mm.commands.line.typed import typed
 
     options = list(options_of(job_class))
     words = typed(name, options, argv)
@@ -278,9 +278,9 @@ def _taken(name: str, options: Sequence[Option], words: Typed) -> Taken:
         ConfigError: no model.
         SystemExit: after --help or --help-all.
     """
-    from eqat_mm.commands.help_text import brief_help_of, help_of
-    from eqat_mm.commands.recipes import Recipe
-    from eqat_mm.commands.taken import Taken, demo_recipe, recipe_taken, require_model_named
+    from eqat_mm.commands.line.help_text import brief_help_of, help_of
+    from eqat_mm.commands.line.recipes import Recipe
+    from eqat_mm.commands.line.taken import Taken, demo_recipe, recipe_taken, require_model_named
 
     command = COMMANDS[name]
     if command.recipe is not None:

@@ -1,7 +1,7 @@
 """Write down the options of all commands, for help without torch: `python scripts/write_options.py`."""
 
 from eqat_mm.cli import COMMANDS
-from eqat_mm.commands.outline import OPTIONS_FILE, outline
+from eqat_mm.commands.line.outline import OPTIONS_FILE, outline
 
 if __name__ == "__main__":
     kinds = {name: command.load()[0] for name, command in COMMANDS.items()}

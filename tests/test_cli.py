@@ -14,8 +14,8 @@ import yaml
 
 from eqat_mm import __version__
 from eqat_mm.cli import COMMANDS, main, parse_job
-from eqat_mm.commands.options import names_of
-from eqat_mm.commands.recipes import named_recipe, recipe_names
+from eqat_mm.commands.line.options import names_of
+from eqat_mm.commands.line.recipes import named_recipe, recipe_names
 from eqat_mm.runtime.settings import limits_in, settings_in
 from tests.tiny_model import Tiny, save_tiny
 

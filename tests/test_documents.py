@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from eqat_mm.cli import COMMANDS, main, parse_job
-from eqat_mm.commands.recipes import named_recipe
+from eqat_mm.commands.line.recipes import named_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,7 +10,7 @@ import pytest
 
 from eqat_mm import __version__
 from eqat_mm.cli import main
-from eqat_mm.commands.quantize import rtn
+from eqat_mm.commands.verbs.quantize import rtn
 from tests.checkpoint.files import tensors_of
 from tests.commands.jobs import rtn_job
 from tests.commands.launching import DATA_PARALLEL, DEEPSPEED, ROOT, TRAINING, environment

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.data.text.settings import TextWindows
 from llava_adapters.tiny import tiny_config
 from llava_adapters.tiny_processor import WORDS, word_tokenizer
 

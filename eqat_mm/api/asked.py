@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from transformers.utils import logging
 
-from eqat_mm.commands.resolved import job_of, words_of
+from eqat_mm.commands.line.resolved import job_of, words_of
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.progress import quietly
 from eqat_mm.runtime.settings import Settings

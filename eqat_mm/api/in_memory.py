@@ -21,7 +21,7 @@ from eqat_mm.checkpoint.companions import copy_companions
 from eqat_mm.checkpoint.folders import is_packed
 from eqat_mm.checkpoint.pretrained import SavesPacked
 from eqat_mm.checkpoint.unfinished import folder_in_the_making
-from eqat_mm.commands.runs import model_fingerprint
+from eqat_mm.commands.plumbing.runs import model_fingerprint
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.device import processes
 from eqat_mm.runtime.files import fingerprint_of, read_json, write_json

@@ -15,10 +15,10 @@ from eqat_mm.api.asked import Text, job_from, require_no_processor, said, source
 from eqat_mm.api.in_memory import is_packed_model, packed_folder, require_full_precision, written
 from eqat_mm.checkpoint.folders import is_packed
 from eqat_mm.checkpoint.manifest import read_manifest
-from eqat_mm.commands import evaluate as command
-from eqat_mm.commands.evaluate import EvalJob
-from eqat_mm.commands.model_config import config_of
-from eqat_mm.commands.models import model_folder
+from eqat_mm.commands.line.model_config import config_of
+from eqat_mm.commands.plumbing.models import model_folder
+from eqat_mm.commands.verbs import evaluate as command
+from eqat_mm.commands.verbs.evaluate import EvalJob
 from eqat_mm.runtime.progress import say
 
 _OF_TASKS = ("limit", "template", "images")

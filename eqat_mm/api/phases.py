@@ -23,11 +23,12 @@ from eqat_mm.api.in_memory import (
 from eqat_mm.checkpoint.folders import is_packed
 from eqat_mm.checkpoint.manifest import checkpoint_folder, read_manifest
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.model_config import config_of
-from eqat_mm.commands.plan import PlanJob, model_shape, plan
-from eqat_mm.commands.quantize import BlockAPJob, block_ap
-from eqat_mm.commands.runs import default_output
-from eqat_mm.commands.tune import E2EQPJob, e2e_qp, stage_of
+from eqat_mm.commands.line.model_config import config_of
+from eqat_mm.commands.plumbing.runs import default_output
+from eqat_mm.commands.plumbing.shapes import model_shape
+from eqat_mm.commands.verbs.plan import PlanJob, plan
+from eqat_mm.commands.verbs.quantize import BlockAPJob, block_ap
+from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp, stage_of
 from eqat_mm.errors import ConfigError
 from eqat_mm.plan.verdict import Verdict
 from eqat_mm.quant.spec import QuantSpec

@@ -15,9 +15,9 @@ import transformers
 
 from eqat_mm.checkpoint.companions import files_like
 from eqat_mm.checkpoint.folders import is_packed, load_processor, load_tokenizer, takes_images
-from eqat_mm.data.processors import fit_processor, set_padding
-from eqat_mm.data.style import AUTO, MODEL, Style, apply_style, image_settings, template_text
-from eqat_mm.data.text_speaker import TextSpeaker
+from eqat_mm.data.image_text.processors import fit_processor, set_padding
+from eqat_mm.data.image_text.style import AUTO, MODEL, Style, apply_style, image_settings, template_text
+from eqat_mm.data.image_text.text_speaker import TextSpeaker
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.runtime.files import read_json_object, write_text
 from eqat_mm.runtime.progress import say

@@ -31,7 +31,7 @@ from eqat_mm.checkpoint.seal import seal
 from eqat_mm.checkpoint.shards import save_shard
 from eqat_mm.checkpoint.speaker import restyled, write_over
 from eqat_mm.checkpoint.unfinished import folder_in_the_making, replace_files, require_place
-from eqat_mm.data.style import Style
+from eqat_mm.data.image_text.style import Style
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
 from eqat_mm.quant.grid import as_stored

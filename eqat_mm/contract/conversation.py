@@ -10,9 +10,9 @@ from torch import Tensor
 
 from eqat_mm.contract.case import ANOTHER_ROUTE, Case, NotHere, difference
 from eqat_mm.contract.structure import SEES
-from eqat_mm.data.batching import Collator
-from eqat_mm.data.chat import Chat
-from eqat_mm.data.conversations import IMAGE, Conversation, Turn
+from eqat_mm.data.image_text.batching import Collator
+from eqat_mm.data.image_text.chat import Chat
+from eqat_mm.data.image_text.conversations import IMAGE, Conversation, Turn
 
 _SIZES = ((40, 30), (30, 50))
 """Widths and heights of the images that are shown, in pixels."""
@@ -48,7 +48,7 @@ def inputs(case: Case) -> None:
             )
 
 
-_DO = "compare the sample of eqat_mm.data.chat.Chat.encode with what the processor returns"
+_DO = "compare the sample of eqat_mm.data.image_text.chat.Chat.encode with what the processor returns"
 
 
 def _conversation(images: int) -> Conversation:

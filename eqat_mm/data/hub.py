@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from eqat_mm.data.text_files import package_missing, readable, text_of
+from eqat_mm.data.text.files import package_missing, readable, text_of
 from eqat_mm.data.user_files import printable, told
 from eqat_mm.errors import DataError
 from eqat_mm.runtime.progress import say, size

@@ -23,7 +23,7 @@ from eqat_mm.blocks.attention import quantize_keys_and_values
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
-from eqat_mm.data.style import Style
+from eqat_mm.data.image_text.style import Style
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.convert import to_dynamic_fake, to_dynamic_packed
 from eqat_mm.quant.dynamic_linear import DynamicFakeLinear

@@ -8,8 +8,8 @@ from eqat_eval.decoding import decoding
 from eqat_eval.generation import GeneratedText, continued
 from eqat_eval.graphed_decode import CudaGraph, uses_graph
 from eqat_eval.prompts import encode_turns, said_first
-from eqat_mm.data.conversations import Turn
-from eqat_mm.data.prompt import Renderer
+from eqat_mm.data.image_text.conversations import Turn
+from eqat_mm.data.image_text.prompt import Renderer
 from eqat_mm.errors import DataError
 from eqat_mm.runtime.seeding import derive_seed
 

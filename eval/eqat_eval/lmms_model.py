@@ -22,10 +22,10 @@ from eqat_eval.inference import inference
 from eqat_eval.windows import check_positive
 from eqat_mm.checkpoint.folders import load_for_inference
 from eqat_mm.checkpoint.speaker import load_speaker
-from eqat_mm.data.batching import Collator
-from eqat_mm.data.conversations import Turn
-from eqat_mm.data.prompt import Renderer
-from eqat_mm.data.style import AUTO, ImageShape, Style
+from eqat_mm.data.image_text.batching import Collator
+from eqat_mm.data.image_text.conversations import Turn
+from eqat_mm.data.image_text.prompt import Renderer
+from eqat_mm.data.image_text.style import AUTO, ImageShape, Style
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
@@ -51,7 +51,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
         device: `auto` is the GPU of this process, or the CPU where there is none.
         dtype: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16, of what is not quantized.
         batch_size: samples per forward.
-        template: of the conversation, see `eqat_mm.data.style`.
+        template: of the conversation, see `eqat_mm.data.image_text.style`.
         images: what becomes of images that are no squares, see there.
 
     Raises:

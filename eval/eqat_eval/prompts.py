@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from eqat_mm.data.batching import Collator
-from eqat_mm.data.conversations import Turn
-from eqat_mm.data.prompt import Renderer
+from eqat_mm.data.image_text.batching import Collator
+from eqat_mm.data.image_text.conversations import Turn
+from eqat_mm.data.image_text.prompt import Renderer
 from eqat_mm.errors import DataError
 
 

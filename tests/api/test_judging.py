@@ -64,7 +64,7 @@ def test_tasks_and_text(tiny: Tiny, packed: Path, tmp_path: Path, monkeypatch: p
         row = {"accuracy": 0.5, "questions": 4, "by_type": {}, "metrics": {"exact_match": 0.5}}
         return {"tasks": {"easy_vqa": row}, "seconds": 3.0}
 
-    monkeypatch.setattr("eqat_mm.commands.evaluate.evaluate_tasks", answered)
+    monkeypatch.setattr("eqat_mm.commands.verbs.evaluate.evaluate_tasks", answered)
     found = eqat_mm.evaluate(
         packed, text=tiny.text, tasks=["easy_vqa", "mme"], limit=4, output=tmp_path / "all.json", settings=HELD_OUT
     )

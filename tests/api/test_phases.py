@@ -16,9 +16,9 @@ from eqat_mm.api import phases
 from eqat_mm.checkpoint.manifest import read_manifest
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import main, parse_job
-from eqat_mm.commands.quantize import BlockAPJob
-from eqat_mm.commands.recipes import Recipe
-from eqat_mm.commands.tune import E2EQPJob
+from eqat_mm.commands.line.recipes import Recipe
+from eqat_mm.commands.verbs.quantize import BlockAPJob
+from eqat_mm.commands.verbs.tune import E2EQPJob
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.plan.models import shipped_config
 from eqat_mm.quant.packed_linear import PackedLinear
@@ -319,7 +319,7 @@ def test_tune_beside_a_run_folder_of_ones_own(
 
 def test_the_recipe_is_found_where_the_source_is_gone(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phases, "e2e_qp", raise_asked)
-    monkeypatch.setattr("eqat_mm.commands.taken.fitting_recipe", fitting_recipe_of([str(packed / "model")]))
+    monkeypatch.setattr("eqat_mm.commands.line.taken.fitting_recipe", fitting_recipe_of([str(packed / "model")]))
     job = job_of(eqat_mm.tune, packed, source="gone/away", text="t.txt")
     assert (job.model, job.seed) == ("gone/away", 7)
 

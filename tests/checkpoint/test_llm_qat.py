@@ -21,7 +21,7 @@ from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint import read_manifest, save_like
 from eqat_mm.checkpoint.layout import BYTES, PACKED, from_bytes, to_bytes
 from eqat_mm.checkpoint.manifest import MANIFEST
-from eqat_mm.commands.evaluate import bits_per_weight
+from eqat_mm.commands.verbs.evaluate import bits_per_weight
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.dynamic_linear import DynamicPackedLinear

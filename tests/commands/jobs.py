@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from eqat_mm.commands.llm_qat import LLMQATJob
-from eqat_mm.commands.quantize import BlockAPJob, RTNJob
-from eqat_mm.commands.tune import E2EQPJob
+from eqat_mm.commands.verbs.llm_qat import LLMQATJob
+from eqat_mm.commands.verbs.quantize import BlockAPJob, RTNJob
+from eqat_mm.commands.verbs.tune import E2EQPJob
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.fit import FitConfig
 from tests.tiny_model import Tiny

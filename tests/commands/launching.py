@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from eqat_mm.commands.launchers import free_port
+from eqat_mm.commands.plumbing.launchers import free_port
 from tests.checkpoint.files import tensors_of
 
 ROOT = Path(__file__).parents[2]

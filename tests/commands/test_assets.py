@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eqat_mm.commands.assets import AssetsJob, assets
+from eqat_mm.commands.verbs.assets import AssetsJob, assets
 from eqat_mm.errors import ConfigError
 from llava_adapters.aliases import ALIASES
 from tests.checkpoint.files import assert_four_lines

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from eqat_mm.cli import main
-from eqat_mm.commands.quantize import rtn
+from eqat_mm.commands.verbs.quantize import rtn
 from tests.checkpoint.files import contents
 from tests.commands.jobs import rtn_job
 from tests.tiny_model import Tiny

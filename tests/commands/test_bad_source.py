@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eqat_mm.cli import main
-from eqat_mm.commands.quantize import rtn
+from eqat_mm.commands.verbs.quantize import rtn
 from eqat_mm.runtime.files import read_json, write_json
 from tests.checkpoint.files import contents
 from tests.commands.jobs import rtn_job

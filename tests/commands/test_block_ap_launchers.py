@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from eqat_mm.commands.launchers import free_port
+from eqat_mm.commands.plumbing.launchers import free_port
 from eqat_mm.runtime.files import read_json
 from tests.checkpoint.files import same_weights
 from tests.commands.launching import ALONE, DATA_PARALLEL, environment, run, run_well, words_of

@@ -16,9 +16,9 @@ from PIL import Image
 from eqat_eval.dialogue import Dialogue
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer
 from eqat_mm.cli import parse_job, run_command
-from eqat_mm.commands.chat import ChatJob, talk
-from eqat_mm.commands.models import load_model
-from eqat_mm.commands.quantize import RTNJob, rtn
+from eqat_mm.commands.plumbing.models import load_model
+from eqat_mm.commands.verbs.chat import ChatJob, talk
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.signals import Stopped
@@ -202,7 +202,7 @@ def test_the_system_speaks_first(packed: Path) -> None:
 def test_a_model_that_cannot_chat_is_refused_before_it_is_read(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, template: str | None
 ) -> None:
-    from eqat_mm.commands import chat as module
+    from eqat_mm.commands.verbs import chat as module
 
     tokenizer = load_tokenizer(tiny.folder)
     tokenizer.chat_template = template

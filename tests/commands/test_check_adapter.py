@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eqat_mm.cli import main
-from eqat_mm.commands.check_adapter import CheckAdapterJob, check_adapter
+from eqat_mm.commands.verbs.check_adapter import CheckAdapterJob, check_adapter
 from eqat_mm.contract import CHECKS
 from eqat_mm.errors import AdapterError
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from eqat_mm.cli import COMMANDS, main
-from eqat_mm.commands.completion import CompletionJob, completion
-from eqat_mm.commands.recipes import named_recipe
+from eqat_mm.commands.line.recipes import named_recipe
+from eqat_mm.commands.verbs.completion import CompletionJob, completion
 from llava_adapters.aliases import ALIASES
 
 PROBE = """
@@ -81,7 +81,7 @@ def test_models_and_recipes(script: Path) -> None:
 
 
 def test_every_option_is_there(script: Path) -> None:
-    from eqat_mm.commands.outline import options_of
+    from eqat_mm.commands.line.outline import options_of
 
     for name in ("block-ap", "quantize", "eval"):
         wanted = {f"--{each.name}" for each in options_of(COMMANDS[name].load()[0]) if each.kind != "settings"}

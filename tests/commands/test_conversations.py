@@ -14,17 +14,17 @@ from safetensors.torch import load_file
 
 from eqat_mm.checkpoint.folders import load_processor, load_tokenizer
 from eqat_mm.checkpoint.verify import verify_checkpoint
-from eqat_mm.commands import tune
-from eqat_mm.commands.end_to_end_job import EndToEndJob
-from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
-from eqat_mm.commands.models import load_model
-from eqat_mm.commands.prepare_data import PrepareDataJob, prepare_data
-from eqat_mm.commands.quantize import RTNJob, rtn
-from eqat_mm.commands.samples import samples_of
-from eqat_mm.commands.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.image_text import ImageTextData
-from eqat_mm.data.style import template_text
-from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.commands.plumbing.end_to_end_job import EndToEndJob
+from eqat_mm.commands.plumbing.models import load_model
+from eqat_mm.commands.plumbing.samples import samples_of
+from eqat_mm.commands.verbs import tune
+from eqat_mm.commands.verbs.llm_qat import LLMQATJob, llm_qat
+from eqat_mm.commands.verbs.prepare_data import PrepareDataJob, prepare_data
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
+from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
+from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.style import template_text
+from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import ConfigError, DataError, EqatError
 from eqat_mm.train.llm_qat import prepare
 from llava_adapters import arch_for

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from eqat_mm.cli import main
-from eqat_mm.commands.deepspeed_file import checked, deepspeed_settings
-from eqat_mm.commands.recipes import deepspeed_path
+from eqat_mm.commands.line.recipes import deepspeed_path
+from eqat_mm.commands.plumbing.deepspeed_file import checked, deepspeed_settings
 from eqat_mm.errors import ConfigError
 from eqat_mm.train.end_to_end import EndToEndConfig
 from tests.checkpoint.files import assert_four_lines

@@ -16,12 +16,12 @@ from eqat_eval.perplexity import evaluate_perplexity
 from eqat_mm.blocks.source import SINGLE
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.cli import run_command
-from eqat_mm.commands import evaluate as evaluate_module
-from eqat_mm.commands.evaluate import Bench, EvalJob, bits_per_weight, evaluate
-from eqat_mm.commands.generate import GenerateJob, generate
-from eqat_mm.commands.models import load_model
-from eqat_mm.commands.quantize import rtn
-from eqat_mm.data.windows import text_windows
+from eqat_mm.commands.plumbing.models import load_model
+from eqat_mm.commands.verbs import evaluate as evaluate_module
+from eqat_mm.commands.verbs.evaluate import Bench, EvalJob, bits_per_weight, evaluate
+from eqat_mm.commands.verbs.generate import GenerateJob, generate
+from eqat_mm.commands.verbs.quantize import rtn
+from eqat_mm.data.text.windows import text_windows
 from eqat_mm.errors import CheckpointError
 from tests.commands.jobs import SPEC, rtn_job
 from tests.tiny_model import Tiny

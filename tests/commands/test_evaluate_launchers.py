@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from eqat_demo.easy_vqa_task import FILE_VARIABLE
-from eqat_mm.commands.lmms import tasks_folders
-from eqat_mm.commands.quantize import rtn
+from eqat_mm.commands.plumbing.lmms import tasks_folders
+from eqat_mm.commands.verbs.quantize import rtn
 from eqat_mm.runtime.files import read_json
 from tests.commands.jobs import rtn_job
 from tests.commands.launching import ALONE, DATA_PARALLEL, run, run_well, words_of

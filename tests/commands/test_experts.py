@@ -13,11 +13,11 @@ from torch import nn
 
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.checkpoint.folders import load_for_inference
-from eqat_mm.commands.evaluate import EvalJob, evaluate
-from eqat_mm.commands.generate import GenerateJob, generate
-from eqat_mm.commands.llm_qat import llm_qat
-from eqat_mm.commands.quantize import block_ap, rtn
-from eqat_mm.commands.tune import e2e_qp
+from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
+from eqat_mm.commands.verbs.generate import GenerateJob, generate
+from eqat_mm.commands.verbs.llm_qat import llm_qat
+from eqat_mm.commands.verbs.quantize import block_ap, rtn
+from eqat_mm.commands.verbs.tune import e2e_qp
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
 from eqat_mm.train import block_ap as trainer

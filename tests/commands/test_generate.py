@@ -17,10 +17,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from eqat_mm.cli import parse_job, run_command
-from eqat_mm.commands import generate as generate_module
-from eqat_mm.commands.generate import ANSWER, CONTINUATION, GenerateJob, generate
-from eqat_mm.commands.models import load_model
-from eqat_mm.commands.quantize import RTNJob, rtn
+from eqat_mm.commands.plumbing.models import load_model
+from eqat_mm.commands.verbs import generate as generate_module
+from eqat_mm.commands.verbs.generate import ANSWER, CONTINUATION, GenerateJob, generate
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_json

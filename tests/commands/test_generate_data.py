@@ -14,13 +14,13 @@ import torch
 
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.cli import main
-from eqat_mm.commands import generate_data as module
-from eqat_mm.commands.generate_data import GenerateDataJob, generate_data
-from eqat_mm.commands.quantize import rtn
-from eqat_mm.data.documents import load_documents
-from eqat_mm.data.record_parts import Part, parts_folder
-from eqat_mm.data.text_settings import TextWindows
-from eqat_mm.data.windows import text_windows
+from eqat_mm.commands.verbs import generate_data as module
+from eqat_mm.commands.verbs.generate_data import GenerateDataJob, generate_data
+from eqat_mm.commands.verbs.quantize import rtn
+from eqat_mm.data.generated.record_parts import Part, parts_folder
+from eqat_mm.data.text.documents import load_documents
+from eqat_mm.data.text.settings import TextWindows
+from eqat_mm.data.text.windows import text_windows
 from eqat_mm.errors import ConfigError, EqatError
 from eqat_mm.runtime.files import read_json, sha256_of
 from eqat_mm.runtime.run import Run

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from eqat_mm.checkpoint.verify import verify_checkpoint
-from eqat_mm.commands import ladder as module
-from eqat_mm.commands import quantize, tune
-from eqat_mm.commands.ladder import LadderJob, ladder
-from eqat_mm.commands.quantize import block_ap
-from eqat_mm.commands.rungs import table
+from eqat_mm.commands.tables import ladder as module
+from eqat_mm.commands.tables.ladder import LadderJob, ladder
+from eqat_mm.commands.tables.rungs import table
+from eqat_mm.commands.verbs import quantize, tune
+from eqat_mm.commands.verbs.quantize import block_ap
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import read_json
 from tests.checkpoint.files import contents

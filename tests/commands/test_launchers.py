@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from eqat_mm.commands.quantize import RTNJob, rtn
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
 from tests.checkpoint.files import tensors_of

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from eqat_mm.cli import main, parse_job
-from eqat_mm.commands.quantize import BlockAPJob, RTNJob, rtn
-from eqat_mm.commands.recipes import fitting_recipe
-from eqat_mm.commands.runs import default_output
-from eqat_mm.commands.tune import E2EQPJob, e2e_qp
+from eqat_mm.commands.line.recipes import fitting_recipe
+from eqat_mm.commands.plumbing.runs import default_output
+from eqat_mm.commands.verbs.quantize import BlockAPJob, RTNJob, rtn
+from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from tests.checkpoint.files import assert_four_lines

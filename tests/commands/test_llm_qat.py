@@ -13,14 +13,14 @@ from transformers import GenerationMixin
 
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import COMMANDS, main, parse_job
-from eqat_mm.commands import llm_qat as module
-from eqat_mm.commands import llm_qat_table as table_module
-from eqat_mm.commands.evaluate import EvalJob, evaluate
-from eqat_mm.commands.generate import GenerateJob, generate
-from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
-from eqat_mm.commands.llm_qat_table import QUICK_SETTINGS, LLMQATTableJob, llm_qat_table, table
-from eqat_mm.data.image_text import ImageTextData
-from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.commands.tables import llm_qat_table as table_module
+from eqat_mm.commands.tables.llm_qat_table import QUICK_SETTINGS, LLMQATTableJob, llm_qat_table, table
+from eqat_mm.commands.verbs import llm_qat as module
+from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
+from eqat_mm.commands.verbs.generate import GenerateJob, generate
+from eqat_mm.commands.verbs.llm_qat import LLMQATJob, llm_qat
+from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import AdapterError, ConfigError, EqatError
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.kv_cache import QuantizedKVCache, cache_bytes

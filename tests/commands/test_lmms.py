@@ -13,10 +13,10 @@ import torch
 
 from eqat_demo.easy_vqa_task import FILE_VARIABLE
 from eqat_mm.cli import run_command
-from eqat_mm.commands import lmms
-from eqat_mm.commands.evaluate import EvalJob, evaluate
-from eqat_mm.commands.lmms import SUITES, task_line, task_names, task_row, tasks_folders
-from eqat_mm.commands.quantize import RTNJob, rtn
+from eqat_mm.commands.plumbing import lmms
+from eqat_mm.commands.plumbing.lmms import SUITES, task_line, task_names, task_row, tasks_folders
+from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.errors import ConfigError
 from tests.checkpoint.files import assert_four_lines
 from tests.commands.jobs import SPEC

@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from eqat_mm.commands.models import load_model, model_folder, require_finite, require_weights
-from eqat_mm.commands.quantize import RTNJob, rtn
+from eqat_mm.commands.plumbing.models import load_model, model_folder, require_finite, require_weights
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import write_json

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.evaluate import evaluate
-from eqat_mm.commands.generate import GenerateJob, generate
-from eqat_mm.commands.models import load_model
-from eqat_mm.commands.quantize import rtn
-from eqat_mm.commands.tune import e2e_qp
+from eqat_mm.commands.plumbing.models import load_model
+from eqat_mm.commands.verbs.evaluate import evaluate
+from eqat_mm.commands.verbs.generate import GenerateJob, generate
+from eqat_mm.commands.verbs.quantize import rtn
+from eqat_mm.commands.verbs.tune import e2e_qp
 from eqat_mm.runtime.files import read_json
 from tests.checkpoint.files import tensors_of
 from tests.commands.jobs import e2e_qp_job, rtn_job

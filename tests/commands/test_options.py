@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from eqat_mm.cli import COMMANDS, main, parse_job
-from eqat_mm.commands.options import names_of
+from eqat_mm.commands.line.options import names_of
 from eqat_mm.errors import EqatError
 from tests.checkpoint.files import assert_four_lines
 

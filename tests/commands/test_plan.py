@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from eqat_mm.cli import main
-from eqat_mm.commands import preflight
-from eqat_mm.commands.plan import PlanJob, model_shape, plan
-from eqat_mm.commands.quantize import block_ap, rtn
-from eqat_mm.commands.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.text_settings import TextWindows
+from eqat_mm.commands.plumbing import preflight
+from eqat_mm.commands.plumbing.shapes import model_shape
+from eqat_mm.commands.verbs.plan import PlanJob, plan
+from eqat_mm.commands.verbs.quantize import block_ap, rtn
+from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
+from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import AdapterError, CheckpointError, ConfigError, ResourceError
 from eqat_mm.plan.machine import Machine, this_machine
 from eqat_mm.quant.spec import QuantSpec

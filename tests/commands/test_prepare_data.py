@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from eqat_mm.cli import run_command
-from eqat_mm.commands.quantize import RTNJob, rtn
-from eqat_mm.data import preparing
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
+from eqat_mm.data.image_text import preparing
 from eqat_mm.quant.spec import QuantSpec
 from tests.tiny_llava import save_tiny_llava
 

@@ -18,8 +18,8 @@ import torch
 from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import main
-from eqat_mm.commands import quantize
-from eqat_mm.commands.quantize import block_ap, rtn
+from eqat_mm.commands.verbs import quantize
+from eqat_mm.commands.verbs.quantize import block_ap, rtn
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import read_json, sha256_of
 from eqat_mm.runtime.sealed import read_sealed

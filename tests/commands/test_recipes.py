@@ -11,9 +11,9 @@ import pytest
 import transformers
 
 from eqat_mm.cli import COMMANDS, main, parse_job
-from eqat_mm.commands.families import LEFT_OUT, families
-from eqat_mm.commands.model_config import config_of
-from eqat_mm.commands.recipes import (
+from eqat_mm.commands.line.families import LEFT_OUT, families
+from eqat_mm.commands.line.model_config import config_of
+from eqat_mm.commands.line.recipes import (
     Recipe,
     family_of,
     find_recipe,

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from eqat_mm.cli import main
-from eqat_mm.commands.quantize import RTNJob, rtn
-from eqat_mm.commands.report import ReportJob, report
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
+from eqat_mm.commands.verbs.report import ReportJob, report
 from eqat_mm.errors import CheckpointError, ConfigError, DataError, EqatError
 from eqat_mm.report import charts
 from tests.commands.jobs import SPEC, rtn_job
@@ -39,7 +39,7 @@ def test_a_model_loads_nothing_unless_questions_are_asked(runs: Path, monkeypatc
     def never(*_: Any) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("eqat_mm.commands.report_answers.load_model", never)
+    monkeypatch.setattr("eqat_mm.commands.verbs.report_answers.load_model", never)
     report(ReportJob(run=runs / "rtn"))
     with pytest.raises(AssertionError, match="is loaded"):
         report(ReportJob(run=runs / "rtn", samples=1))

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from eqat_mm.commands.quantize import BlockAPJob
-from eqat_mm.commands.resolved import job_of, words_of
-from eqat_mm.data.text_settings import TextSource
+from eqat_mm.commands.line.resolved import job_of, words_of
+from eqat_mm.commands.verbs.quantize import BlockAPJob
+from eqat_mm.data.text.settings import TextSource
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.fit import FitConfig

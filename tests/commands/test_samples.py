@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from eqat_mm.cli import run_command
-from eqat_mm.commands.quantize import RTNJob, rtn
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_json
 from tests.checkpoint.files import same_weights

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from eqat_mm.commands.ladder import LadderJob
-from eqat_mm.commands.quantize import BlockAPJob
-from eqat_mm.commands.settings_file import check_names, read_recipe
+from eqat_mm.commands.line.settings_file import check_names, read_recipe
+from eqat_mm.commands.tables.ladder import LadderJob
+from eqat_mm.commands.verbs.quantize import BlockAPJob
 from eqat_mm.errors import ConfigError
 from tests.checkpoint.files import assert_four_lines
 

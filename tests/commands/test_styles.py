@@ -16,14 +16,14 @@ from eqat_mm.checkpoint.folders import load_processor
 from eqat_mm.checkpoint.speaker import load_speaker, restyled, style_digest
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import parse_job
-from eqat_mm.commands.chat import ChatJob
-from eqat_mm.commands.evaluate import EvalJob, evaluate
-from eqat_mm.commands.generate import GenerateJob, generate
-from eqat_mm.commands.quantize import RTNJob, rtn
-from eqat_mm.commands.samples import image_text_samples
-from eqat_mm.commands.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.image_text import ImageTextData
-from eqat_mm.data.style import Style, template_text
+from eqat_mm.commands.plumbing.samples import image_text_samples
+from eqat_mm.commands.verbs.chat import ChatJob
+from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
+from eqat_mm.commands.verbs.generate import GenerateJob, generate
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
+from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
+from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.style import Style, template_text
 from eqat_mm.errors import ConfigError, EqatError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_json

@@ -15,11 +15,11 @@ from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.checkpoint.write import save_like
 from eqat_mm.cli import parse_job
-from eqat_mm.commands import tune
-from eqat_mm.commands.launchers import say_which_gpu
-from eqat_mm.commands.quantize import BlockAPJob, block_ap, rtn
-from eqat_mm.commands.runs import default_output
-from eqat_mm.commands.tune import e2e_qp
+from eqat_mm.commands.plumbing.launchers import say_which_gpu
+from eqat_mm.commands.plumbing.runs import default_output
+from eqat_mm.commands.verbs import tune
+from eqat_mm.commands.verbs.quantize import BlockAPJob, block_ap, rtn
+from eqat_mm.commands.verbs.tune import e2e_qp
 from eqat_mm.errors import CheckpointError, ConfigError, TrainingError
 from eqat_mm.quant.spec import QuantSpec
 from tests.checkpoint.files import assert_four_lines, contents, same_bytes, same_weights, tensors_of

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from eqat_mm.cli import COMMANDS, main, parse_job
-from eqat_mm.commands.elsewhere import ALIASES, ANSWERS, SAME_ANYWAY
-from eqat_mm.commands.outline import options_of
+from eqat_mm.commands.line.elsewhere import ALIASES, ANSWERS, SAME_ANYWAY
+from eqat_mm.commands.line.outline import options_of
 from eqat_mm.errors import ConfigError
 from tests.checkpoint.files import assert_four_lines
 

@@ -9,7 +9,7 @@ import pytest
 
 from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
 from eqat_mm.cli import main
-from eqat_mm.commands.quantize import rtn
+from eqat_mm.commands.verbs.quantize import rtn
 from eqat_mm.runtime.files import write_json
 from tests.checkpoint.files import of_version_2
 from tests.commands.jobs import rtn_job

@@ -15,10 +15,10 @@ import pytest
 
 from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.cli import parse_job
-from eqat_mm.commands import vlm_ladder as module
-from eqat_mm.commands.quantize import BlockAPJob
-from eqat_mm.commands.tune import E2EQPJob
-from eqat_mm.commands.vlm_ladder import VLMLadderJob, rungs, table, vlm_ladder
+from eqat_mm.commands.tables import vlm_ladder as module
+from eqat_mm.commands.tables.vlm_ladder import VLMLadderJob, rungs, table, vlm_ladder
+from eqat_mm.commands.verbs.quantize import BlockAPJob
+from eqat_mm.commands.verbs.tune import E2EQPJob
 from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_json

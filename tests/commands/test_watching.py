@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from eqat_mm.commands import launchers, quantize
-from eqat_mm.commands.llm_qat import llm_qat
-from eqat_mm.commands.quantize import RTNJob, block_ap, rtn
-from eqat_mm.commands.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.commands.plumbing import launchers
+from eqat_mm.commands.verbs import quantize
+from eqat_mm.commands.verbs.llm_qat import llm_qat
+from eqat_mm.commands.verbs.quantize import RTNJob, block_ap, rtn
+from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
+from eqat_mm.data.image_text.samples import ImageTextData
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime import reporting
 from eqat_mm.runtime.reporting import Reporter

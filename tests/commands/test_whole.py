@@ -13,8 +13,8 @@ from PIL import Image
 
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import main, parse_job
-from eqat_mm.commands import whole as module
-from eqat_mm.commands.whole import QuantizeJob
+from eqat_mm.commands.tables import whole as module
+from eqat_mm.commands.tables.whole import QuantizeJob
 from eqat_mm.errors import ConfigError
 from eqat_mm.plan import machine
 from eqat_mm.runtime.files import read_json
@@ -124,10 +124,10 @@ def test_stopped_it_goes_on(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys:
 
     words = words_for(tiny.folder, tiny, "--e2e_qp", "qp.yaml", "--output", "mine")
     with monkeypatch.context() as patch:
-        patch.setattr("eqat_mm.commands.tune.run_e2e_qp", stop)
+        patch.setattr("eqat_mm.commands.verbs.tune.run_e2e_qp", stop)
         assert main(words) == 130
     assert sorted(path.name for path in Path("mine").iterdir()) == ["block-ap", "e2e-qp", "eval", "results.json"]
-    monkeypatch.setattr("eqat_mm.commands.quantize.run_block_ap", never)
+    monkeypatch.setattr("eqat_mm.commands.verbs.quantize.run_block_ap", never)
     capsys.readouterr()
     assert main(words) == 0
     assert Path("mine/e2e-qp/model/eqat.json").is_file()
@@ -164,7 +164,7 @@ def test_a_llava_without_conversations_is_told(
     assert "E2E-QP, the second phase, is left out" in said
     assert [row["stage"] for row in read_json(Path("x/results.json"))["rows"]] == ["full precision", "Block-AP"]
     again = said.partition("next:\n  ")[2].splitlines()[0]
-    monkeypatch.setattr("eqat_mm.commands.quantize.run_block_ap", never)
+    monkeypatch.setattr("eqat_mm.commands.verbs.quantize.run_block_ap", never)
     mix = str(seeing.parent / "mix.json")
     words = shlex.split(again.replace("FILE.json", mix).replace("FOLDER", str(seeing.parent)))
     assert main([*words[1:], "--e2e_qp", "qp.yaml"]) == 0

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from eqat_mm.cli import run_command
-from eqat_mm.commands import tune
+from eqat_mm.commands.verbs import tune
 from tests.train.seen import answer_as_on_cuda, watch_kernels
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import nn
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.contract import CHECKS, Case, NotHere, files, forward, outcomes, structure, training
 from eqat_mm.contract.checks import Check, reason_of
-from eqat_mm.data import batching
+from eqat_mm.data.image_text import batching
 from eqat_mm.errors import AdapterError
 from llava_adapters import arch_for
 from llava_adapters.tiny import text_batches, tiny_causal_lm, tiny_llava

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eqat_mm.data import addresses
-from eqat_mm.data.addresses import image_at
+from eqat_mm.data.image_text import addresses
+from eqat_mm.data.image_text.addresses import image_at
 from eqat_mm.errors import DataError
 from tests.checkpoint.files import assert_four_lines
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from eqat_mm.data.batching import Collator, SampleOrder
-from eqat_mm.data.chat import IGNORED
+from eqat_mm.data.image_text.batching import Collator, SampleOrder
+from eqat_mm.data.image_text.chat import IGNORED
 from eqat_mm.errors import DataError
 from tests.data.tiny_processor import tiny_tokenizer
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eqat_mm.data.chat import IGNORED, Chat
-from eqat_mm.data.conversations import Conversation, Turn
-from eqat_mm.data.images import ImageFile
-from eqat_mm.data.problems import BadSample
+from eqat_mm.data.image_text.chat import IGNORED, Chat
+from eqat_mm.data.image_text.conversations import Conversation, Turn
+from eqat_mm.data.image_text.images import ImageFile
+from eqat_mm.data.image_text.problems import BadSample
 from eqat_mm.errors import ConfigError
 from tests.data.tiny_processor import (
     MARKED,

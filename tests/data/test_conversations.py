@@ -13,16 +13,16 @@ import pyarrow as arrow
 import pytest
 from PIL import Image
 
-from eqat_mm.data.conversations import (
+from eqat_mm.data.image_text.conversations import (
     FIRST_BY_MODEL,
     IMAGE_IS_TEXT,
     IMAGE_NOT_SHOWN,
     IMAGE_REPEATED,
     Turn,
 )
-from eqat_mm.data.images import ImageFile, TableImage
-from eqat_mm.data.problems import BadSample
-from eqat_mm.data.record_sources import read_records
+from eqat_mm.data.image_text.images import ImageFile, TableImage
+from eqat_mm.data.image_text.problems import BadSample
+from eqat_mm.data.image_text.record_sources import read_records
 from eqat_mm.errors import DataError
 
 

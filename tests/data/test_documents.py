@@ -14,7 +14,7 @@ import pyarrow as arrow
 import pytest
 from pyarrow import parquet
 
-from eqat_mm.data.documents import load_documents, split_documents
+from eqat_mm.data.text.documents import load_documents, split_documents
 from eqat_mm.errors import ConfigError, DataError
 
 ARTICLES = [f"article {index} about {index * index}" for index in range(1000)]

@@ -12,9 +12,9 @@ import transformers
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from eqat_mm.data import generated as module
-from eqat_mm.data.generated import GeneratedTokens, Sampling, generate_tokens
-from eqat_mm.data.vocabulary import Vocabulary, decoded, vocabulary_of
+from eqat_mm.data.generated import sampling as module
+from eqat_mm.data.generated.sampling import GeneratedTokens, Sampling, generate_tokens
+from eqat_mm.data.text.vocabulary import Vocabulary, decoded, vocabulary_of
 from eqat_mm.errors import CheckpointError, ConfigError
 from llava_adapters.tiny import tiny_causal_lm
 from tests.checkpoint.files import assert_four_lines

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eqat_mm.data.held_out import divided
+from eqat_mm.data.image_text.held_out import divided
 from eqat_mm.errors import DataError
 from tests.checkpoint.files import assert_four_lines
 

@@ -15,14 +15,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from eqat_demo import easy_vqa
-from eqat_mm.data import image_text as module
-from eqat_mm.data import preparing, spread
-from eqat_mm.data.batching import Collator
-from eqat_mm.data.chat import IGNORED, Chat
-from eqat_mm.data.image_text import ImageTextData, image_text_data
-from eqat_mm.data.images import FORMATS, image_size
-from eqat_mm.data.kept import Kept
-from eqat_mm.data.problems import MissingImage, TooLong, say_late
+from eqat_mm.data.image_text import preparing, spread
+from eqat_mm.data.image_text import samples as module
+from eqat_mm.data.image_text.batching import Collator
+from eqat_mm.data.image_text.chat import IGNORED, Chat
+from eqat_mm.data.image_text.images import FORMATS, image_size
+from eqat_mm.data.image_text.kept import Kept
+from eqat_mm.data.image_text.problems import MissingImage, TooLong, say_late
+from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
 from eqat_mm.errors import ConfigError, DataError
 from llava_adapters.tiny import tiny_config, tiny_vision_config
 from tests.data.tiny_processor import MARKED, SIDE, TILES, llava_next_processor, llava_processor

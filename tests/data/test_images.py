@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from eqat_mm.data.images import ImageFile, TableImage, file_below, image_size, read_image
-from eqat_mm.data.problems import BadSample
+from eqat_mm.data.image_text.images import ImageFile, TableImage, file_below, image_size, read_image
+from eqat_mm.data.image_text.problems import BadSample
 
 
 def _saved(path: Path, image: Image.Image, **options: Any) -> ImageFile:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eqat_mm.data.kept import SAMPLES, Kept
+from eqat_mm.data.image_text.kept import SAMPLES, Kept
 from eqat_mm.errors import CheckpointError
 from tests.checkpoint.files import assert_four_lines
 

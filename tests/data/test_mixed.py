@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eqat_mm.data.batching import Collator, SampleOrder
-from eqat_mm.data.mixed import Mixed, windows_beside
+from eqat_mm.data.image_text.batching import Collator, SampleOrder
+from eqat_mm.data.image_text.mixed import Mixed, windows_beside
 from tests.tiny_model import word_tokenizer
 
 WINDOWS = torch.arange(24).reshape(3, 8)

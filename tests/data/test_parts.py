@@ -13,11 +13,11 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from eqat_mm.data import documents as module
-from eqat_mm.data import parts as parts_module
-from eqat_mm.data import text_files
-from eqat_mm.data.documents import drawn_documents, load_documents
-from eqat_mm.data.parts import drawn
+from eqat_mm.data.text import documents as module
+from eqat_mm.data.text import files as text_files
+from eqat_mm.data.text import parts as parts_module
+from eqat_mm.data.text.documents import drawn_documents, load_documents
+from eqat_mm.data.text.parts import drawn
 from eqat_mm.errors import ConfigError, DataError
 
 TEXTS = [f"document {number} " + "x" * (number * 37 % 400) for number in range(500)]

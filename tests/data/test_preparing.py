@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eqat_mm.data import preparing as module
-from eqat_mm.data import spread
-from eqat_mm.data.chat import Chat
-from eqat_mm.data.image_text import ImageTextData, image_text_data
-from eqat_mm.data.index import Index
-from eqat_mm.data.preparing import Preparation
-from eqat_mm.data.problems import MissingImage, UnreadableImage
-from eqat_mm.data.record_sources import open_source
+from eqat_mm.data.image_text import preparing as module
+from eqat_mm.data.image_text import spread
+from eqat_mm.data.image_text.chat import Chat
+from eqat_mm.data.image_text.index import Index
+from eqat_mm.data.image_text.preparing import Preparation
+from eqat_mm.data.image_text.problems import MissingImage, UnreadableImage
+from eqat_mm.data.image_text.record_sources import open_source
+from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
 from eqat_mm.errors import DataError
 from tests.data.tiny_processor import MISTRAL, llava_processor
 

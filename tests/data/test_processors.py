@@ -15,11 +15,11 @@ from transformers import AddedToken
 
 from eqat_demo.llava.build import assemble
 from eqat_mm.checkpoint.folders import load_processor
-from eqat_mm.data.batching import Collator
-from eqat_mm.data.chat import Chat
-from eqat_mm.data.conversations import Conversation, Turn
-from eqat_mm.data.images import ImageFile
-from eqat_mm.data.processors import fit_processor
+from eqat_mm.data.image_text.batching import Collator
+from eqat_mm.data.image_text.chat import Chat
+from eqat_mm.data.image_text.conversations import Conversation, Turn
+from eqat_mm.data.image_text.images import ImageFile
+from eqat_mm.data.image_text.processors import fit_processor
 from eqat_mm.errors import ConfigError
 from tests.checkpoint.files import assert_four_lines
 from tests.demo.stand_ins import save_language_model, save_parts

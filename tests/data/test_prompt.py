@@ -19,12 +19,12 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from eqat_demo.llava.build import assemble
 from eqat_eval.prompts import encode_prompt
-from eqat_mm.data.chat import Chat
-from eqat_mm.data.conversations import Conversation, Turn
-from eqat_mm.data.images import ImageFile
-from eqat_mm.data.problems import BadSample
-from eqat_mm.data.prompt import Renderer
-from eqat_mm.data.vocabulary import start_of
+from eqat_mm.data.image_text.chat import Chat
+from eqat_mm.data.image_text.conversations import Conversation, Turn
+from eqat_mm.data.image_text.images import ImageFile
+from eqat_mm.data.image_text.problems import BadSample
+from eqat_mm.data.image_text.prompt import Renderer
+from eqat_mm.data.text.vocabulary import start_of
 from eqat_mm.errors import ConfigError, DataError, EqatError
 from tests.checkpoint.files import assert_four_lines
 from tests.data.tiny_processor import MARKED, MISTRAL, VICUNA, llava_next_processor, llava_processor, tiny_tokenizer
@@ -325,7 +325,7 @@ def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
 )
 @pytest.mark.parametrize("make", [tokenizer_with, llava_processor], ids=["tokenizer", "processor"])
 def test_a_template_that_does_not_end_is_ended(template: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eqat_mm.data.prompt._PATIENCE", 0.3)
+    monkeypatch.setattr("eqat_mm.data.image_text.prompt._PATIENCE", 0.3)
     speaker = make(template)
     began = time.monotonic()
     with pytest.raises(ConfigError, match="TimeoutError") as raised:
@@ -336,7 +336,7 @@ def test_a_template_that_does_not_end_is_ended(template: str, make: Any, monkeyp
 
 def test_a_template_that_does_not_end_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not with every sample."""
-    monkeypatch.setattr("eqat_mm.data.prompt._PATIENCE", 1.0)
+    monkeypatch.setattr("eqat_mm.data.image_text.prompt._PATIENCE", 1.0)
     renderer = Renderer(llava_processor(LONG.replace("X", "")))
     began = time.monotonic()
     for _ in range(100):

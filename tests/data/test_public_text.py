@@ -13,11 +13,11 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from eqat_mm.commands.recipes import named_recipe, recipe_names
-from eqat_mm.data import windows as module
+from eqat_mm.commands.line.recipes import named_recipe, recipe_names
 from eqat_mm.data.hub import PUBLIC
-from eqat_mm.data.text_settings import TextSource, TextWindows, shares
-from eqat_mm.data.windows import text_windows
+from eqat_mm.data.text import windows as module
+from eqat_mm.data.text.settings import TextSource, TextWindows, shares
+from eqat_mm.data.text.windows import text_windows
 from eqat_mm.errors import ConfigError, DataError
 from tests.tiny_model import WORDS, word_tokenizer
 
@@ -194,7 +194,7 @@ def test_a_draw_that_falls_short_is_drawn_on(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": "w2" + " " * 300 + "w3"}) + "\n" for _ in range(2000))
     )
-    monkeypatch.setattr("eqat_mm.data.documents._WHOLE", 0)
+    monkeypatch.setattr("eqat_mm.data.text.documents._WHOLE", 0)
     assert text_windows(word_tokenizer(), TextWindows(str(tmp_path), length=16, count=8, part="all")).shape == (8, 16)
     with pytest.raises(DataError, match="give more text"):
         text_windows(word_tokenizer(), TextWindows(str(tmp_path), length=16, count=8000, part="all"))

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from eqat_mm.data.chat import Chat
-from eqat_mm.data.conversations import Conversation, Turn
-from eqat_mm.data.images import ImageFile
-from eqat_mm.data.problems import BadSample, Inexact
-from eqat_mm.data.quick_lengths import QuickLengths
+from eqat_mm.data.image_text.chat import Chat
+from eqat_mm.data.image_text.conversations import Conversation, Turn
+from eqat_mm.data.image_text.images import ImageFile
+from eqat_mm.data.image_text.problems import BadSample, Inexact
+from eqat_mm.data.image_text.quick_lengths import QuickLengths
 from tests.data.tiny_processor import MARKED, MISTRAL, VICUNA, llava_next_processor, llava_processor
 
 _WORDS = [

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eqat_mm.data import record_files as module
-from eqat_mm.data.problems import BadSample
-from eqat_mm.data.record_files import FileRows, places_in
+from eqat_mm.data.image_text import record_files as module
+from eqat_mm.data.image_text.problems import BadSample
+from eqat_mm.data.image_text.record_files import FileRows, places_in
 from eqat_mm.errors import DataError
 
 _values = st.recursive(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from eqat_mm.data.record_parts import Part, locked, parts_folder, read_parts, write_records
-from eqat_mm.data.text_files import read_text_file
+from eqat_mm.data.generated.record_parts import Part, locked, parts_folder, read_parts, write_records
+from eqat_mm.data.text.files import read_text_file
 from eqat_mm.errors import DataError
 
 COUNT = 1000

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from eqat_mm.data import spread as module
-from eqat_mm.data.spread import spread
+from eqat_mm.data.image_text import spread as module
+from eqat_mm.data.image_text.spread import spread
 from eqat_mm.errors import ResourceError
 
 

@@ -12,10 +12,10 @@ import transformers
 from jinja2 import TemplateError
 from PIL import Image
 
-from eqat_mm.data.chat import Chat
-from eqat_mm.data.prompt import Renderer
-from eqat_mm.data.record_sources import read_records
-from eqat_mm.data.style import TEMPLATES, Style, apply_style, template_text
+from eqat_mm.data.image_text.chat import Chat
+from eqat_mm.data.image_text.prompt import Renderer
+from eqat_mm.data.image_text.record_sources import read_records
+from eqat_mm.data.image_text.style import TEMPLATES, Style, apply_style, template_text
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.files import write_json
 from tests.checkpoint.files import assert_four_lines

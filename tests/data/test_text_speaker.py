@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from eqat_mm.data import preparing
-from eqat_mm.data.chat import IGNORED, Chat
-from eqat_mm.data.conversations import Conversation, Turn
-from eqat_mm.data.image_text import ImageTextData, image_text_data
-from eqat_mm.data.problems import BadSample
-from eqat_mm.data.text_speaker import TextSpeaker
+from eqat_mm.data.image_text import preparing
+from eqat_mm.data.image_text.chat import IGNORED, Chat
+from eqat_mm.data.image_text.conversations import Conversation, Turn
+from eqat_mm.data.image_text.problems import BadSample
+from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
+from eqat_mm.data.image_text.text_speaker import TextSpeaker
 from eqat_mm.errors import ConfigError, DataError
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_model import word_tokenizer

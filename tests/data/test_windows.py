@@ -11,10 +11,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from eqat_mm.data import windows as module
-from eqat_mm.data.documents import split_documents
-from eqat_mm.data.text_settings import TextWindows
-from eqat_mm.data.windows import pack_windows, text_windows
+from eqat_mm.data.text import windows as module
+from eqat_mm.data.text.documents import split_documents
+from eqat_mm.data.text.settings import TextWindows
+from eqat_mm.data.text.windows import pack_windows, text_windows
 from eqat_mm.errors import ConfigError, DataError
 
 END = 1

@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 
 from eqat_demo.easy_vqa_task import FILE_VARIABLE
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.lmms import tasks_folders
-from eqat_mm.commands.quantize import RTNJob, rtn
+from eqat_mm.commands.plumbing.lmms import tasks_folders
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.files import read_json, write_json
 from llava_adapters.tiny import IMAGE_TOKEN, VOCABULARY

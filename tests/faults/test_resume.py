@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eqat_mm.commands.launchers import free_port
-from eqat_mm.commands.quantize import rtn
+from eqat_mm.commands.plumbing.launchers import free_port
+from eqat_mm.commands.verbs.quantize import rtn
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.sealed import read_sealed, write_sealed
 from tests.checkpoint.files import contents

@@ -25,9 +25,9 @@ _IMPORTED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.llava.modeling_llava",
     "transformers.models.clip.modeling_clip",
-    "eqat_mm.commands.llm_qat_table",
-    "eqat_mm.commands.generate_data",
-    "eqat_mm.commands.ladder",
+    "eqat_mm.commands.tables.llm_qat_table",
+    "eqat_mm.commands.verbs.generate_data",
+    "eqat_mm.commands.tables.ladder",
 ]
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

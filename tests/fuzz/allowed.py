@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from eqat_mm.data.problems import BadSample
+from eqat_mm.data.image_text.problems import BadSample
 from eqat_mm.errors import EqatError
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from eqat_mm.data.images import FORMATS, MOST_PIXELS, ImageFile, image_size, read_image
+from eqat_mm.data.image_text.images import FORMATS, MOST_PIXELS, ImageFile, image_size, read_image
 from tests.fuzz.allowed import only_our_errors
 from tests.fuzz.damage import damaged
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eqat_mm.data.record_parts import Part, read_parts
+from eqat_mm.data.generated.record_parts import Part, read_parts
 from tests.fuzz.allowed import only_our_errors
 from tests.fuzz.damage import damaged
 from tests.fuzz.values import json_texts

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from eqat_mm.data import documents as module
-from eqat_mm.data.documents import load_documents
+from eqat_mm.data.text import documents as module
+from eqat_mm.data.text.documents import load_documents
 from tests.fuzz.allowed import only_our_errors
 from tests.fuzz.damage import damaged
 from tests.fuzz.values import json_texts, json_values, words

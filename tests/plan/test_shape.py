@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 
 from eqat_mm.blocks.source import weight_files
-from eqat_mm.commands.plan import model_shape
-from eqat_mm.commands.quantize import rtn
+from eqat_mm.commands.plumbing.shapes import model_shape
+from eqat_mm.commands.verbs.quantize import rtn
 from eqat_mm.errors import ConfigError
 from eqat_mm.plan.models import shipped_config, shipped_models
 from eqat_mm.plan.shape import shape_of

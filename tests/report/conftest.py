@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from eqat_mm.commands.evaluate import EvalJob, evaluate
-from eqat_mm.commands.quantize import block_ap, rtn
-from eqat_mm.commands.runs import model_fingerprint
-from eqat_mm.commands.tune import e2e_qp
+from eqat_mm.commands.plumbing.runs import model_fingerprint
+from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
+from eqat_mm.commands.verbs.quantize import block_ap, rtn
+from eqat_mm.commands.verbs.tune import e2e_qp
 from eqat_mm.report import Found, find
 from tests.commands.conftest import memory_enough
 from tests.commands.jobs import block_ap_job, e2e_qp_job, rtn_job

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eqat_mm.commands.runs import model_fingerprint
+from eqat_mm.commands.plumbing.runs import model_fingerprint
 from eqat_mm.errors import CheckpointError
 from eqat_mm.report import Found, find
 from eqat_mm.report.found import number

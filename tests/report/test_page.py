@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eqat_mm.commands.runs import model_fingerprint
+from eqat_mm.commands.plumbing.runs import model_fingerprint
 from eqat_mm.report import Answers, Found, find, write_report
 from eqat_mm.report.page import flat
 from eqat_mm.runtime.sealed import read_sealed, write_sealed

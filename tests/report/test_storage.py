@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from eqat_mm.blocks.weights import WeightSource
-from eqat_mm.commands.evaluate import bits_per_weight as said_by_eval
+from eqat_mm.commands.verbs.evaluate import bits_per_weight as said_by_eval
 from eqat_mm.report.storage import PARTS, QUANTIZED, bits_per_weight, layers_of
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from eqat_mm.blocks.source import open_model
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.commands.launchers import free_port
-from eqat_mm.commands.models import load_model
-from eqat_mm.data.windows import text_windows
+from eqat_mm.commands.plumbing.launchers import free_port
+from eqat_mm.commands.plumbing.models import load_model
+from eqat_mm.data.text.windows import text_windows
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.rtn import run_rtn
 from llava_adapters.llama import ARCH

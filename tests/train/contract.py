@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import distributed
 
-from eqat_mm.commands.recipes import deepspeed_path
+from eqat_mm.commands.line.recipes import deepspeed_path
 from eqat_mm.runtime.device import processes
 from tests.train.cases import cases_in, losses_of, trained_of
 from tests.train.launched import forget_settings

@@ -9,7 +9,7 @@ from eqat_mm.blocks.arch import Inputs, set_submodule
 from eqat_mm.blocks.source import open_model
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.data.windows import text_windows
+from eqat_mm.data.text.windows import text_windows
 from eqat_mm.quant.convert import to_fake
 from eqat_mm.quant.init import initial_grid
 from eqat_mm.quant.spec import QuantSpec

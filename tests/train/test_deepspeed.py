@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.models import load_model
-from eqat_mm.commands.recipes import deepspeed_path
+from eqat_mm.commands.line.recipes import deepspeed_path
+from eqat_mm.commands.plumbing.models import load_model
 from eqat_mm.runtime.files import read_json, write_json
 from eqat_mm.train.e2e_qp import E2EQPConfig, run_e2e_qp
 from eqat_mm.train.end_to_end import WindowDataset, training_arguments

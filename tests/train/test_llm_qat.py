@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.models import load_model
+from eqat_mm.commands.plumbing.models import load_model
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.dynamic_linear import DynamicFakeLinear
 from eqat_mm.quant.kv_cache import KVQuantizer

@@ -201,7 +201,7 @@ def test_samples_are_named_where_the_model_is_finite(
     read: list[int] = []
     real = end_to_end.cross_entropy
     monkeypatch.setattr(end_to_end, "cross_entropy", lambda *args: real(*args) * math.nan)
-    from eqat_mm.data.image_text import ImageTextDataset
+    from eqat_mm.data.image_text.samples import ImageTextDataset
 
     get = ImageTextDataset.__getitem__
     monkeypatch.setattr(ImageTextDataset, "__getitem__", lambda self, i: read.append(i) or get(self, i))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.quantize import RTNJob, rtn
+from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.train.e2e_qp import E2EQPConfig, E2EQPTrainer, trainable_groups
 from eqat_mm.train.end_to_end import training_arguments
 from llava_adapters.llava import ARCH

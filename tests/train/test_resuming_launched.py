@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eqat_mm.commands.recipes import deepspeed_path
+from eqat_mm.commands.line.recipes import deepspeed_path
 from eqat_mm.errors import TrainingError
 from eqat_mm.train import end_to_end
 from eqat_mm.train.checkpoints import checkpoints_in, read_trained

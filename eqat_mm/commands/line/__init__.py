@@ -1,0 +1,1 @@
+"""The command line: from words, files and recipes to a job."""

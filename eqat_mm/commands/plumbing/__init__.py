@@ -1,0 +1,1 @@
+"""What several commands share: models, runs, launchers, samples, tasks."""

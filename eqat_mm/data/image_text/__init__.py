@@ -1,0 +1,1 @@
+"""Conversations about images: records, their index, what a model reads of them."""

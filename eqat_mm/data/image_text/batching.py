@@ -1,0 +1,138 @@
+"""Batches of image-text samples: in which order samples come, and how they are put together.
+
+Samples of similar length share a step, by transformers' own grouping, so that little is padded. In the warm-up from
+text to image and text, step t of W takes the share 1 - t/W of its samples from those without images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from eqat_mm.data.image_text.chat import IGNORED
+from eqat_mm.errors import DataError
+from eqat_mm.runtime.seeding import generator
+
+
+class SampleOrder(Sampler[int]):
+    """The order of samples: a pure function of seed and epoch, the same on every rank.
+
+    It is for a sampler that is cut into batches, and these over the ranks, in this order; accelerate does so. Nothing
+    is drawn from torch's global generator, so that a run that is continued needs no state.
+
+    Args:
+        lengths: tokens of each sample.
+        text_only: for each sample, whether it has no image.
+        batch: samples in one optimizer step, over all devices and accumulated forwards.
+        seed: of the order.
+        text_warmup_steps: optimizer steps at the beginning of the first epoch with samples without images in them:
+            all of the first step's, none after the last.
+
+    Raises:
+        DataError: too few samples without images, or with, for the warm-up.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], text_only: Sequence[bool], batch: int, *, seed: int, text_warmup_steps: int = 0
+    ) -> None:
+        assert len(lengths) == len(text_only)
+        self._lengths = list(lengths)
+        self._text = [index for index, is_text in enumerate(text_only) if is_text]
+        self._image = [index for index, is_text in enumerate(text_only) if not is_text]
+        self._batch = batch
+        self._seed = seed
+        self._texts = [round(batch * (1 - step / text_warmup_steps)) for step in range(text_warmup_steps)]
+        self._require_enough()
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices(self.epoch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that is iterated next."""
+        self.epoch = epoch
+
+    def indices(self, epoch: int) -> list[int]:
+        """Return the samples of one epoch, every one once."""
+        draw = generator(self._seed, "image-text order", epoch)
+        warmup = self._warmup(draw) if epoch == 0 else []
+        used = set(warmup)
+        rest = [index for index in range(len(self)) if index not in used]
+        if not rest:
+            return warmup
+        grouped = get_length_grouped_indices([self._lengths[index] for index in rest], self._batch, generator=draw)
+        return warmup + [rest[position] for position in grouped]
+
+    def _warmup(self, draw: torch.Generator) -> list[int]:
+        texts, images = (_shuffled(indices, draw) for indices in (self._text, self._image))
+        order: list[int] = []
+        for count in self._texts:
+            step = [next(texts) for _ in range(count)] + [next(images) for _ in range(self._batch - count)]
+            order += sorted(step, key=lambda index: self._lengths[index], reverse=True)
+        return order
+
+    def _require_enough(self) -> None:
+        needed = (sum(self._texts), len(self._texts) * self._batch - sum(self._texts))
+        if len(self._text) < needed[0] or len(self._image) < needed[1]:
+            raise DataError(
+                f"warm-up of {len(self._texts)} steps of {self._batch} samples",
+                f"{len(self._text):,} samples without images and {len(self._image):,} with",
+                f"at least {needed[0]:,} and {needed[1]:,}",
+                "lower text_warmup_steps, or add samples",
+            )
+
+
+class Collator:
+    """Puts samples together: pads tokens, joins images.
+
+    Args:
+        tokenizer: gives the padding token.
+        padding_side: `left` or `right`; by default the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, padding_side: str | None = None) -> None:
+        # Where there is no padding token any will do: it is masked and not predicted.
+        known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(token, int))
+        self._fill = {"input_ids": next(known, 0), "labels": IGNORED}
+        self._side = padding_side or tokenizer.padding_side
+        assert self._side in ("left", "right")
+
+    def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return one batch.
+
+        Args:
+            samples: rows of tokens, [T_i]: `input_ids`, `labels` where they are to be learned, and others; what is no
+                row belongs to images, [images_i, ...].
+
+        Returns:
+            Rows [samples, T], `attention_mask` among them. Other tensors [images, ...], where any sample has them:
+            those of all samples in order, their second axis (LLaVA-NeXT's tiles) filled up with zeros.
+        """
+        samples = [{"attention_mask": torch.ones_like(sample["input_ids"])} | sample for sample in samples]
+        names = dict.fromkeys(name for sample in samples for name in sample)
+        return {name: self._together(name, [sample[name] for sample in samples if name in sample]) for name in names}
+
+    def _together(self, name: str, tensors: list[Tensor]) -> Tensor:
+        if tensors[0].dim() > 1:
+            return _joined(tensors)
+        fill = self._fill.get(name, 0)
+        return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=self._side)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    most = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([functional.pad(t, (*(0, 0) * (t.dim() - 2), 0, most - t.shape[1])) for t in tensors])
+
+
+def _shuffled(indices: list[int], draw: torch.Generator) -> Iterator[int]:
+    return (indices[position] for position in torch.randperm(len(indices), generator=draw).tolist())

@@ -1,0 +1,1 @@
+"""Text: documents, their sides, windows of tokens."""
