@@ -3,19 +3,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.setup-done
-EXTRAS := dev,demo,lmms-eval
-CODE := eqat_mm llava_adapters kernels eval scripts benchmarks tests
+EXTRAS := dev,docs,lmms-eval
+CODE := eqat_mm llava_adapters kernels eval demo scripts benchmarks tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-vlm test test-all test-faults test-gpu lint format types imports options aot check bench bench-kernels clean
+.PHONY: help setup demo demo-vlm test test-all test-faults test-gpu lint format types imports options aot docs check bench bench-kernels clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv and install eqat-mm into it, editable (reruns only when needed)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml demo/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "eqat-mm needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another one: make PYTHON=python3.12 setup" >&2; exit 1; }
@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv." >&2; \
 	  rm -rf .venv; exit 1; }
 	@echo "Installing eqat-mm and PyTorch into .venv (a few minutes the first time) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e '.[$(EXTRAS)]' -e ./demo
 	@touch $@
 	@echo "Ready: $(BIN)/eqat --help"
 
@@ -65,7 +65,10 @@ options: setup  ## write down the options of all commands, which --help reads
 aot: setup  ## compile every Triton kernel, sm_80 to sm_120, without a GPU; a spill is an error
 	cd kernels && ../$(BIN)/python -m eqat_kernels.aot
 
-check: lint types imports test aot  ## everything CI runs
+docs: setup  ## build the site of docs/ into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint types imports test aot docs  ## everything CI runs
 
 bench: setup  ## speed and memory of the training paths, as ratios
 	$(BIN)/python benchmarks/run.py
@@ -74,5 +77,5 @@ bench-kernels: setup  ## speed of the kernels, as ratios; on the CPU where there
 	$(BIN)/python benchmarks/time_kernels.py
 
 clean:  ## remove caches and build leftovers (keeps .venv and runs/)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

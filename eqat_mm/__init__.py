@@ -1,22 +1,58 @@
 """eqat-mm: quantization-aware training that makes 2- to 4-bit language and vision-language models.
 
-`eqat_mm.load(folder)` returns the packed model of a checkpoint.
+    from eqat_mm import evaluate, load, quantize, tune
+
+    model = quantize("llava-hf/llava-1.5-7b-hf", bits=3, group_size=64, text="texts/", output="runs/x")
+    model = tune(model, conversations="mix.json", images="images/", train_projector=True)
+    evaluate(model, text="texts/")
+
+Importing this package imports neither torch nor transformers; its functions do.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from eqat_mm.errors import EqatError
+
 if TYPE_CHECKING:
+    from eqat_mm.api.judging import Evaluation, evaluate
+    from eqat_mm.api.phases import plan_for, quantize, tune
+    from eqat_mm.api.training import RoundStepSizes, train_only
     from eqat_mm.checkpoint.read import load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = [
+    "EqatError",
+    "Evaluation",
+    "RoundStepSizes",
+    "__version__",
+    "evaluate",
+    "load",
+    "plan_for",
+    "quantize",
+    "train_only",
+    "tune",
+]
+
+_HOMES = {
+    "Evaluation": "eqat_mm.api.judging",
+    "RoundStepSizes": "eqat_mm.api.training",
+    "evaluate": "eqat_mm.api.judging",
+    "load": "eqat_mm.checkpoint.read",
+    "plan_for": "eqat_mm.api.phases",
+    "quantize": "eqat_mm.api.phases",
+    "train_only": "eqat_mm.api.training",
+    "tune": "eqat_mm.api.phases",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from eqat_mm.checkpoint.read import load
+    if name not in _HOMES:
+        raise AttributeError(f"module 'eqat_mm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
-        return load
-    raise AttributeError(f"module 'eqat_mm' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eqat_mm import __version__
@@ -20,6 +19,7 @@ from eqat_mm.runtime.signals import stoppable
 
 if TYPE_CHECKING:
     from eqat_mm.commands.outline import Option
+    from eqat_mm.commands.taken import Taken
     from eqat_mm.commands.typed import Typed
 
 __all__ = ["main", "run_command", "script"]
@@ -38,6 +38,12 @@ def _block_ap() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.quantize import BlockAPJob, block_ap
 
     return BlockAPJob, block_ap
+
+
+def _quantize() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.whole import QuantizeJob, quantize
+
+    return QuantizeJob, quantize
 
 
 def _rtn() -> tuple[type[Any], Callable[[Any], Any]]:
@@ -124,10 +130,28 @@ def _recipes() -> tuple[type[Any], Callable[[Any], Any]]:
     return RecipesJob, list_recipes
 
 
+def _check_adapter() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.check_adapter import CheckAdapterJob, check_adapter
+
+    return CheckAdapterJob, check_adapter
+
+
+def _completion() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.completion import CompletionJob, completion
+
+    return CompletionJob, completion
+
+
 def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
     from eqat_mm.commands.plan import PlanJob, plan
 
     return PlanJob, plan
+
+
+def _report() -> tuple[type[Any], Callable[[Any], Any]]:
+    from eqat_mm.commands.report import ReportJob, report
+
+    return ReportJob, report
 
 
 COMMANDS: dict[str, _Command] = {
@@ -136,6 +160,7 @@ COMMANDS: dict[str, _Command] = {
     ),
     "demo-vlm": _Command("the same for a small LLaVA, with questions about images, scored by lmms-eval", _demo_vlm),
     "plan": _Command("what a run will need: memory, disk, hours by phase", _plan, settings_of="block-ap"),
+    "quantize": _Command("all of it: a plan, Block-AP, E2E-QP, an evaluation and one table", _quantize),
     "block-ap": _Command("train W, s, z of one block at a time and write a packed checkpoint", _block_ap),
     "e2e-qp": _Command("train the step sizes of a packed checkpoint end to end", _e2e_qp),
     "rtn": _Command("round to nearest: the baseline", _rtn),
@@ -149,10 +174,15 @@ COMMANDS: dict[str, _Command] = {
     "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
     "chat": _Command("talk with a model, about images if shown, line by line", _chat),
     "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
+    "report": _Command("one page about a run, or all runs of a model: ladder, losses, grids, provenance", _report),
     "verify": _Command("check every file of a packed checkpoint against its hash", _verify),
+    "check-adapter": _Command(
+        "try an adapter on a tiny model of its kind: what it declares, trains and writes", _check_adapter
+    ),
     "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
     "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),
-    "assets": _Command("list or fetch the models and texts that work without a hub", _assets),
+    "assets": _Command("list the short names of models and data, or fetch some", _assets),
+    "completion": _Command("print what bash or zsh needs to complete commands, options and values", _completion),
 }
 
 
@@ -165,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         return to_its_end(lambda: main(sys.argv[1:]))
-    arguments = list(argv)
+    arguments = _of_launchers_left_out(argv)
     if arguments[:1] == ["--version"]:
         print(__version__)
         return 0
@@ -182,7 +212,7 @@ def script(name: str) -> int:
 
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command with its own arguments, those of a launcher left out; returns the exit status."""
-    argv = [argument for argument in argv if not argument.startswith("--local_rank")]  # deepspeed adds it
+    argv = _of_launchers_left_out(argv)
     warnings.showwarning = _show_warning
     _print_anything()
     if "LOCAL_RANK" in os.environ:
@@ -191,6 +221,11 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         end_with_launcher()
         quiet_libraries()
     return status_of(lambda: _run(name, argv))
+
+
+def _of_launchers_left_out(argv: Sequence[str]) -> list[str]:
+    """Return the words without the one that deepspeed puts in front of them."""
+    return [word for word in argv if not word.startswith("--local_rank")]
 
 
 def _run(name: str, argv: Sequence[str]) -> None:
@@ -203,9 +238,12 @@ def _run(name: str, argv: Sequence[str]) -> None:
     options = stored_options(spelled)  # what is wrong with them is said before torch is imported
     if options is None:
         options = list(options_of(COMMANDS[spelled].load()[0]))
-    settled = _settled(spelled, options, typed(spelled, options, argv))
+    words = typed(spelled, options, argv)
+    taken = _taken(spelled, options, words)
     job_class, function = COMMANDS[spelled].load()
-    job = _job(spelled, job_class, settled)
+    from eqat_mm.commands.resolved import job_with
+
+    job = job_with(spelled, job_class, options, words, taken)
     with stoppable():
         function(job)
 
@@ -225,22 +263,15 @@ def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
         SystemExit: after --help or --print_config.
     """
     from eqat_mm.commands.outline import options_of
+    from eqat_mm.commands.resolved import job_with
     from eqat_mm.commands.typed import typed
 
     options = list(options_of(job_class))
-    return _job(name, job_class, _settled(name, options, typed(name, options, argv)))
+    words = typed(name, options, argv)
+    return job_with(name, job_class, options, words, _taken(name, options, words))
 
 
-@dataclass(frozen=True)
-class _Settled:
-    """The words of a command line with the recipe that lies beneath, files among them, and what is said of it."""
-
-    words: list[str]
-    files: list[Path]
-    line: str
-
-
-def _settled(name: str, options: Sequence[Option], words: Typed) -> _Settled:
+def _taken(name: str, options: Sequence[Option], words: Typed) -> Taken:
     """Find the recipe of a command line; print help where it asks for that.
 
     Raises:
@@ -248,12 +279,12 @@ def _settled(name: str, options: Sequence[Option], words: Typed) -> _Settled:
         SystemExit: after --help or --help-all.
     """
     from eqat_mm.commands.help_text import brief_help_of, help_of
-    from eqat_mm.commands.recipes import Recipe, named_recipe
-    from eqat_mm.commands.taken import Taken, recipe_taken, require_model_named
+    from eqat_mm.commands.recipes import Recipe
+    from eqat_mm.commands.taken import Taken, demo_recipe, recipe_taken, require_model_named
 
     command = COMMANDS[name]
     if command.recipe is not None:
-        taken = Taken(named_recipe(command.recipe))
+        taken = demo_recipe(name, command.recipe)
     else:
         taken = recipe_taken(command.settings_of or name, options, words)
     if {"--help", "-h", "--help_all"} & set(words.flags):
@@ -262,26 +293,7 @@ def _settled(name: str, options: Sequence[Option], words: Typed) -> _Settled:
         print(told(name, command.help, options, shown[-1] if shown else {}, taken.line))
         raise SystemExit(0)
     require_model_named(name, options, words)
-    files = [each for each in words.configs if isinstance(each, Path)]
-    return _Settled(words.words(taken.beneath), files, "" if command.settings_of else taken.line)
-
-
-def _job(name: str, job_class: type[Any], settled: _Settled) -> Any:
-    from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
-
-    from eqat_mm.commands.options import parsed
-    from eqat_mm.commands.settings_file import check_names, read_recipe
-    from eqat_mm.runtime.progress import say
-
-    for path in settled.files:
-        check_names(job_class, read_recipe(path), path)
-    parser = ArgumentParser(prog=f"eqat {name}", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile)
-    parser.add_class_arguments(job_class)
-    job = parsed(parser, name, job_class, settled.words)
-    if settled.line:
-        say(settled.line)
-    return job
+    return Taken(taken.beneath) if command.settings_of else taken
 
 
 def _unknown_command(name: str) -> ConfigError:

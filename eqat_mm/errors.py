@@ -24,6 +24,11 @@ class EqatError(Exception):
         super().__init__(where, given, allowed, do)
         self.where, self.given, self.allowed, self.do = where, given, allowed, do
 
+    @property
+    def kind(self) -> str:
+        """Name of the error that a user is told: the nearest one of this module."""
+        return next(each.__name__ for each in type(self).__mro__ if each.__module__ == __name__)
+
     def __str__(self) -> str:
         rows = (("where", self.where), ("given", self.given), ("allowed", self.allowed), ("do", self.do))
         return "\n".join(f"  {label + ':':<9}{text}" for label, text in rows)

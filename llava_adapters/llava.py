@@ -3,6 +3,7 @@
 from eqat_mm.blocks.arch import Arch
 from llava_adapters.llama import STAGES, SUMS
 from llava_adapters.tiny import tiny_llava
+from llava_adapters.tiny_processor import tiny_processor
 
 FULL_PRECISION = (
     "model.vision_tower",
@@ -22,5 +23,6 @@ ARCH = Arch(
     projector="model.multi_modal_projector",
     full_precision=FULL_PRECISION,
     tiny=lambda: tiny_llava("llama"),
+    processor=tiny_processor,
 )
 """The declaration; see docs/adding_a_model.md."""

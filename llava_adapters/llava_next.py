@@ -4,6 +4,7 @@ from eqat_mm.blocks.arch import Arch
 from llava_adapters.llama import STAGES, SUMS
 from llava_adapters.llava import FULL_PRECISION
 from llava_adapters.tiny import tiny_llava_next
+from llava_adapters.tiny_processor import tiny_processor
 
 ARCH = Arch(
     name="llava_next",
@@ -15,5 +16,6 @@ ARCH = Arch(
     projector="model.multi_modal_projector",
     full_precision=(*FULL_PRECISION, "model.image_newline"),
     tiny=lambda: tiny_llava_next("mistral"),
+    processor=lambda: tiny_processor("llava_next"),
 )
 """The declaration; see docs/adding_a_model.md."""

@@ -16,7 +16,21 @@ from typing import Any
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.runtime.files import read_json_object
-from llava_adapters import llama, llava, llava_next, mistral
+from eqat_mm.runtime.plugins import MODELS, plugged
+from llava_adapters import (
+    granite,
+    llama,
+    llava,
+    llava_next,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from llava_adapters.aliases import ALIASES
 from llava_adapters.original import refuse_original_folder, refuse_original_repository
 
@@ -24,7 +38,23 @@ log = logging.getLogger(__name__)
 
 GROUP = "eqat_mm.adapters"
 
-_BUILT_IN: tuple[Arch, ...] = (llama.ARCH, mistral.ARCH, llava.ARCH, llava_next.ARCH)
+_BUILT_IN: tuple[Arch, ...] = tuple(
+    module.ARCH
+    for module in (
+        llama,
+        mistral,
+        qwen2,
+        qwen3,
+        olmo2,
+        granite,
+        smollm3,
+        phi3,
+        mixtral,
+        qwen3_moe,
+        llava,
+        llava_next,
+    )
+)
 
 
 @lru_cache(maxsize=1)
@@ -121,23 +151,24 @@ def arch_of_config(config: dict[str, Any], path: Path, adapter: str | None = Non
 
 
 def resolve_alias(model: str) -> str:
-    """Return what `model` stands for: a folder as it is, an alias expanded, a hub repository as it is.
+    """Return what `model` stands for: an alias expanded; a folder, a repository, a name of another package as it is.
 
     Raises:
         AdapterError: neither an existing folder, nor an alias, nor of the form `owner/name`; or a LLaVA repository in
             its original layout.
     """
-    if Path(model).is_dir():
+    if Path(model).is_dir() or model in plugged(MODELS):
         return model
     if model in ALIASES:
         return ALIASES[model]
     refuse_original_repository(model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return model
-    near = difflib.get_close_matches(model, ALIASES, n=4, cutoff=0.4)
+    names = sorted([*ALIASES, *plugged(MODELS)])
+    near = difflib.get_close_matches(model, names, n=4, cutoff=0.4)
     raise AdapterError(
         where="--model",
         given=repr(model),
-        allowed=f"a model folder, a hub repository owner/name, or an alias: {', '.join(near or sorted(ALIASES))}",
-        do="check the spelling; `eqat assets` lists what can be fetched without a hub",
+        allowed=f"a model folder, a hub repository owner/name, or an alias: {', '.join(near or names)}",
+        do="check the spelling; `eqat assets` lists the short names",
     )

@@ -21,10 +21,12 @@ from tests.tiny_model import Tiny, save_tiny
 
 NAMES = sorted(COMMANDS)
 NEEDS_A_MODEL = ("block-ap", "chat", "e2e-qp", "eval", "generate", "generate-data", "llm-qat", "plan", "rtn")
-NEEDS_A_MODEL += ("verify", "prepare-data")
+NEEDS_A_MODEL += ("verify", "prepare-data", "quantize")
 RECIPES = recipe_names()
 MODEL = {name: ["--model", "m"] for name in NAMES if name in NEEDS_A_MODEL}
+MODEL["report"] = ["--run", "r"]
 MODEL["prepare-data"] += ["--conversations.source", "mix.json"]
+MODEL["report"] = ["--run", "runs/m-w2g64"]
 
 
 def command_of(recipe: str) -> str:

@@ -22,6 +22,7 @@ PACKAGES = {
     "llava_adapters": ROOT / "llava_adapters",
     "eqat_kernels": ROOT / "kernels" / "eqat_kernels",
     "eqat_eval": ROOT / "eval" / "eqat_eval",
+    "eqat_demo": ROOT / "demo" / "eqat_demo",
 }
 SOURCES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -58,7 +59,9 @@ def test_source_file_is_documented_and_short(path: Path) -> None:
 
 
 def test_pyproject_lists_every_package() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    files = [ROOT / folder / "pyproject.toml" for folder in (".", "demo")]
+    read = [tomllib.loads(path.read_text(encoding="utf-8")) for path in files]
+    listed = [name for each in read for name in each["tool"]["setuptools"]["packages"]]
     found = {
         ".".join((package, *init.parent.relative_to(folder).parts))
         for package, folder in PACKAGES.items()

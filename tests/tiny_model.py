@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from eqat_mm.data.text_settings import TextWindows
-from llava_adapters.tiny import VOCABULARY, tiny_config
+from llava_adapters.tiny import tiny_config
+from llava_adapters.tiny_processor import WORDS, word_tokenizer
 
-WORDS = ("<unk>", "</s>", *(f"w{index}" for index in range(2, VOCABULARY)))
 DOCUMENTS = 80
 WORDS_PER_DOCUMENT = 30
 
@@ -63,19 +59,6 @@ def tiny_llama(seed: int = 0, kind: type[LlamaForCausalLM] = LlamaForCausalLM, *
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(config)  # type: ignore[arg-type]
-
-
-def word_tokenizer(special: Mapping[int, str] | None = None) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of 97 words; `special` replaces some of them by special tokens."""
-    words = [(special or {}).get(index, word) for index, word in enumerate(WORDS)]
-    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        eos_token="</s>",
-        additional_special_tokens=sorted((special or {}).values()),
-    )
 
 
 def save_text(path: Path) -> None:

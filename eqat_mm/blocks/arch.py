@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from eqat_mm.blocks.experts import split_experts
 from eqat_mm.errors import AdapterError
 from eqat_mm.quant.smooth import NormedLinears
 
 Inputs = dict[str, Tensor]
 """Keyword arguments of one model forward, batch first."""
+
+
+Stage = tuple[str, ...]
+"""Paths inside a block of linears that read the same input."""
+
+EXPERT = "*"
+"""Stands, in a path, for the number of each expert of a block."""
+
+
+class Round(NamedTuple):
+    """Stages whose inputs one forward of a block shows: a stage, or the stages of all experts that are alike.
+
+    Attributes:
+        stages: of one block.
+        experts: path of the module that sends tokens to these stages; None where all tokens pass them.
+    """
+
+    stages: tuple[Stage, ...]
+    experts: str | None = None
 
 
 class Part(NamedTuple):
@@ -41,8 +61,9 @@ class Arch:
         blocks: exact path of the `ModuleList` of decoder blocks.
         stages: paths inside one block of the linears that are quantized, in the order data passes them;
             linears of one stage read the same input and are fused by serving engines. Of blocks of several kinds each
-            has those that it has.
-        kept: paths inside one block of the linears that stay in full precision, such as routers.
+            has those that it has, and a model may lack whole stages. `*` stands for the number of an expert: what is
+            before it is the module in which transformers merges them.
+        kept: paths inside one block of the modules with weights that stay in full precision, such as routers.
         sums: (path of a linear, path of a module) pairs: the linear's output is added to the residual stream, and the
             sum is the module's input; an empty path stands for the block's output.
         full_precision: exact paths of the modules, and of the parameters outside them, that are never quantized;
@@ -52,6 +73,7 @@ class Arch:
         tiny: returns a small random model and batches of inputs, for tests.
         projector: exact path of the module that turns image features into hidden states, in vision-language models;
             the one full-precision part that can be trained.
+        processor: of a vision-language model, returns a processor that fits `tiny`; None leaves out the checks with it.
     """
 
     name: str
@@ -65,21 +87,37 @@ class Arch:
     sums: tuple[tuple[str, str], ...] = ()
     norms: tuple[tuple[str, int], ...] = (("input_layernorm", 0), ("post_attention_layernorm", 2))
     projector: str | None = None
+    processor: Callable[[], Any] | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Paths of all quantized linears, of blocks of all kinds."""
+        """Paths of all quantized linears as they are declared, of blocks of all kinds."""
         return tuple(path for stage in self.stages for path in stage)
 
-    def stages_of(self, block: nn.Module) -> tuple[tuple[str, ...], ...]:
-        """Return the stages of one block: of the declared linears those that it has."""
-        names = dict(block.named_modules())
-        stages = (tuple(path for path in stage if path in names) for stage in self.stages)
-        return tuple(stage for stage in stages if stage)
+    def rounds_of(self, block: nn.Module) -> tuple[Round, ...]:
+        """Return the stages of one block by what can be seen at once: of the declared linears those that it has."""
+        names = {name for name, _ in block.named_modules()}
+        rounds = (_round(stage, names) for stage in self.stages)
+        return tuple(one for one in rounds if one.stages)
+
+    def stages_of(self, block: nn.Module) -> tuple[Stage, ...]:
+        """Return the stages of one block, one for each expert."""
+        return tuple(stage for one in self.rounds_of(block) for stage in one.stages)
 
     def linears_of(self, block: nn.Module) -> tuple[str, ...]:
         """Return the paths of the quantized linears of one block."""
         return tuple(path for stage in self.stages_of(block) for path in stage)
+
+    def split_experts(self, model: nn.Module) -> None:
+        """Replace the merged experts of `model` that are to be quantized by linears, in place; see `blocks.experts`.
+
+        Raises:
+            AdapterError: a declared path does not exist, or experts that cannot be split.
+        """
+        paths = {path.partition(f".{EXPERT}")[0] for path in self.linears if EXPERT in path}
+        if paths:
+            for index, _ in enumerate(self.find(model, self.blocks).children()):
+                split_experts(model, (f"{self.blocks}.{index}.{path}" for path in sorted(paths)))
 
     def find_blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return the decoder blocks of `model`.
@@ -95,13 +133,8 @@ class Arch:
                 allowed="a ModuleList with at least one decoder block",
                 do="correct the path of the decoder blocks in the adapter",
             )
-        for path in self.linears:
-            self._require_somewhere(blocks, path)
         for index, block in enumerate(blocks):
-            self._require_linears(block, index)
-            mine = self.linears_of(block)
-            for path in (path for pair in self.sums if pair[0] in mine for path in pair):
-                self.find(block, path)
+            self._require_linears(block, index, self.linears_of(block))
         self._require_every_parameter(model)
         return blocks
 
@@ -164,7 +197,8 @@ class Arch:
             linears = dict(self.named_linears(block))
             for path, stage in self.norms:
                 name = f"{self.blocks}.{index}.{path}"
-                reading = [linears[linear] for linear in self.stages[stage] if linear in linears]
+                stages = _round(self.stages[stage], linears.keys()).stages
+                reading = [linears[linear] for each in stages for linear in each]
                 if reading:
                     found.append(NormedLinears(name, self.find(block, path), reading))
         return found
@@ -182,31 +216,44 @@ class Arch:
                 do="list what holds them under full_precision in the adapter, or choose another one with --adapter",
             )
 
-    def _require_somewhere(self, blocks: nn.ModuleList, path: str) -> None:
-        if not any(path in dict(block.named_modules()) for block in blocks):
-            self.find(blocks[0], path)  # which is an error that lists near names
-
-    def _require_linears(self, block: nn.Module, index: int) -> None:
+    def _require_linears(self, block: nn.Module, index: int, mine: Stage) -> None:
         """Check that what is declared is linear, and that every linear is declared."""
-        where = f"adapter {self.name}: {self.blocks}.{index}"
-        for path in self.linears_of(block):
-            module = block.get_submodule(path)
-            if not isinstance(module, nn.Linear):
-                raise AdapterError(
-                    where=f"{where}.{path}",
-                    given=type(module).__name__,
-                    allowed="a linear layer",
-                    do="list only linear layers in the adapter's stages",
-                )
-        declared = {*self.linears, *self.kept}
-        linears = (path for path, module in block.named_modules() if isinstance(module, nn.Linear))
-        for path in (path for path in linears if path not in declared):
+        where, modules = f"adapter {self.name}: {self.blocks}.{index}", dict(block.named_modules())
+        for path in (path for path in mine if not isinstance(modules[path], nn.Linear)):
             raise AdapterError(
                 where=f"{where}.{path}",
+                given=type(modules[path]).__name__,
+                allowed="a linear layer",
+                do="list only linear layers in the adapter's stages",
+            )
+        linears = (path for path, module in modules.items() if isinstance(module, nn.Linear))
+        left = [path for path in linears if path not in mine and path not in self.kept]
+        if left or not mine:
+            for path in (path for path in self.linears if path not in mine and EXPERT not in path):
+                if not left or difflib.get_close_matches(path, left, n=1, cutoff=0.7):
+                    self.find(block, path)  # which is an error that lists near names
+        if left:
+            raise AdapterError(
+                where=f"{where}.{left[0]}",
                 given="a linear layer that the adapter does not mention",
                 allowed="every linear layer of a block in `stages` (quantized) or in `kept` (full precision)",
                 do="list it in one of the two (docs/adding_a_model.md)",
             )
+        for path in (path for pair in self.sums if pair[0] in mine for path in pair):
+            self.find(block, path)
+
+
+def _round(stage: Stage, names: Set[str]) -> Round:
+    """Return what a block with modules of these names has of a declared stage."""
+    experts, star, _ = stage[0].partition(f".{EXPERT}.")
+    if not star:
+        own = tuple(path for path in stage if path in names)
+        return Round((own,) if own else ())
+    inside = (name.removeprefix(f"{experts}.").partition(".")[0] for name in names if name.startswith(f"{experts}."))
+    numbers = sorted({int(number) for number in inside if number.isdecimal()})
+    each = [tuple(path.replace(EXPERT, str(number)) for path in stage) for number in numbers]
+    theirs = [tuple(path for path in paths if path in names) for paths in each]
+    return Round(tuple(paths for paths in theirs if paths), experts)
 
 
 def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -10,9 +10,9 @@ Tensors that are equal are kept once, whatever the number of samples and blocks.
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,35 +23,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from eqat_mm.blocks.arch import Inputs
+from eqat_mm.blocks.calls import BlockCall, digest_of
+from eqat_mm.blocks.shared import (
+    Seen,
+    changed_objects,
+    changes_shared,
+    look_at,
+    named_arguments,
+    shared_arguments,
+)
 from eqat_mm.errors import AdapterError
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """Everything but the hidden states of one call of one block.
-
-    Attributes:
-        args: positional arguments after the hidden states.
-        kwargs: keyword arguments.
-        batch: size of the batch dimension of the call.
-        added: what the model adds to the hidden states before it calls the block, [B, T, H]; None where nothing.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    batch: int
-    added: Tensor | None = None
-
-    @property
-    def tree(self) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
-        """All that is recorded, as a tree of tensors and values."""
-        return self.args, self.kwargs, self.added
-
-    @classmethod
-    def of(cls, tree: Any, batch: int) -> BlockCall:
-        """Make a call of what `tree` gives."""
-        args, kwargs, added = tree
-        return cls(args, kwargs, batch, added)
 
 
 @dataclass(frozen=True)
@@ -85,11 +66,6 @@ class TensorPool:
         return self._tensors.setdefault((value.dtype, value.shape, digest_of(value)), value)
 
 
-def digest_of(value: Tensor) -> bytes:
-    """Return a hash of the contents of a contiguous tensor on the CPU."""
-    return hashlib.blake2b(value.view(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
-
-
 @torch.no_grad()
 def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Inputs]) -> Iterator[Sample]:
     """Run `model` on each batch up to its blocks and record every block's call.
@@ -103,7 +79,8 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Inputs]) 
         One sample per batch, on the CPU.
 
     Raises:
-        AdapterError: a forward ended without the last block, or called blocks in another order.
+        AdapterError: a forward ended without the last block, called blocks in another order, or hands blocks an object
+            that one of them changes.
     """
     pool = TensorPool()
     recorded: list[_Recorded] = []
@@ -115,7 +92,9 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Inputs]) 
             try:
                 model(**inputs, use_cache=False)
             except _LastBlockReached:
-                yield _sample(recorded, pool)
+                sample = _sample(recorded, pool)
+                _require_unchanged(sample, blocks)
+                yield sample
             else:
                 raise _unreached(len(recorded), len(blocks))
     finally:
@@ -131,13 +110,18 @@ class _Recorded(NamedTuple):
     kwargs: dict[str, Any]
     added: Tensor | None
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments behind the hidden states by name."""
+        return named_arguments(self.args, self.kwargs)
+
 
 class _Recorder:
     """Stands in for the forward of one of `count` blocks, and appends its calls to `recorded`."""
 
     def __init__(self, block: nn.Module, index: int, count: int, recorded: list[_Recorded]) -> None:
         self.block, self.index, self.count, self.recorded = block, index, count, recorded
-        self._more: int | None = None
+        self.tried: _Tried | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Record a call and return what the block would, with zeros for hidden states."""
@@ -149,25 +133,41 @@ class _Recorder:
         self.recorded.append(_Recorded(hidden, args, kwargs, added))
         if len(self.recorded) == self.count:
             raise _LastBlockReached
-        if self._more is None:
-            self._more = returned_beside_hidden(self.block, hidden, args, kwargs)
+        if self.tried is None:
+            self.tried = _try(self.block, hidden, args, kwargs)
         zeros = torch.zeros_like(hidden)
-        return zeros if self._more < 0 else (zeros, *[None] * self._more)
+        return zeros if self.tried.more < 0 else (zeros, *[None] * self.tried.more)
 
 
-def returned_beside_hidden(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return how many values a block returns behind the hidden states, -1 where it returns those alone, not in a tuple.
+class _Tried(NamedTuple):
+    """What is found out about a block.
+
+    Attributes:
+        more: how many values it returns behind the hidden states, -1 where it returns those alone, not in a tuple.
+        changed: objects in its arguments that it changes: (argument, object).
+    """
+
+    more: int = -1
+    changed: tuple[tuple[str, Any], ...] = ()
+
+
+def _try(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Tried:
+    """Find out what a block returns and changes.
 
     Nothing is computed: the block's own forward runs on fake tensors. One that decides by values, or whose parameters
     are on the meta device, cannot; it is taken to return hidden states alone, as most do.
     """
+    looked_at: dict[str, list[Seen]] = {}
     try:
+        own = pytree.tree_map_only(lambda leaf: not isinstance(leaf, Tensor | nn.Module), copy.deepcopy, (args, kwargs))
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            tree = pytree.tree_map_only(Tensor, fake.from_tensor, (hidden, args, kwargs))
-            output = type(block).forward(block, tree[0], *tree[1], **tree[2])
+            first, (args, kwargs) = pytree.tree_map_only(Tensor, fake.from_tensor, (hidden, own))
+            looked_at = look_at(named_arguments(args, kwargs))
+            output = type(block).forward(block, first, *args, **kwargs)
+            more = len(output) - 1 if isinstance(output, tuple) else -1
     except Exception:  # noqa: BLE001 - whatever a model's own code raises on tensors without values
-        return -1
-    return len(output) - 1 if isinstance(output, tuple) else -1
+        more = -1
+    return _Tried(more, tuple(changed_objects(looked_at)))
 
 
 @contextmanager
@@ -179,6 +179,15 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+def _require_unchanged(sample: Sample, blocks: nn.ModuleList) -> None:
+    for index, (block, call) in enumerate(zip(blocks, sample.calls, strict=True)):
+        recorder: Any = block.forward
+        tried: _Tried | None = recorder.tried
+        for argument, value in () if tried is None else tried.changed:
+            if argument in call.shared:
+                raise changes_shared(block, f"block {index}", argument, value)
 
 
 def _out_of_order(index: int, expected: int) -> AdapterError:
@@ -209,53 +218,7 @@ def _sample(recorded: list[_Recorded], pool: TensorPool) -> Sample:
         return interned[id(leaf)]
 
     calls = []
-    for one in recorded:
-        calls.append(BlockCall.of(pytree.tree_map(intern, one[1:]), hidden.shape[0]))
+    for one, shared in zip(recorded, shared_arguments([one.arguments for one in recorded]), strict=True):
+        args, kwargs, added = pytree.tree_map(intern, one[1:])
+        calls.append(BlockCall(args, kwargs, hidden.shape[0], added, shared))
     return Sample(hidden, tuple(calls))
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], call: BlockCall) -> BlockCall:
-    """Return the call with `function` applied to each of its tensors."""
-    return BlockCall.of(pytree.tree_map_only(Tensor, function, call.tree), call.batch)
-
-
-def collate(calls: Sequence[BlockCall]) -> BlockCall:
-    """Join calls of one block into one call on the concatenation of their batches.
-
-    A leaf that is the same object everywhere and does not carry the batch is kept; tensors whose first
-    dimension is the batch are expanded (same object) or concatenated. The calls must agree in
-    `signature`.
-    """
-    if len(calls) == 1:
-        return calls[0]
-    flat, structure = zip(*(pytree.tree_flatten(call.tree) for call in calls), strict=True)
-    leaves = [_join(column, calls) for column in zip(*flat, strict=True)]
-    return BlockCall.of(pytree.tree_unflatten(leaves, structure[0]), sum(call.batch for call in calls))
-
-
-def _join(column: tuple[Any, ...], calls: Sequence[BlockCall]) -> Any:
-    first = column[0]
-    if not _carries_batch(first, calls[0].batch):
-        return first
-    if all(leaf is first for leaf in column) and first.shape[0] == 1:
-        return first.expand(sum(call.batch for call in calls), *first.shape[1:])
-    return torch.cat(column)
-
-
-def _carries_batch(leaf: Any, batch: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim >= 2 and leaf.shape[0] == batch
-
-
-def signature(call: BlockCall, hidden_shape: torch.Size, identity: Callable[[Tensor], Any] = id) -> tuple[Any, ...]:
-    """Return a hashable value; calls with equal signatures can be collated.
-
-    Leaves that carry the batch count by shape and dtype, other tensors by `identity`, the rest by value.
-    """
-    leaves, structure = pytree.tree_flatten(call.tree)
-    described: list[Any] = []
-    for leaf in leaves:
-        if _carries_batch(leaf, call.batch):
-            described.append((leaf.shape[1:], leaf.dtype))
-        else:
-            described.append(identity(leaf) if isinstance(leaf, Tensor) else leaf)
-    return (hidden_shape[1:], str(structure), *described)

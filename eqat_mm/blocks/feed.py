@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from eqat_mm.blocks.capture import BlockCall, map_tensors
+from eqat_mm.blocks.calls import BlockCall, map_tensors
 from eqat_mm.blocks.link import CudaLink, Event, Link
 from eqat_mm.blocks.spool import Stream
 

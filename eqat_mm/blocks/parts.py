@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eqat_mm.blocks.capture import BlockCall, digest_of, signature
+from eqat_mm.blocks.calls import BlockCall, digest_of, signature
 from eqat_mm.blocks.spool import Stream
 from eqat_mm.runtime.ranks import Ranks
 

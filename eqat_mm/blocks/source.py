@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.blocks.config import (
@@ -25,6 +22,7 @@ from eqat_mm.blocks.config import (
     require_own_files,
 )
 from eqat_mm.blocks.door import check_stored, require_one_answer, tied_groups
+from eqat_mm.blocks.names import merged_names, module_names
 from eqat_mm.blocks.stored import INDEX, SINGLE, Stored, open_safetensors, weight_files
 from eqat_mm.blocks.weights import WeightSource, release
 from eqat_mm.runtime.files import read_json_object
@@ -89,7 +87,7 @@ class CheckedFolder:
 
 
 def empty_model(config: transformers.PreTrainedConfig, arch: Arch) -> transformers.PreTrainedModel:
-    """Build a model whose parameters are on the meta device, float32; computed buffers are real.
+    """Build a model whose parameters are on the meta device, float32, its experts split; computed buffers are real.
 
     Float32 whatever the files hold: models compute factors in the dtype they are built in, and blocks run in float32.
     """
@@ -97,58 +95,21 @@ def empty_model(config: transformers.PreTrainedConfig, arch: Arch) -> transforme
     with init_empty_weights(include_buffers=False):
         model: transformers.PreTrainedModel = build(copy.deepcopy(config), dtype=torch.float32)
     model.config.dtype = config.dtype  # what the files hold
+    arch.split_experts(model)
     model.eval()
     return model
 
 
-def module_names(model: transformers.PreTrainedModel) -> Callable[[str], str]:
-    """Return the function from the name of a tensor in published files to its name in `model`.
-
-    The names of modules change between releases of transformers, those in the files do not. The renaming is the
-    library's own, the one of `from_pretrained`; tensors that it merges while loading keep their names.
-    """
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    known = model.state_dict()
-
-    def rename(stored: str) -> str:
-        name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, known)
-        if name not in known and stored in known:  # it has the name of a module already
-            name, _ = rename_source_key(stored, [], [], model.base_model_prefix, known)
-        return name
-
-    return rename
-
-
-def merged_names(model: transformers.PreTrainedModel) -> Callable[[str], list[str]]:
-    """Return the function from the name of a tensor in published files to those that transformers makes of it.
-
-    None of a tensor that is read as it is stored.
-    """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    known = model.state_dict()
-
-    def made_of(stored: str) -> list[str]:
-        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, known)
-        if pattern is None or name not in known:
-            return []
-        targets = by_pattern[pattern].target_patterns
-        return [name.replace(targets[0], target) for target in targets]
-
-    return made_of
-
-
-def check_folder(folder: Path, auto_class: str, *, merges: bool = False) -> CheckedFolder:
+def check_folder(folder: Path, auto_class: str, arch: Arch | None = None) -> CheckedFolder:
     """Check that a folder holds a model in full precision, whole, by its configuration and the headers of its files.
 
     Args:
         folder: of the model.
         auto_class: class of transformers that builds the model.
-        merges: the model will be read by transformers, which makes some tensors of others.
+        arch: by which the model will be opened; None where transformers will read it, which merges some tensors.
 
     Raises:
+        AdapterError: experts that the adapter's stages name and that cannot be split.
         CheckpointError: a broken file, or something that `check_stored` refuses.
     """
     require_own_files(folder)
@@ -158,9 +119,11 @@ def check_folder(folder: Path, auto_class: str, *, merges: bool = False) -> Chec
     config = read_config(folder, len(source.stored))
     read_generation_config(folder)
     model = model_on_meta(config, auto_class, folder / CONFIG)
+    if arch is not None:
+        arch.split_experts(model)
     source.name_by(module_names(model))
     source.tie(tied_groups(model))
-    left_over = check_stored(source, raw, model, merged_names(model) if merges else lambda _: [])
+    left_over = check_stored(source, raw, model, merged_names(model) if arch is None else lambda _: [])
     return CheckedFolder(config, source, left_over)
 
 
@@ -178,7 +141,7 @@ def open_model(folder: Path, arch: Arch) -> OpenModel:
         AdapterError: the adapter's paths do not match the model.
         CheckpointError: unreadable weights, or something that `check_stored` refuses.
     """
-    checked = check_folder(folder, arch.auto_class)
+    checked = check_folder(folder, arch.auto_class, arch)
     with refused(folder / CONFIG, "configuration"):  # it goes into checkpoints, which are JSON
         json.dumps(read_json_object(folder / CONFIG), allow_nan=False)
     say_left_over(checked.left_over)

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from eqat_mm.blocks.arch import Inputs
 from eqat_mm.blocks.arch import Part as ModelPart
-from eqat_mm.blocks.capture import BlockCall, Sample, capture, collate, map_tensors
+from eqat_mm.blocks.calls import BlockCall, collate, map_tensors
+from eqat_mm.blocks.capture import Sample, capture
 from eqat_mm.blocks.feed import Copies, feed_for
 from eqat_mm.blocks.parts import Part, Sort, sorts_of
+from eqat_mm.blocks.shared import changed_objects, changes_shared, look_at, named_arguments
 from eqat_mm.blocks.source import OpenModel, release
 from eqat_mm.blocks.spool import FP, QUANTIZED, Stream, stream_path
 from eqat_mm.blocks.weights import stand_in
@@ -157,13 +159,21 @@ class BlockWalker:
         self._pass(step, self.quantized, QUANTIZED)
 
     def run(self, block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
-        """Return the output [B, T, H] of `block` for a recorded call, on the walker's device and in its precision."""
+        """Return the output [B, T, H] of `block` for a recorded call, on the walker's device and in its precision.
+
+        Raises:
+            AdapterError: it changes an object that other blocks are given, too.
+        """
         call = map_tensors(lambda recorded: recorded.to(self.device), call)
         hidden = hidden.to(self.device).float()
         if call.added is not None:
             hidden = hidden + call.added
+        given = named_arguments(call.args, call.kwargs)
+        looked_at = look_at({name: given[name] for name in call.shared})
         with autocast(self.precision, self.device):
             output = block(hidden, *call.args, **call.kwargs)
+        for argument, value in changed_objects(looked_at):
+            raise changes_shared(block, "a decoder block", argument, value)
         hidden_states: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden_states
 

@@ -7,6 +7,7 @@ modules' paths and its methods stay what they were.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,8 +133,28 @@ def _not_of_this_model(folder: Path, given: str) -> CheckpointError:
 
 
 def _inject(model: nn.Module, config: Any) -> None:
+    teach_peft()
+    require_peft("adapters").inject_adapter_in_model(config, model)
+
+
+@cache
+def teach_peft() -> None:
+    """Let `peft` put adapters on packed linears, also where a user calls `get_peft_model`; nothing where it is missing.
+
+    `peft` asks its dispatchers in turn what fits a module, and has no list to which one could be added.
+    """
+    if find_spec("peft") is None:
+        return
     from eqat_mm.quant.packed_lora import PackedLoRA
 
-    # peft calls this experimental; it is the one way to adapt a class of modules that it does not know.
-    config._register_custom_module({PackedLinear: PackedLoRA})
-    require_peft("adapters").inject_adapter_in_model(config, model)
+    tuner: Any = import_module("peft.tuners.lora.model")
+    others = tuner.dispatch_default
+
+    def dispatch(target: nn.Module, adapter_name: str, config: Any, **options: Any) -> nn.Module | None:
+        base = getattr(target, "base_layer", target)
+        if isinstance(base, PackedLinear):
+            return PackedLoRA(base, adapter_name, config=config, **options)
+        found: nn.Module | None = others(target, adapter_name, config=config, **options)
+        return found
+
+    tuner.dispatch_default = dispatch

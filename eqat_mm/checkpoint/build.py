@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.config import CONFIG, read_config, read_generation_config, refused
+from eqat_mm.blocks.names import split_as_stored
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX, described
 from eqat_mm.checkpoint.manifest import MANIFEST, Manifest
 from eqat_mm.checkpoint.verify import weight_map
@@ -25,17 +26,20 @@ from eqat_mm.quant.spec import QuantSpec
 
 
 def skeleton(folder: Path, manifest: Manifest) -> PreTrainedModel:
-    """Return the model of config.json with all parameters on the meta device.
+    """Return the model of config.json with all parameters on the meta device; experts are split where files hold each.
 
     Raises:
         CheckpointError: transformers builds none, or config.json has more layers than tensors are stored.
     """
-    config = read_config(folder, len(weight_map(folder)))
+    stored = weight_map(folder)
+    config = read_config(folder, len(stored))
     vision = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     mapped = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     with refused(folder / CONFIG, "configuration"), init_empty_weights(include_buffers=False):
         auto = getattr(transformers, manifest.auto_class or mapped)
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    packed = (name.removesuffix(SCALE_SUFFIX) for name in stored if name.endswith(SCALE_SUFFIX))
+    split_as_stored(model, (f"{path}.weight" for path in packed))
     model.generation_config = read_generation_config(folder) or model.generation_config
     return model
 

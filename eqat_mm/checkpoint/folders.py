@@ -39,7 +39,7 @@ def check_full_precision(folder: Path) -> CheckedFolder:
     Raises:
         CheckpointError: a broken file, or something that `check_stored` refuses.
     """
-    return check_folder(folder, _auto_class(folder), merges=True)
+    return check_folder(folder, _auto_class(folder))
 
 
 def _auto_class(folder: Path) -> Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eqat_mm.blocks.arch import Arch
+from eqat_mm.blocks.weights import WeightSource
 from eqat_mm.errors import CheckpointError, EqatError
 from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
 from eqat_mm.quant.spec import QuantSpec
@@ -109,23 +110,37 @@ def _dynamic(bits: int, strategy: str, group_size: int | None = None) -> dict[st
     return scheme | {"dynamic": True, "observer": None}
 
 
-def ignored_linears(arch: Arch, model: nn.Module) -> list[str]:
-    """Return regular expressions for the full-precision parts that contain linears.
+def ignored_linears(arch: Arch, model: nn.Module, source: WeightSource | None = None) -> list[str]:
+    """Return regular expressions for the full-precision parts that are linears, or are to others, as routers are.
 
     They match by the end of the path, because serving engines change the prefix. Linears inside the blocks that the
-    adapter does not list are among them.
+    adapter does not quantize are among them, and what it keeps.
+
+    Args:
+        arch: of the model.
+        model: with its experts split.
+        source: its weights; where files give a module another name, that is listed, too: some readers use it.
     """
-    kept = {
-        path: None  # each once, in order
-        for block in arch.find(model, arch.blocks).children()
-        for path, module in block.named_modules()
-        if isinstance(module, nn.Linear) and path not in arch.linears
-    }
+    kept: dict[str, None] = {}  # each once, in order
+    for index, block in enumerate(arch.find(model, arch.blocks).children()):
+        quantized = set(arch.linears_of(block))
+        for path, module in block.named_modules():
+            if path in arch.kept or (isinstance(module, nn.Linear) and path not in quantized):
+                kept |= dict.fromkeys((path, _stored_path(source, f"{arch.blocks}.{index}", path)))
     parts = [f"re:.*{path}$" for path in kept]
     for part in arch.full_precision_parts(model):
         if part.whole and any(isinstance(module, nn.Linear) for module in part.module.modules()):
             parts.append(f"re:.*{part.path.rpartition('.')[2]}.*")
     return parts
+
+
+def _stored_path(source: WeightSource | None, block: str, path: str) -> str:
+    """Return what files call a module of a block, inside it."""
+    name = f"{block}.{path}.weight"
+    if source is None or name not in source:
+        return path
+    number = block.rpartition(".")[2]
+    return source.stored_name(name).partition(f".{number}.")[2].removesuffix(".weight") or path
 
 
 def described(config: dict[str, Any], scale_dtype: torch.dtype | None, where: str) -> tuple[QuantSpec, BitWidths]:

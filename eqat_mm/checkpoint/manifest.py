@@ -85,9 +85,23 @@ class Manifest:
 
 
 def checkpoint_folder(folder: Path) -> Path:
-    """Return the folder of a checkpoint: itself, or `model` in the folder of a run."""
-    inside = folder / "model"
-    return inside if (inside / MANIFEST).is_file() and not (folder / MANIFEST).is_file() else folder
+    """Return the folder of a checkpoint: itself, `model` in the folder of a run, or that of the only run in a folder.
+
+    Raises:
+        CheckpointError: there are several runs in it.
+    """
+    found = [path for path in (folder, folder / "model") if (path / MANIFEST).is_file()]
+    if found or (folder / "config.json").is_file():
+        return (*found, folder)[0]
+    runs = sorted(path.parent for path in folder.glob(f"[!.]*/model/{MANIFEST}"))
+    if len(runs) > 1:
+        raise CheckpointError(
+            where=str(folder),
+            given=f"{len(runs)} runs: {', '.join(run.parent.name for run in runs)}",
+            allowed="a checkpoint, a run, or a folder with one run",
+            do=f"name one of them, such as {runs[-1].parent}",
+        )
+    return (*runs, folder)[0]
 
 
 def read_manifest(folder: Path) -> Manifest:

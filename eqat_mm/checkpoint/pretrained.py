@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ class SavesPacked:
         if push_to_hub:
             repository = options.get("repo_id", folder.resolve().name)
             self.push_to_hub(repository, **{key: options[key] for key in _OF_A_PUSH if key in options})  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors by their names in the model or in files, where they differ: a Trainer continues from files."""
+        own = self.state_dict().keys()  # type: ignore[attr-defined]
+        names = {stored: name for held in self.checkpoint_origin.shards.values() for stored, name in held.items()}
+        named = {name if name in own else names.get(name, name): value for name, value in state_dict.items()}
+        return super().load_state_dict(named, strict=strict, assign=assign)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Let copies and pickles find the class, which no module has."""

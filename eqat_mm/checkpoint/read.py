@@ -16,7 +16,7 @@ from eqat_mm.blocks.arch import set_submodule
 from eqat_mm.blocks.attention import quantize_keys_and_values
 from eqat_mm.blocks.config import CONFIG
 from eqat_mm.blocks.source import OpenModel, release
-from eqat_mm.checkpoint.adapters import load_adapters
+from eqat_mm.checkpoint.adapters import load_adapters, teach_peft
 from eqat_mm.checkpoint.build import empty_packed, insert_packed, require_described, skeleton
 from eqat_mm.checkpoint.layout import BYTES, SCALE_SUFFIX, format_of
 from eqat_mm.checkpoint.manifest import ADAPTER, checkpoint_folder, read_manifest
@@ -49,7 +49,7 @@ def load(
     `push_to_hub` write a packed checkpoint again.
 
     Args:
-        folder: written by Block-AP, E2E-QP or LLM-QAT, or the folder of such a run.
+        folder: written by Block-AP, E2E-QP or LLM-QAT, the folder of such a run, or a folder with one run in it.
         dtype: of the unquantized parts; `auto` is bfloat16 on a GPU that computes in it, float32 on a CPU.
         device: to load to.
         verify: check the SHA-256 of every file first.
@@ -79,6 +79,7 @@ def load(
     require_match(wanted, headers, str(folder), spare=_given_by_ties(model, missing))
     _fill(model, source, missing | ignored, dtype, device)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    teach_peft()
     if manifest.has_adapters:
         load_adapters(model, folder / ADAPTER)
     _freeze_all_but_step_sizes(model)

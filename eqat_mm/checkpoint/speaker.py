@@ -14,10 +14,11 @@ from typing import Any
 import transformers
 
 from eqat_mm.checkpoint.companions import files_like
-from eqat_mm.checkpoint.folders import is_packed, load_processor, takes_images
-from eqat_mm.data.processors import fit_processor
-from eqat_mm.data.style import AUTO, MODEL, Style, apply_style, image_settings
-from eqat_mm.errors import CheckpointError
+from eqat_mm.checkpoint.folders import is_packed, load_processor, load_tokenizer, takes_images
+from eqat_mm.data.processors import fit_processor, set_padding
+from eqat_mm.data.style import AUTO, MODEL, Style, apply_style, image_settings, template_text
+from eqat_mm.data.text_speaker import TextSpeaker
+from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.runtime.files import read_json_object, write_text
 from eqat_mm.runtime.progress import say
 
@@ -46,6 +47,38 @@ def load_speaker(folder: Path, style: Style | None = None) -> Any:
     return processor
 
 
+def load_listener(folder: Path, style: Style | None = None) -> Any:
+    """Return what renders the conversations that a model learns from: see `load_speaker`, and `TextSpeaker`.
+
+    Args:
+        folder: of a model, packed or not, language or vision-language.
+        style: how the model is addressed; `auto` by default.
+
+    Raises:
+        CheckpointError: there is no processor, or no tokenizer.
+        ConfigError: it contradicts the model, or cannot address it in this way.
+    """
+    if takes_images(folder):
+        return load_speaker(folder, style)
+    found = TextSpeaker(load_tokenizer(folder))
+    apply_style(found, _text_style(folder, style or Style()))
+    set_padding(found.tokenizer, transformers.AutoConfig.from_pretrained(folder))
+    return found
+
+
+def _text_style(folder: Path, style: Style) -> Style:
+    """Return the style of a language model: a template that is named, or its own.
+
+    Raises:
+        ConfigError: something is to become of images.
+    """
+    if style.stored.images != MODEL:
+        raise ConfigError(
+            f"images {style.images}", f"{folder}, which sees none", f"{AUTO} or {MODEL}", "leave it out: there are none"
+        )
+    return style.stored
+
+
 def restyled(folder: Path, style: Style | None = None) -> dict[str, str | None]:
     """Return the files in which a model addressed in a style differs from the one in `folder`, by name.
 
@@ -61,8 +94,11 @@ def restyled(folder: Path, style: Style | None = None) -> dict[str, str | None]:
         CheckpointError: a style is asked for, and there is no processor.
     """
     wanted = _wanted(folder, style or Style())
-    if wanted == Style(MODEL, MODEL) or not takes_images(folder):
+    if wanted == Style(MODEL, MODEL):
         return {}
+    if not takes_images(folder):
+        template = _text_style(folder, wanted).template
+        return {} if template == MODEL else _template_files(folder, template_text(template))
     try:
         processor, chosen = _styled(folder, wanted)
     except CheckpointError as error:

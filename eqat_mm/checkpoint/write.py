@@ -31,6 +31,7 @@ from eqat_mm.checkpoint.seal import seal
 from eqat_mm.checkpoint.shards import save_shard
 from eqat_mm.checkpoint.speaker import restyled, write_over
 from eqat_mm.checkpoint.unfinished import folder_in_the_making, replace_files, require_place
+from eqat_mm.data.style import Style
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.bit_widths import UNQUANTIZED, BitWidths
 from eqat_mm.quant.grid import as_stored
@@ -89,6 +90,7 @@ class CheckpointWriter:
         provenance: dict[str, Any],
         trained: Mapping[str, Tensor] | None = None,
         digests: Mapping[Path, str] | None = None,
+        style: Style | None = None,
     ) -> Manifest:
         """Write what was not quantized, tokenizer and processor, index, config and manifest.
 
@@ -98,6 +100,7 @@ class CheckpointWriter:
             provenance: of this stage.
             trained: tensors by name that replace those of the source.
             digests: SHA-256 of shards as `write_block` gave it, by path.
+            style: how the model is addressed from now on; None as it was trained before.
 
         Raises:
             CheckpointError: a shard is missing or truncated, or has another SHA-256 by now.
@@ -112,9 +115,9 @@ class CheckpointWriter:
         }
         self._write(self._count - 1, stored | changed)
         copy_companions(self.opened.folder, self.folder)
-        write_over(self.folder, restyled(self.opened.folder))
+        write_over(self.folder, restyled(self.opened.folder, style))
         config = read_json(self.opened.folder / "config.json")
-        ignore = ignored_linears(self.opened.arch, self.opened.model)
+        ignore = ignored_linears(self.opened.arch, self.opened.model, self.opened.source)
         channels = None if self.widths.kv_cache == UNQUANTIZED else head_dim(self.opened)
         config["quantization_config"] = quantization_config(self.spec, ignore, self.widths, channels)
         files = [self.shard(index) for index in range(self._count)]

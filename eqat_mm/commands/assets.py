@@ -1,24 +1,26 @@
-"""`eqat assets`: what can be fetched without a hub."""
+"""`eqat assets`: models and data that have a short name."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from pathlib import Path
 
-from eqat_mm.commands.models import model_folder
-from eqat_mm.data.assets import ASSETS, asset_cache, fetch_asset
-from eqat_mm.data.easy_vqa import easy_vqa_folder
+from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.files import cache_folder
+from eqat_mm.runtime.plugins import CONVERSATIONS, MODELS, TEXTS, package_of, plugged, plugged_function
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.settings import Settings
+from eqat_mm.runtime.settings import Settings, shown
 from llava_adapters.aliases import ALIASES
+
+_GROUPS = {MODELS: "models", TEXTS: "texts", CONVERSATIONS: "conversations about images"}
 
 
 @dataclass(frozen=True)
 class AssetsJob(Settings):
-    """List the pinned assets and model aliases, or fetch some.
+    """List the short names of models and data, or fetch what some of them stand for.
 
     Attributes:
-        fetch: names of assets to fetch and verify; models and easy-vqa are converted, too. Empty lists what there is.
+        fetch: names, each made ready for use: fetched, verified, converted. Empty lists what there is.
     """
 
     fetch: tuple[str, ...] = ()
@@ -28,23 +30,37 @@ def assets(job: AssetsJob) -> None:
     """List or fetch.
 
     Raises:
-        DataError: unknown asset, failed download, or a hash that differs.
-        ConfigError: a package needed for the conversion is missing.
+        ConfigError: an unknown name, or its package cannot be imported.
+        DataError: a failed download, or a hash that differs.
     """
     for name in job.fetch:
-        say(f"{name}: {_fetched(name)}")
-    if job.fetch:
-        return
-    say(f"assets (cached in {asset_cache()}):")
-    for asset in ASSETS.values():
-        say(f"  {asset.name:<18} {asset.description} [{asset.license}]")
-    say("model aliases:")
-    for alias, target in ALIASES.items():
-        say(f"  {alias:<22} {target}")
+        group = _group_of(name)
+        brought = plugged_function(group, name)()
+        say(f"{name}: {f'{len(brought):,} documents' if group == TEXTS else brought}")
+    if not job.fetch:
+        _list()
 
 
-def _fetched(name: str) -> Path:
-    """Return the folder of an asset in the form that the other commands read."""
-    if ALIASES.get(name) == f"asset:{name}":
-        return model_folder(name)
-    return easy_vqa_folder() if name == "easy-vqa" else fetch_asset(name)
+def _group_of(name: str) -> str:
+    found = next((group for group in _GROUPS if name in plugged(group)), None)
+    if found is None:
+        names = [name for group in _GROUPS for name in plugged(group)]
+        raise ConfigError(
+            where="--fetch",
+            given=shown(name),
+            allowed=", ".join(names) or "nothing: no installed package brings models or data",
+            do="choose one; models of the hub are fetched when they are first used",
+        )
+    return found
+
+
+def _list() -> None:
+    for group, what in _GROUPS.items():
+        if names := plugged(group):
+            say(f"{what} (kept in {cache_folder()}):")
+            for name, entry in names.items():
+                about = (inspect.getdoc(plugged_function(group, name)) or "").partition("\n\n")[0]
+                say(f"  {name:<22} {' '.join(about.split())} [{package_of(entry)}]")
+    say("models of the hub:")
+    for alias, repository in ALIASES.items():
+        say(f"  {alias:<22} {repository}")

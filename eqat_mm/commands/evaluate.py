@@ -17,6 +17,7 @@ from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.commands.lmms import evaluate_tasks, task_line
 from eqat_mm.commands.models import load_model, model_folder, require_weights
+from eqat_mm.commands.runs import model_fingerprint
 from eqat_mm.data.style import AUTO, ImageShape, Style, require_template
 from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.data.windows import digest_of, text_windows
@@ -85,7 +86,8 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
     require_weights(folder)
     device = best_device(own_device(job.device))
     with launched_ranks(device) as ranks:
-        result = {"model": job.model, "bits_per_weight": bits_per_weight(folder)}
+        result: dict[str, Any] = {"model": job.model, "fingerprint": model_fingerprint(folder)}
+        result["bits_per_weight"] = bits_per_weight(folder)
         result |= ranks.gathered(_measure(job, folder, device, ranks))[0]  # what lmms-eval found, the first has
         if job.output is not None and ranks.rank == 0:
             write_json(job.output, result)
@@ -143,7 +145,7 @@ def _perplexity(job: EvalJob, folder: Path, device: torch.device, ranks: Ranks) 
             do="evaluate more windows, or in fewer processes",
         )
     bench = Bench(reference, windows, job.batch_size, job.precision, device, job.dtype, ranks)
-    return bench.measure(folder).as_dict() | {"precision": bench.precision}
+    return bench.measure(folder).as_dict() | {"precision": bench.precision, "text": bench.decides["tokens"]}
 
 
 class Bench:

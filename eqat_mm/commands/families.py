@@ -1,4 +1,4 @@
-"""Families of models and the settings that were tuned for them: what a file in `configs/recipes` says.
+"""Families of models and the settings that were tuned for them: what a file of recipes says.
 
 A file holds `about`, `models` (which models are of the family, by what their config.json says) and stages: settings of
 a command by its name, or of a variant of it (`long-e2e-qp`). In the settings of a stage
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from eqat_mm.runtime.plugins import plugged_folders
 
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size")
 LEFT_OUT: dict[str, dict[str, int]] = {
@@ -87,8 +89,9 @@ def _few_enough(sizes: Mapping[str, Any], most: int | None) -> bool:
 @cache
 def families() -> dict[str, Family]:
     """Return the families by name."""
-    folder = Path(str(files("eqat_configs"))) / "recipes"
-    return {path.stem: _read(path) for path in sorted(folder.glob("*.yaml"))}
+    shipped = Path(str(files("eqat_configs"))) / "recipes"
+    paths = [path for folder in (*plugged_folders("recipes"), shipped) for path in folder.glob("*.yaml")]
+    return {path.stem: _read(path) for path in sorted(paths, key=lambda path: path.name)}
 
 
 def _read(path: Path) -> Family:

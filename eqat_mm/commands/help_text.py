@@ -15,7 +15,7 @@ _FEW = 16
 """Options that are all shown at once."""
 
 _BASIC = """
-model quantized reference output overwrite device precision dtype bits text_only prompt image max_new_tokens
+model quantized reference output overwrite device precision dtype bits text_only text_share prompt image max_new_tokens
 tasks limit generated count length temperature template images spool stream_dtype trains loss learning_rate
 lr_projector epochs max_steps batch_size accumulation global_batch save_steps gradient_checkpointing deepspeed
 dataloader_num_workers report_to gpu gpus ram disk json questions processes lora quant.bits quant.group_size
@@ -23,6 +23,7 @@ quant.symmetric start.init fit.epochs fit.batch_size fit.lr_weight fit.lr_scale 
 calibration.length calibration.count data.source data.length data.count conversations.source
 conversations.image_folder conversations.max_length conversations.template conversations.images
 conversations.on_bad_sample conversations.held_out
+text conversations plan group_size block_ap e2e_qp
 """
 BASIC = frozenset(_BASIC.split())
 """Options that most runs name, in whatever command has them."""
@@ -67,8 +68,8 @@ def help_of(command: str, about: str, options: Sequence[Option], settings: Mappi
 
 
 def _head(command: str, about: str, options: Sequence[Option], line: str) -> list[str]:
-    model = " [MODEL]" if any(option.name == "model" for option in options) else ""
-    usage = f"usage: eqat {command}{model} [--config RECIPE] [--option VALUE ...]"
+    first = next((f" [{name.upper()}]" for name in ("model", "shell") if name in {each.name for each in options}), "")
+    usage = f"usage: eqat {command}{first} [--config RECIPE] [--option VALUE ...]"
     return [usage, "", _sentence(about), *([f"\n{line}"] if line else [])]
 
 

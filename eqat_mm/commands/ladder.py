@@ -6,31 +6,21 @@ own with a folder of its own, so an interrupted ladder continues where it stoppe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.commands.evaluate import HEADINGS, Bench, numbers
+from eqat_mm.commands.evaluate import Bench
 from eqat_mm.commands.models import model_folder, require_weights
 from eqat_mm.commands.quantize import BlockAPJob, RTNJob, block_ap, rtn
-from eqat_mm.commands.runs import (
-    default_output,
-    model_fingerprint,
-    noted,
-    require_single_process,
-    seconds_of,
-    settings,
-    slug,
-)
+from eqat_mm.commands.rungs import Rungs
+from eqat_mm.commands.runs import default_output, require_single_process, settings
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
 from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.data.windows import text_windows
 from eqat_mm.runtime.device import best_device
-from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision
-from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import provenance
 from eqat_mm.runtime.settings import Count, Settings
 
@@ -70,7 +60,7 @@ def ladder(job: LadderJob) -> list[dict[str, Any]]:
     """
     require_single_process("demo")
     model, spec = job.block_ap.model, job.block_ap.quant
-    rungs = _Rungs(job)
+    rungs = _rungs(job)
     root, overwrite = rungs.root, job.fresh
     rungs.add("full precision", lambda: model_folder(model))
     rounded = rungs.add(
@@ -89,33 +79,12 @@ def ladder(job: LadderJob) -> list[dict[str, Any]]:
     return rungs.rows
 
 
-class _Rungs:
-    """Makes and measures each rung."""
-
-    def __init__(self, job: LadderJob) -> None:
-        self.job, self.model = job, job.block_ap.model
-        self.root = job.output or default_output(self.model, job.block_ap.quant)
-        folder = model_folder(self.model)
-        require_weights(folder)
-        device = best_device(job.block_ap.device)
-        windows = text_windows(load_tokenizer(folder), job.data)
-        self.bench = Bench(folder, windows, job.batch_size, job.precision, device)
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, stage: str, make: Callable[[], Path]) -> Path:
-        """Make the checkpoint of a rung, evaluate it, print and save the table so far; return its folder."""
-        say(f"== {stage}")
-        folder = make()
-        place, decides = self.root / "eval" / slug(stage), self.bench.decides | {"model": model_fingerprint(folder)}
-        row = noted(place, "demo", decides, lambda: self.bench.row(folder), anew=self.job.fresh)
-        self.rows.append({"stage": stage} | row | {"seconds": round(seconds_of(folder), 1)})
-        spec = self.job.block_ap.quant
-        made_by = provenance("demo", settings(self.job), self.job.block_ap.seed)
-        results = {"model": self.model, "bits": spec.bits, "group_size": spec.group_size}
-        write_json(self.root / "results.json", results | self.bench.results(self.rows, made_by))
-        say(_table(self.rows))
-        return folder
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    return "\n".join([f"{'stage':<20}{HEADINGS}", *(f"{row['stage']:<20}{numbers(row)}" for row in rows)])
+def _rungs(job: LadderJob) -> Rungs:
+    model, spec = job.block_ap.model, job.block_ap.quant
+    folder = model_folder(model)
+    require_weights(folder)
+    windows = text_windows(load_tokenizer(folder), job.data)
+    bench = Bench(folder, windows, job.batch_size, job.precision, best_device(job.block_ap.device))
+    made_by = provenance("demo", settings(job), job.block_ap.seed)
+    root = job.output or default_output(model, spec)
+    return Rungs(bench, root, "demo", model, spec, made_by, anew=job.fresh)

@@ -15,11 +15,12 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from eqat_mm.commands.deepspeed_file import DeepSpeedFile
 from eqat_mm.commands.runs import asked, opened_run, settings, settled
+from eqat_mm.plan.verdict import Verdict
 from eqat_mm.runtime.device import launched
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.reporting import reporter
+from eqat_mm.runtime.reporting import reported
 from eqat_mm.runtime.run import Run
 from eqat_mm.train.end_to_end import EndToEndConfig, training_arguments
 from eqat_mm.train.watch import Watch
@@ -47,6 +48,7 @@ def training_run(
     device: torch.device,
     deepspeed: DeepSpeedFile | None,
     room: int,
+    plan: Verdict | None = None,
 ) -> Iterator[tuple[Job, transformers.TrainingArguments, Run]]:
     """Begin or continue a run, the first process before the others.
 
@@ -58,6 +60,7 @@ def training_run(
         device: to train on.
         deepspeed: `deepspeed_settings` of the job.
         room: bytes that it will write at most.
+        plan: what it was said to need.
 
     Yields:
         The job with its precision decided, the Trainer's arguments, and the run.
@@ -65,6 +68,11 @@ def training_run(
     Raises:
         EqatError: as `Run.open`; or the disk has no room.
     """
+
+    def prepare(run: Run) -> dict[str, Any]:
+        run.require_room(room, "checkpoints")
+        return {} if plan is None else {"plan": plan.phase.totals}
+
     shared = replace(job, deepspeed=None if deepspeed is None else str(deepspeed))
     say_which_gpu(command, device)
     arguments = training_arguments(shared, place.folder / "trainer", device)
@@ -76,7 +84,7 @@ def training_run(
                 opened_run(
                     place,
                     wanted,
-                    lambda run: run.require_room(room, "checkpoints"),
+                    prepare,
                     overwrite=getattr(job, "overwrite", False),
                     from_first=lambda begin: begin() if arguments.process_index == 0 else None,
                 )
@@ -100,11 +108,8 @@ def say_which_gpu(command: str, device: torch.device) -> None:
 @contextmanager
 def watched(job: EndToEndConfig, folder: Path) -> Iterator[Watch]:
     """Let the numbers of a run be seen: live in `metrics.jsonl`, and where the job reports them to."""
-    found = reporter(job.report_to, folder, settings(job))
-    try:
-        yield Watch(folder / "metrics.jsonl", found)
-    finally:
-        found.close()
+    with reported(job.report_to, folder, settings(job)) as reporter:
+        yield Watch(folder / "metrics.jsonl", reporter)
 
 
 @contextmanager

@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor
 
 from eqat_mm.blocks.source import OpenModel
-from eqat_mm.checkpoint.folders import load_tokenizer, takes_images
+from eqat_mm.checkpoint.speaker import restyled
 from eqat_mm.commands.deepspeed_file import deepspeed_settings
+from eqat_mm.commands.end_to_end_job import EndToEndJob
 from eqat_mm.commands.launchers import training_run, watched, whole_models
 from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import open_full_precision
 from eqat_mm.commands.recipes import warn_without_recipe
+from eqat_mm.commands.runs import require_startable
+from eqat_mm.commands.samples import Samples, checked_samples, problems_of, samples_of
+from eqat_mm.data.image_text import ImageTextData
+from eqat_mm.data.problems import say_late
 from eqat_mm.data.text_settings import TextWindows
-from eqat_mm.data.windows import digest_of, text_windows
 from eqat_mm.runtime.device import best_device, processes
 from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.place import Place
@@ -25,33 +28,24 @@ from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.reporting import require_reporter
 from eqat_mm.train.block_ap import check_groups
-from eqat_mm.train.end_to_end import WindowDataset
 from eqat_mm.train.llm_qat import ROUNDED, STAGE, LLMQATConfig, prepare, run_llm_qat, smooth_model, store
 from eqat_mm.train.watch import Watch
 
 
 @dataclass(frozen=True)
-class LLMQATJob(LLMQATConfig):
+class LLMQATJob(LLMQATConfig, EndToEndJob):
     """LLM-QAT of a model.
 
     Attributes:
-        model: model folder, alias (`eqat assets`) or hub repository.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-BITS/llm-qat; rtn in place of llm-qat
             where nothing is trained.
-        data: text to train on; for text that the model wrote itself, its file and `part: all`.
         adapter: architecture, where config.json does not decide it.
-        device: cpu, cuda, cuda:N, or auto.
-        overwrite: discard a run that is already in the output folder.
-        recipe_for: models that these settings were tuned for (set by recipes).
     """
 
-    model: str = field(kw_only=True)
-    output: Path | None = None
+    # What is nested is declared again: jsonargparse looks for such types in this module.
     data: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
+    conversations: ImageTextData | None = None
     adapter: str | None = None
-    device: str = "auto"
-    overwrite: bool = False
-    recipe_for: tuple[str, ...] = ()
 
 
 def llm_qat(job: LLMQATJob) -> Path:
@@ -63,52 +57,65 @@ def llm_qat(job: LLMQATJob) -> Path:
     job = job.among(processes())
     require_reporter(job.report_to)
     deepspeed = deepspeed_settings(job)
-    if job.reads_text:
-        job.data.require_source("--data.source")
+    if job.reads_data:
+        job = job.with_data_decided(job.model)
+    if job.trains:
+        job.require_judged()
+    folder, device = job.output or _default_output(job), best_device(job.device)
+    require_startable(job, Place.within(folder))
     opened = _checked(job)
-    stage = STAGE if job.trains else ROUNDED
-    folder = job.output or _default_output(job)
-    device = best_device(job.device)
-    windows = text_windows(load_tokenizer(opened.folder), job.data) if job.reads_text else None
+    style = None if job.conversations is None else job.conversations.style
+    restyled(opened.folder, style)  # what cannot be stored is found out now
+    read = checked_samples if job.trains else samples_of
+    samples = read(opened.folder, job, folder) if job.reads_data else None
     inputs: dict[str, Path | str] = {"model": opened.folder}
-    if windows is not None:
-        inputs["data"] = digest_of(windows)
-    if windows is not None and job.trains:
-        job.check_warmup_of(len(windows), processes())
-    room = _room(opened, job)
+    if samples is not None:
+        inputs["data"] = samples.digest
+    stage, room = STAGE if job.trains else ROUNDED, _room(opened, job)
     with training_run(job, Place.within(folder), stage, inputs, device, deepspeed, room) as (job, arguments, run):
         if not run.finished:
+            if samples is not None and arguments.process_index == 0:
+                samples.keep(folder)
             with watched(job, folder) as watch:
-                model, log = _trained(job, opened, windows, arguments, watch)
+                model, log = _trained(job, opened, samples, arguments, watch)
             if arguments.process_index == 0:
                 write_jsonl(folder / "metrics.jsonl", log)
-                store(model, opened, job, folder / "model", source=job.model, provenance=run.record)
+                store(model, opened, job, folder / "model", source=job.model, provenance=run.record, style=style)
                 run.finish()
+                say_late(problems_of(folder))
                 say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
 
 
 def _room(opened: OpenModel, job: LLMQATJob) -> int:
-    """Return the bytes that a run writes at most: its checkpoint, and what three Trainer checkpoints hold."""
+    """Return the bytes that a run writes at most: its checkpoint, three of the Trainer's, and what was best."""
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
-    return weights * (2 + (3 * 12 if job.trains and job.save_steps else 0))
+    resumable = 3 * 12 if job.trains and job.save_steps else 0
+    return weights * (2 + resumable + (3 * 4 if job.keep_best else 0))
 
 
 def _trained(
     job: LLMQATJob,
     opened: OpenModel,
-    windows: Tensor | None,
+    samples: Samples | None,
     arguments: transformers.TrainingArguments,
     watch: Watch,
 ) -> tuple[transformers.PreTrainedModel, list[dict[str, Any]]]:
     """Load the model, quantize and train it; return it with the Trainer's log."""
     model, teacher = _models(job, opened, arguments)
-    if windows is not None:
-        smooth_model(model, opened.arch, windows, job)
+    held_out = None
+    if samples is not None and job.trains:
+        held_out = samples.judge(job, arguments)
+    if held_out is not None and job.held_out_kl:  # in full precision, this is still what the teacher is
+        held_out.record(model, arguments.device, resolve(job.precision, arguments.device))
+    if samples is not None:
+        smooth_model(model, opened.arch, samples.some(job.smooth_samples), job)
     prepare(model, opened.arch, job)
-    if windows is None:
+    if samples is None:
         return model, []
-    return model, run_llm_qat(model, WindowDataset(windows), job, arguments, teacher=teacher, watch=watch)
+    given: dict[str, Any] = {"blank": samples.blank(), "collator": samples.collator, "order": samples.order}
+    given |= {"teacher": teacher, "watch": watch, "held_out": held_out}
+    return model, run_llm_qat(model, samples.dataset, job, arguments, **given)
 
 
 def _default_output(job: LLMQATJob) -> Path:
@@ -124,8 +131,6 @@ def _checked(job: LLMQATJob) -> OpenModel:
     opened = open_full_precision(job.model, job.adapter)
     if job.trains:
         warn_without_recipe(job.model, job.recipe_for, "llm-qat", job.bits)
-        if takes_images(opened.folder):
-            say(f"{job.model} sees; LLM-QAT trains it on text alone")
     check_groups(opened, job.spec)
     return opened
 
@@ -138,4 +143,6 @@ def _models(
         taught = job.trains and job.loss == "logits"
         kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
         teacher = load_model(opened.folder, arguments.device, kept) if taught else None
-        return load_model(opened.folder, arguments.device, "float32"), teacher
+        student = load_model(opened.folder, arguments.device, "float32")
+        opened.arch.split_experts(student)
+        return student, teacher

@@ -26,6 +26,7 @@ from eqat_mm.commands.runs import (
 )
 from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.data.windows import digest_of, text_windows
+from eqat_mm.errors import ConfigError
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import write_json
@@ -69,9 +70,16 @@ class LLMQATTableJob(Settings):
     fresh: bool = False
 
     def check_together(self) -> None:
-        """Check every setting W-A-KV."""
+        """Check every setting W-A-KV, and that text is trained on."""
         for bits in self.bits:
             BitWidths.parse(bits)
+        if self.train.conversations is not None:
+            raise ConfigError(
+                where="--train.conversations.source",
+                given=self.train.conversations.source,
+                allowed="text, with --train.data.source: the rows are compared on held-out text",
+                do="leave it out; `eqat llm-qat` trains on conversations",
+            )
 
 
 def llm_qat_table(job: LLMQATTableJob) -> list[dict[str, Any]]:
@@ -103,7 +111,7 @@ def _quick(job: LLMQATTableJob) -> LLMQATTableJob:
 def _methods(job: LLMQATTableJob, widths: BitWidths) -> Iterator[tuple[str, LLMQATJob]]:
     """Yield the rows of one setting: what each is called, and its run."""
     folder = _root(job) / widths.name
-    train = replace(job.train, bits=widths.name, loss="logits", smooth=None)
+    train = replace(job.train, bits=widths.name, loss="logits", smooth=None, text_only=True)
     rounded = replace(train, max_steps=0)
     yield "round-to-nearest", replace(rounded, output=folder / "rtn")
     yield "SmoothQuant", replace(rounded, output=folder / "smooth", smooth=job.smooth)
@@ -146,7 +154,7 @@ class _Rows:
         decides = self.bench.decides | {"model": model_fingerprint(self.full)}
         if run is None:
             return decides
-        return decides | {"run": what_decides(run), "text": self._digest(run.data) if run.reads_text else None}
+        return decides | {"run": what_decides(run), "text": self._digest(run.data) if run.reads_data else None}
 
     def _digest(self, data: TextWindows) -> str:
         if data not in self.digests:

@@ -1,10 +1,9 @@
-"""`eqat eval --tasks`: tasks of lmms-eval, those that come with eqat among them, on one model folder."""
+"""`eqat eval --tasks`: tasks of lmms-eval and of packages that plug in, on one model folder."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.resources
 import importlib.util
 import math
 import time
@@ -17,6 +16,7 @@ import torch
 from eqat_mm.data.style import Style
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import write_jsonl
+from eqat_mm.runtime.plugins import plugged_folders
 from eqat_mm.runtime.precision import Precision
 
 SCORE = "exact_match"
@@ -34,7 +34,7 @@ def task_names(tasks: str) -> list[str]:
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
-        raise ConfigError("--tasks", repr(tasks), "names of tasks, separated by commas", "name one: --tasks easy_vqa")
+        raise ConfigError("--tasks", repr(tasks), "names of tasks, separated by commas", "name one: --tasks mme")
     return list(dict.fromkeys(task for name in names for task in SUITES.get(name, (name,))))
 
 
@@ -153,9 +153,9 @@ def task_line(name: str, row: Mapping[str, Any]) -> str:
     return f"{name}: {said}" + ("" if row["questions"] is None else f" on {row['questions']:,} questions")
 
 
-def tasks_folder() -> Path:
-    """Return the folder of the tasks that come with eqat: what lmms-eval wants after --include_path."""
-    return Path(str(importlib.resources.files("eqat_eval"))) / "tasks"
+def tasks_folders() -> list[str]:
+    """Return the folders of tasks that installed packages bring: what lmms-eval wants after --include_path."""
+    return [str(folder) for folder in plugged_folders("tasks")]
 
 
 def require_lmms_eval() -> None:
@@ -177,17 +177,17 @@ def _task_manager(names: Sequence[str]) -> Any:
     """Return lmms-eval's index of tasks: ours alone where they are enough, because indexing its own takes long."""
     from lmms_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False, model_name="eqat")
+    manager = TaskManager(include_path=tasks_folders(), include_defaults=False, model_name="eqat")
     if all(name in manager.all_tasks for name in names):
         return manager
-    manager = TaskManager(include_path=str(tasks_folder()), model_name="eqat")
+    manager = TaskManager(include_path=tasks_folders(), model_name="eqat")
     for name in names:
         if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=5) or ["easy_vqa", "mme", "scienceqa_img"]
+            close = difflib.get_close_matches(name, manager.all_tasks, n=5) or ["mme", "scienceqa_img", "textvqa_val"]
             raise ConfigError(
                 "--tasks",
                 repr(name),
-                f"a task of lmms-eval or easy_vqa; similar: {', '.join(close)}",
+                f"a task of lmms-eval or of an installed package; similar: {', '.join(close)}",
                 "choose one; `lmms-eval --tasks list` lists all",
             )
     return manager

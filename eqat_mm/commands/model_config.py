@@ -18,19 +18,24 @@ _CONFIG = "config.json"
 
 
 def config_of(model: str) -> dict[str, Any] | None:
-    """Return the config.json of a model: of a folder, a run, a file, an alias or a repository of the hub.
+    """Return the config.json of a model: of a folder, a run (or the only one in it), a file, an alias or a repository.
 
     Of a repository that is neither shipped nor in the cache, this one file is downloaded. None where there is none that
     can be read: whoever opens the model says what is wrong.
     """
     with suppress(OSError, ValueError):
         path = Path(os.path.expanduser(model))
-        for file in (path, path / _CONFIG, path / "model" / _CONFIG):
+        for file in (path, path / _CONFIG, path / "model" / _CONFIG, *_of_only_run(path)):
             if file.is_file():
                 return _read(file)
         if path.is_dir():
             return None
     return shipped_config(model) or _of_repository(ALIASES.get(model, model))
+
+
+def _of_only_run(folder: Path) -> list[Path]:
+    found = list(folder.glob(f"[!.]*/model/{_CONFIG}"))
+    return found if len(found) == 1 else []
 
 
 def _read(file: Path) -> dict[str, Any] | None:

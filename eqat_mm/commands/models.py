@@ -13,22 +13,14 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from eqat_mm.blocks.source import CheckedFolder, WeightSource, say_left_over
 from eqat_mm.checkpoint.folders import check_full_precision, is_packed, load_for_inference
 from eqat_mm.checkpoint.manifest import checkpoint_folder
-from eqat_mm.data.smollm2 import smollm2_folder
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.files import read_json_object
+from eqat_mm.runtime.plugins import MODELS, plugged, plugged_function
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import progress
 from llava_adapters import resolve_alias
 from llava_adapters.original import refuse_original_folder
 
-
-def _demo_llava_folder() -> Path:
-    from llava_adapters.demo_llava import demo_llava_folder  # it needs what reads images
-
-    return demo_llava_folder()
-
-
-_ASSET_MODELS = {"smollm2-135m": smollm2_folder, "demo-llava": _demo_llava_folder}
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -46,11 +38,11 @@ def model_folder(model: str, files: Sequence[str] = _FILES) -> Path:
         DataError: the download failed.
     """
     resolved = resolve_alias(model)
-    if resolved.startswith("asset:"):
-        return _ASSET_MODELS[resolved.removeprefix("asset:")]()
     folder = Path(resolved)
     if folder.is_dir():
         return checkpoint_folder(folder)
+    if resolved in plugged(MODELS):
+        return Path(plugged_function(MODELS, resolved)())
     try:
         return Path(snapshot_download(resolved, allow_patterns=list(files)))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:

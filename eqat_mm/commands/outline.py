@@ -15,11 +15,10 @@ from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import eqat_mm
 from eqat_mm.runtime.settings import Settings, allowed_by, hints_of, settings_in, settings_listed
 
 OPTIONS_FILE = Path(__file__).with_name("options.json")
-_PACKAGE = Path(eqat_mm.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 Kind = Literal["value", "flag", "list", "place", "settings"]
 
@@ -56,17 +55,23 @@ def options_of(kind: type[Settings], under: str = "", default: Any = None, own: 
         default: instance with their defaults; None takes those of the fields.
         own: they are of the command itself.
     """
-    hints, does = hints_of(kind), _described(kind)
-    for field in sorted(fields(kind), key=lambda field: field.name not in vars(kind).get("__annotations__", {})):
+    hints, does, commands = hints_of(kind), _described(kind), _of_commands(kind)
+    for field in sorted(fields(kind), key=lambda field: field.name not in commands):
         hint = hints[field.name]
         value = _default(field) if default is None else getattr(default, field.name)
-        mine = own and field.name in vars(kind).get("__annotations__", {})
+        mine = own and field.name in commands
         shown = None if value is MISSING or isinstance(value, Settings) else _plain(value)
         name, words = under + field.name, does.get(field.name, "")
         yield Option(name, _kind_of(hint), allowed_by(hint), words, shown, value is MISSING, mine)
         nested = settings_in(hint)
         if nested is not None:
             yield from options_of(nested, f"{name}.", value if isinstance(value, Settings) else None, mine)
+
+
+def _of_commands(kind: type[Settings]) -> set[str]:
+    """Return the fields that commands declare, their trainers' own left out."""
+    kinds = [each for each in kind.__mro__ if each.__module__.startswith("eqat_mm.commands.")]
+    return {name for each in kinds or [kind] for name in vars(each).get("__annotations__", {})}
 
 
 def _default(field: Field[Any]) -> Any:

@@ -15,14 +15,13 @@ from eqat_mm.commands.recipes import fitting_recipe
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.plan.amounts import Phase, billions
-from eqat_mm.plan.block_ap import plan_block_ap
-from eqat_mm.plan.e2e_qp import plan_e2e_qp
 from eqat_mm.plan.end_to_end import CONVERSATIONS, Work, image_text_work, text_work
 from eqat_mm.plan.finish import plan_checkpoint, plan_evaluation
+from eqat_mm.plan.judged import judged_block_ap, judged_e2e_qp
 from eqat_mm.plan.llm_qat import plan_llm_qat
 from eqat_mm.plan.machine import Machine, card, this_machine
 from eqat_mm.plan.models import shipped_config
-from eqat_mm.plan.options import block_ap_options, e2e_qp_options, llm_qat_options
+from eqat_mm.plan.options import llm_qat_options
 from eqat_mm.plan.shape import ModelShape, shape_of_config
 from eqat_mm.plan.table import details, summary
 from eqat_mm.plan.verdict import Verdict, judge, with_ram_and_disk
@@ -135,11 +134,9 @@ def _machine(job: PlanJob) -> Machine:
 
 def _verdicts(job: PlanJob, shape: ModelShape, machine: Machine) -> Iterator[Verdict]:
     samples, length = job.calibration.count or 4096, job.calibration.length
-    phase = plan_block_ap(shape, job, samples, length, machine)
-    yield judge(phase, machine, block_ap_options(shape, job, samples, length, machine))
+    yield judged_block_ap(shape, job, samples, length, machine)
     for config, work in _end_to_end(job, shape):
-        phase = plan_e2e_qp(shape, job.quant, config, work, machine)
-        yield judge(phase, machine, e2e_qp_options(shape, job.quant, config, work, machine))
+        yield judged_e2e_qp(shape, job.quant, config, work, machine)
     work = text_work(samples, length)
     phase = plan_llm_qat(shape, job.llm_qat, work, machine)
     yield judge(phase, machine, llm_qat_options(shape, job.llm_qat, work, machine))
@@ -174,7 +171,9 @@ def _as_text(job: PlanJob, shape: ModelShape, machine: Machine, verdicts: list[V
     memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
     where = f"{machine.gpus} x {machine.name}" if machine.gpus > 1 else machine.name
     blocks, head = len(shape.blocks), f"{job.model}, {job.quant.name}: {billions(shape.parameters)} parameters"
-    lines = [f"{head}, {blocks} blocks", f"on {where}{memory} (rates: {machine.origin})"]
+    experts, sent = shape.largest.experts, shape.largest.sent
+    routed = f" of {experts} experts, {sent} for each token" if experts else ""
+    lines = [f"{head}, {blocks} blocks{routed}", f"on {where}{memory} (rates: {machine.origin})"]
     if job.recipe_for:
         lines.append(f"settings of Block-AP: the recipe for {', '.join(job.recipe_for)}")
     return "\n".join([*lines, "", summary(verdicts), details(verdicts)])

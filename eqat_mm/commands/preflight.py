@@ -12,15 +12,13 @@ from eqat_mm.commands.plan import model_shape
 from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.errors import ResourceError
-from eqat_mm.plan.block_ap import plan_block_ap
-from eqat_mm.plan.e2e_qp import plan_e2e_qp
 from eqat_mm.plan.end_to_end import CONVERSATIONS, Work, image_text_work, text_work
+from eqat_mm.plan.judged import judged_block_ap, judged_e2e_qp
 from eqat_mm.plan.machine import this_machine
 from eqat_mm.plan.models import shipped_config
-from eqat_mm.plan.options import block_ap_options, e2e_qp_options
 from eqat_mm.plan.shape import ModelShape, shape_of
 from eqat_mm.plan.table import one_line
-from eqat_mm.plan.verdict import Verdict, judge
+from eqat_mm.plan.verdict import Verdict
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.block_ap import BlockAPConfig
@@ -36,9 +34,8 @@ def announce_block_ap(
         ResourceError: it needs more RAM, GPU memory or disk than there is, by more than the figures may be wrong.
     """
     shape, machine = shape_of(opened.model, opened.arch), this_machine(device, folder)
-    phase = plan_block_ap(shape, config, samples, length, machine)
-    verdict = judge(phase, machine, block_ap_options(shape, config, samples, length, machine))
-    return announce(verdict, one_line(phase, machine))
+    verdict = judged_block_ap(shape, config, samples, length, machine)
+    return announce(verdict, one_line(verdict.phase, machine))
 
 
 def announce_e2e_qp(
@@ -60,10 +57,9 @@ def announce_e2e_qp(
     shape = _shape_at_hand(base, model)
     if shape is None:
         return None
-    work, machine = _work(shape, data), this_machine(device, folder, int(os.environ.get("WORLD_SIZE", "1")))
-    phase = plan_e2e_qp(shape, spec, config, work, machine)
-    verdict = judge(phase, machine, e2e_qp_options(shape, spec, config, work, machine))
-    return announce(verdict, one_line(phase, machine))
+    machine = this_machine(device, folder, int(os.environ.get("WORLD_SIZE", "1")))
+    verdict = judged_e2e_qp(shape, spec, config, work_of(shape, data), machine)
+    return announce(verdict, one_line(verdict.phase, machine))
 
 
 def announce(verdict: Verdict, line: str) -> Verdict:
@@ -73,6 +69,18 @@ def announce(verdict: Verdict, line: str) -> Verdict:
         ResourceError: more is short than the figures may be wrong by.
     """
     say(line)
+    require_fits(verdict)
+    if verdict.shortages:
+        say(f"it may be too much: {'; '.join(map(str, verdict.shortages))}; {verdict.advice()}")
+    return verdict
+
+
+def require_fits(verdict: Verdict) -> None:
+    """Check that a phase fits on its machine.
+
+    Raises:
+        ResourceError: more is short than the figures may be wrong by.
+    """
     hopeless = [shortage for shortage in verdict.shortages if shortage.hopeless]
     if hopeless:
         raise ResourceError(
@@ -81,9 +89,6 @@ def announce(verdict: Verdict, line: str) -> Verdict:
             allowed=f"what `eqat plan` says it needs: {hopeless[0].what} is short by more than it may be wrong by",
             do=verdict.advice(),
         )
-    if verdict.shortages:
-        say(f"it may be too much: {'; '.join(map(str, verdict.shortages))}; {verdict.advice()}")
-    return verdict
 
 
 def _shape_at_hand(base: Path, model: str) -> ModelShape | None:
@@ -93,7 +98,8 @@ def _shape_at_hand(base: Path, model: str) -> ModelShape | None:
     return None if shipped_config(model) is None else model_shape(model)
 
 
-def _work(shape: ModelShape, data: TextWindows | ImageTextData) -> Work:
+def work_of(shape: ModelShape, data: TextWindows | ImageTextData) -> Work:
+    """Return what E2E-QP on some data has to do, as far as settings say it."""
     if isinstance(data, ImageTextData):
         return image_text_work(shape, data.count or CONVERSATIONS, data.max_length)
     return text_work(data.count or 4096, data.length)

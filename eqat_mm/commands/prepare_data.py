@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eqat_mm.checkpoint.speaker import load_speaker
+from eqat_mm.checkpoint.speaker import load_listener
 from eqat_mm.commands.models import model_folder
 from eqat_mm.data.image_text import ImageTextData, prepare
 from eqat_mm.data.index import Index
@@ -40,7 +40,7 @@ def prepare_data(job: PrepareDataJob) -> Path:
         EqatError: unreadable data, or a model without a processor; bad samples are counted and listed.
     """
     started = time.monotonic()
-    processor = load_speaker(model_folder(job.model, _PROCESSOR_FILES), job.conversations.style)
+    processor = load_listener(model_folder(job.model, _PROCESSOR_FILES), job.conversations.style)
     index, path = prepare(processor, job.conversations, job.problems)
     say(f"{_facts(index)}; {duration(time.monotonic() - started)}")
     say(f"index: {path}")

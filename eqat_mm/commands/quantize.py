@@ -24,7 +24,7 @@ from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import require_same_everywhere
 from eqat_mm.runtime.ranks import Ranks, launched_ranks, own_device
-from eqat_mm.runtime.reporting import reporter, require_reporter
+from eqat_mm.runtime.reporting import reported, require_reporter
 from eqat_mm.runtime.run import Run
 from eqat_mm.runtime.settings import Settings
 from eqat_mm.train.block_ap import BlockAPConfig, check_groups, check_room, run_block_ap
@@ -105,17 +105,17 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     require_same(ranks, {"data": inputs["data"]})
     job = ranks.from_first(lambda: _settled(job, place, device))
 
-    def prepare(run: Run) -> None:
-        announce_block_ap(opened, job, len(windows), windows.shape[1], device, folder)
+    def prepare(run: Run) -> dict[str, Any]:
+        verdict = announce_block_ap(opened, job, len(windows), windows.shape[1], device, folder)
         check_room(opened, batches, job, folder, device, ranks, run.written)
+        return {"plan": verdict.phase.totals}
 
     wanted = asked("block-ap", job, device, inputs)
     with opened_run(place, wanted, prepare, overwrite=job.overwrite, from_first=ranks.from_first) as run:
         if not run.finished:
             options: dict[str, Any] = {"device": device, "source": job.model, "provenance": run.record, "ranks": ranks}
-            options["reporter"] = reporter(job.report_to, folder, settings(job))
-            run_block_ap(opened, batches, job, folder, **options)
-            options["reporter"].close()
+            with reported(job.report_to, folder, settings(job)) as reporter:
+                run_block_ap(opened, batches, job, folder, reporter=reporter, **options)
             ranks.from_first(run.finish)
             say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
@@ -150,8 +150,9 @@ def rtn(job: RTNJob) -> Path:
     folder = job.output or default_output(job.model, job.quant) / "rtn"
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
 
-    def prepare(run: Run) -> None:
+    def prepare(run: Run) -> dict[str, Any]:
         run.require_room(weights * 2, "checkpoint")
+        return {}
 
     wanted = asked("rtn", job, torch.device("cpu"), {"model": opened.folder})
     with opened_run(Place.within(folder), wanted, prepare, overwrite=job.overwrite) as run:

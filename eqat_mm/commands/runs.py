@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -159,7 +159,7 @@ def settled(job: Job, place: Place, choices: dict[str, Callable[[], str]]) -> Jo
 def opened_run(
     place: Place,
     asked: Asked,
-    prepare: Callable[[Run], None],
+    prepare: Callable[[Run], Mapping[str, Any]],
     *,
     overwrite: bool,
     from_first: Callable[[Callable[[], None]], Any] = lambda begin: begin(),
@@ -169,7 +169,8 @@ def opened_run(
     Args:
         place: of the run.
         asked: what the job asks of it.
-        prepare: raises an `EqatError` where the machine has no room for it; called before anything is written.
+        prepare: raises an `EqatError` where the machine has no room for it; called before anything is written. It
+            returns facts for the record.
         overwrite: replace a run that is there.
         from_first: calls a function in the first of several processes, before the others go on.
 
@@ -186,8 +187,7 @@ def opened_run(
             if opened[0].finished:
                 say(f"already finished: {folder}")
             else:
-                prepare(opened[0])
-                opened[0].begin()
+                opened[0].begin(**prepare(opened[0]))
 
         from_first(begin)
         yield opened[0] if opened else stack.enter_context(Run.open(place, asked, first=False))

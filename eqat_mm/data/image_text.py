@@ -34,7 +34,6 @@ from torch.utils.data import Dataset
 
 from eqat_mm.data.chat import IGNORED, Chat
 from eqat_mm.data.conversations import MENDED, Records
-from eqat_mm.data.easy_vqa import EASY_VQA, easy_vqa_folder
 from eqat_mm.data.images import read_image
 from eqat_mm.data.index import Array, Index
 from eqat_mm.data.inspection import require_short
@@ -58,6 +57,7 @@ from eqat_mm.data.text_files import package_missing
 from eqat_mm.data.user_files import printable
 from eqat_mm.data.worker_errors import told_outside
 from eqat_mm.errors import DataError
+from eqat_mm.runtime.plugins import CONVERSATIONS, plugged, plugged_function
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Seed, Settings
 
@@ -67,7 +67,7 @@ class ImageTextData(Settings, option="conversations"):
     """Which conversations about images, and how they are checked and ordered.
 
     Attributes:
-        source: LLaVA's format, .json or .jsonl, hf:NAME[:CONFIG[:SPLIT]] or demo-easy-vqa (see
+        source: LLaVA's format, .json or .jsonl, hf:NAME[:CONFIG[:SPLIT]] or a name of `eqat assets` (see
             `eqat_mm.data.record_sources`).
         image_folder: what the records' image paths are relative to. Default: the folder of the source file.
         count: number of records, drawn at random; None takes all.
@@ -276,7 +276,8 @@ def _opened(processor: Any, config: ImageTextData) -> tuple[Chat, Source]:
     # Processes do this work side by side: threads of the library would not help, and forking them is warned of.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     chat = Chat(processor)
-    name = str(easy_vqa_folder() / "train.json") if config.source == EASY_VQA else config.source
+    brought = config.source in plugged(CONVERSATIONS)
+    name = str(plugged_function(CONVERSATIONS, config.source)()) if brought else config.source
     return chat, open_source(name, config.image_folder)
 
 

@@ -23,7 +23,6 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from eqat_mm.data.assets import asset_cache
 from eqat_mm.data.chat import Chat
 from eqat_mm.data.conversations import IMAGE, Conversation, Records, Turn
 from eqat_mm.data.images import ImageSource, Size, decoded_size, image_size
@@ -36,6 +35,7 @@ from eqat_mm.data.record_sources import Source
 from eqat_mm.data.spread import spread
 from eqat_mm.data.user_files import printable
 from eqat_mm.errors import DataError
+from eqat_mm.runtime.files import cache_folder
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.seeding import generator
 
@@ -236,7 +236,7 @@ def _folders(source: Source) -> list[Path]:
     """Return where indices of a source may be, the best place first."""
     name = source.name if source.file is None else source.file.resolve()
     beside = [] if source.file is None else [source.file.with_name(f"{source.file.name}.prepared")]
-    return [*beside, asset_cache().parent / "prepared" / f"{hash_of(name):016x}"]
+    return [*beside, cache_folder() / "prepared" / f"{hash_of(name):016x}"]
 
 
 def _can_write(folder: Path) -> bool:

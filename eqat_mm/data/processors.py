@@ -34,7 +34,7 @@ def fit_processor(processor: Any, config: transformers.PreTrainedConfig) -> None
     if not all(getattr(processor, part, None) for part in ("tokenizer", "image_processor", "image_token")):
         return
     _require_image_token(processor, config)
-    _set_padding(processor.tokenizer, config)
+    set_padding(processor.tokenizer, config)
     if all(hasattr(processor, name) for name in _SETTINGS):
         _take_settings(processor, config)
         _require_features(processor, config)
@@ -53,7 +53,7 @@ def _require_image_token(processor: Any, config: Any) -> None:
         )
 
 
-def _set_padding(tokenizer: Any, config: Any) -> None:
+def set_padding(tokenizer: Any, config: Any) -> None:
     """Pad with the end of text where there is no padding token, or none that the embedding has a row for.
 
     It is masked and not predicted, but it is looked up.

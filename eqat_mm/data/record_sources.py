@@ -25,7 +25,7 @@ from eqat_mm.data.user_files import printable, require_file, shown, user_path
 from eqat_mm.errors import DataError
 from eqat_mm.runtime.files import fingerprint_of
 
-_SOURCES = "a .json or .jsonl file in LLaVA's format, hf:NAME[:CONFIG[:SPLIT]] or demo-easy-vqa"
+_SOURCES = "a .json or .jsonl file in LLaVA's format, hf:NAME[:CONFIG[:SPLIT]] or a name of `eqat assets`"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from eqat_mm.errors import ConfigError, DataError, EqatError
 
 SOURCES = (
     "a .txt, .jsonl, .json (one record per line) or .parquet file, also .gz or .zst, a folder of them, "
-    "hf:NAME[:CONFIG[:SPLIT]] or demo-wikipedia"
+    "hf:NAME[:CONFIG[:SPLIT]] or a name of `eqat assets`"
 )
 TEXT_FIELD = "text"
 LONGEST = 2**20

@@ -31,6 +31,9 @@ _MOST_PER_DOCUMENT = 4
 _MOST_PER_TOKEN = 8
 """Characters, more than a token has on the average."""
 
+TOO_LITTLE = "text windows"
+"""Where an error is said to be that there is less text than was asked for."""
+
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, config: TextWindows) -> Tensor:
     """Load, split and pack the text that `config` names, for training as for evaluation.
@@ -289,7 +292,7 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _too_little_text(documents: int, found: int, windows: int, length: int) -> DataError:
     return DataError(
-        "text windows",
+        TOO_LITTLE,
         f"{found} tokens in {documents} documents",
         f"at least {windows * length} tokens for {windows} windows of {length}",
         f"give more text, or lower count (now {found // length} fit) or length",

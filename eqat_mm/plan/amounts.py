@@ -67,6 +67,11 @@ class Phase:
     seconds: Amount
     processes: int = 1
 
+    @property
+    def totals(self) -> dict[str, float]:
+        """Bytes and seconds without their terms, JSON-ready, for the record of a run."""
+        return {name: getattr(self, name).total for name in ("gpu", "ram", "disk", "written", "seconds")}
+
 
 def billions(number: float) -> str:
     """Return a count as `6.74 B` or `202.4 M`."""

@@ -100,13 +100,13 @@ class _Run:
         )
 
     def _step(self, block: BlockShape) -> float:
-        flop = 6 * block.weights * self.batch + 3.5 * attention_flop(self.shape, self.batch, self.length)
+        flop = 6 * block.passed * self.batch + 3.5 * attention_flop(self.shape, self.batch, self.length)
         moved = self.costs.fitted_traffic * self.trained(block)
         moved += self.costs.touched * channels(block, self.shape) * self.batch
         return flop / self.machine.product + moved / self.machine.copy + self.costs.host
 
     def _pass(self, block: BlockShape) -> float:
-        flop = 2 * block.weights * self.tokens + attention_flop(self.shape, self.tokens, self.length)
+        flop = 2 * block.passed * self.tokens + attention_flop(self.shape, self.tokens, self.length)
         moved = self.costs.touched / 2 * channels(block, self.shape) * self.tokens
         copied = 2 * self.stream / self.machine.link
         return 2 * (flop / self.machine.product + moved / self.machine.copy + copied)

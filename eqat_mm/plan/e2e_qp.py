@@ -54,5 +54,5 @@ class _E2EQP(EndToEnd):
     def flop(self) -> tuple[float, float]:
         """Forward, its repetition, dx at the packed rate; ds at its own. The head is dense and frozen."""
         passes = 3 if self.recomputes else 2
-        products = 2 * self.shape.weights * (passes / self.costs.packed_rate + 1 / self.costs.scale_rate)
+        products = 2 * self.shape.passed * (passes / self.costs.packed_rate + 1 / self.costs.scale_rate)
         return products, 4 * self.shape.vocabulary * self.shape.hidden * self.work.predicted / self.work.longest

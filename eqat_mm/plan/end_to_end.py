@@ -165,7 +165,7 @@ class EndToEnd:
         products, head = self.flop()
         passes = 4.5 if self.recomputes else 3.5
         attention = sum(attention_flop(self.shape, 1, round(self.work.mean)) for _ in self.shape.blocks) * passes
-        teaching = self.taught * 2 * (self.shape.weights + self.shape.vocabulary * self.shape.hidden)
+        teaching = self.taught * 2 * (self.shape.passed + self.shape.vocabulary * self.shape.hidden)
         channel = sum(channels(block, self.shape) for block in self.shape.blocks)
         logits = self.shape.vocabulary * self.work.predicted / self.work.longest
         moved = tokens * (self.costs.touched_end_to_end * channel + self.costs.touched_logit * logits)

@@ -27,7 +27,7 @@ def plan_evaluation(shape: ModelShape, windows: int, length: int, batch: int, ma
         ("reference outputs", outputs, f"{tokens} tokens x {shape.hidden} x {width} B"),
     )
     attention = attention_flop(shape, tokens, length) * len(shape.blocks)
-    flop = 2 * (2 * (shape.weights + shape.vocabulary * shape.hidden) * tokens + attention)
+    flop = 2 * (2 * (shape.passed + shape.vocabulary * shape.hidden) * tokens + attention)
     read = shape.parameters * shape.stored
     seconds = amount(
         ("products", flop / machine.product, f"2 models, {flop / 1e15:.1f} PFLOP"),

@@ -45,4 +45,4 @@ class _LLMQAT(EndToEnd):
     def flop(self) -> tuple[float, float]:
         """Forward, dx, dW, and the forward once more where it is repeated."""
         passes = 4 if self.recomputes else 3
-        return 2 * passes * self.shape.weights, 6 * self.shape.vocabulary * self.shape.hidden
+        return 2 * passes * self.shape.passed, 6 * self.shape.vocabulary * self.shape.hidden

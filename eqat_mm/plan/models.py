@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from eqat_mm.runtime.plugins import plugged_folders
 from llava_adapters.aliases import ALIASES
 
 _SAME_SHAPE = {
@@ -21,15 +23,16 @@ _SAME_SHAPE = {
 
 def shipped_models() -> list[str]:
     """Return the names of the shipped configurations."""
-    folder = files("eqat_mm.plan") / "configs"
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    return sorted(_files())
 
 
 def shipped_config(model: str) -> dict[str, Any] | None:
     """Return the config.json that is shipped for a name, an alias or a hub repository; None where there is none."""
     alias = {repository: name for name, repository in ALIASES.items()}.get(model, model)
-    name = _SAME_SHAPE.get(alias, alias)
-    if name not in shipped_models():
-        return None
-    config: dict[str, Any] = json.loads((files("eqat_mm.plan") / "configs" / f"{name}.json").read_text("utf-8"))
-    return config
+    file = _files().get(_SAME_SHAPE.get(alias, alias))
+    return None if file is None else dict(json.loads(file.read_text("utf-8")))
+
+
+def _files() -> dict[str, Path]:
+    folders = (Path(str(files("eqat_mm.plan"))) / "configs", *plugged_folders("configs"))
+    return {path.stem: path for folder in folders for path in folder.glob("*.json")}

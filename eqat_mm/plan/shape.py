@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.blocks.source import empty_model
 
+Size = tuple[int, int]
+
 _DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -21,11 +23,17 @@ class BlockShape:
 
     Attributes:
         linears: (outputs, inputs) of every quantized linear.
-        other: numbers in everything else: norms, biases.
+        other: numbers in everything else: norms, biases, routers.
+        routed: those of the linears that belong to experts.
+        experts: number of experts.
+        sent: how many of them a token is sent to.
     """
 
-    linears: tuple[tuple[int, int], ...]
+    linears: tuple[Size, ...]
     other: int
+    routed: tuple[Size, ...] = ()
+    experts: int = 0
+    sent: int = 0
 
     @property
     def weights(self) -> int:
@@ -33,9 +41,15 @@ class BlockShape:
         return sum(rows * columns for rows, columns in self.linears)
 
     @property
+    def passed(self) -> int:
+        """Numbers in the quantized linears that a token passes."""
+        routed = sum(rows * columns for rows, columns in self.routed)
+        return self.weights - (routed * (self.experts - self.sent) // self.experts if routed else 0)
+
+    @property
     def inner(self) -> int:
-        """Width of the MLP: the most outputs of a linear."""
-        return max(rows for rows, _ in self.linears)
+        """Width of the MLP: the most outputs of a linear, or of the experts of a token together."""
+        return max(max(rows for rows, _ in self.linears), self.sent * max((rows for rows, _ in self.routed), default=0))
 
     @property
     def largest_linear(self) -> int:
@@ -79,6 +93,11 @@ class ModelShape:
         return sum(block.weights for block in self.blocks)
 
     @property
+    def passed(self) -> int:
+        """Numbers in the quantized linears that a token passes."""
+        return sum(block.passed for block in self.blocks)
+
+    @property
     def unquantized(self) -> int:
         """Numbers that are never quantized."""
         return self.embedding + self.head + self.rest + sum(block.other for block in self.blocks)
@@ -115,9 +134,9 @@ def shape_of(model: nn.Module, arch: Arch) -> ModelShape:
     """
     assert isinstance(model, transformers.PreTrainedModel)
     config: Any = model.config
-    blocks = tuple(_block(block, arch) for block in arch.find_blocks(model))
-    embedding, head = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
     text = config.get_text_config(decoder=True)
+    blocks = tuple(_block(block, arch, text) for block in arch.find_blocks(model))
+    embedding, head = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
     tied = config.tie_word_embeddings or text.tie_word_embeddings
     ends = embedding.numel() + (0 if head is embedding else head.numel())
     inside = sum(block.weights + block.other for block in blocks)
@@ -138,10 +157,14 @@ def shape_of(model: nn.Module, arch: Arch) -> ModelShape:
     )
 
 
-def _block(block: nn.Module, arch: Arch) -> BlockShape:
-    linears = [tuple(linear.weight.shape) for _, linear in arch.named_linears(block)]
-    weights = sum(rows * columns for rows, columns in linears)
-    return BlockShape(tuple(linears), _total(block) - weights)  # type: ignore[arg-type]
+def _block(block: nn.Module, arch: Arch, text: Any) -> BlockShape:
+    linears = {path: (linear.out_features, linear.in_features) for path, linear in arch.named_linears(block)}
+    weights = sum(rows * columns for rows, columns in linears.values())
+    rounds = [each for each in arch.rounds_of(block) if each.experts is not None]
+    routed = tuple(linears[path] for each in rounds for stage in each.stages for path in stage)
+    experts = len(rounds[0].stages) if rounds else 0
+    sent = min(experts, getattr(text, "num_experts_per_tok", None) or experts)
+    return BlockShape(tuple(linears.values()), _total(block) - weights, routed, experts, sent)
 
 
 def _weight(module: nn.Module) -> Tensor:

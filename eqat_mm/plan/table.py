@@ -22,6 +22,12 @@ def details(verdicts: Iterable[Verdict]) -> str:
     return "\n".join(line for verdict in verdicts for line in _details(verdict))
 
 
+def advice(verdicts: Iterable[Verdict]) -> Iterable[str]:
+    """Yield what to change about the phases that do not fit, line by line."""
+    for verdict in verdicts:
+        yield from (f"{verdict.phase.name}:{line}" for line in _short(verdict))
+
+
 def one_line(phase: Phase, machine: Machine) -> str:
     """Return what a phase needs, in one line."""
     parts = [f"GPU {size(phase.gpu.total)}"] if machine.is_gpu else []
@@ -49,6 +55,10 @@ def _details(verdict: Verdict) -> Iterable[str]:
     for what, amount in (("GPU", phase.gpu), ("RAM", phase.ram), ("disk", phase.disk), ("written", phase.written)):
         yield from _terms(what, amount, size)
     yield from _terms("time", phase.seconds, duration)
+    yield from _short(verdict)
+
+
+def _short(verdict: Verdict) -> Iterable[str]:
     yield from (f"  short of {shortage}" for shortage in verdict.shortages)
     if not verdict.fits:
         yield f"  {verdict.advice()}"

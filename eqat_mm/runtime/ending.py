@@ -51,7 +51,7 @@ def _refused(error: EqatError) -> int:
 
     if not _ended_with_the_first():
         which = "" if is_first() else f" in process {os.environ.get('RANK', os.environ['LOCAL_RANK'])}"
-        complain(f"{type(error).__name__}{which}\n{error}")
+        complain(f"{error.kind}{which}\n{error}")
     return 2
 
 

@@ -22,6 +22,11 @@ _SAMPLES, _SAMPLE = 64, 2**16
 _CHUNK = 2**23
 
 
+def cache_folder() -> Path:
+    """Folder of what can be made again: `$EQAT_CACHE`, by default `~/.cache/eqat-mm`."""
+    return Path(os.environ.get("EQAT_CACHE") or "~/.cache/eqat-mm").expanduser()
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`.

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+_QUIET = ContextVar("quiet", default=False)
 
 
 def interactive() -> bool:
     """Whether progress goes to a terminal."""
-    return sys.stderr.isatty()
+    return sys.stderr.isatty() and not _QUIET.get()
 
 
 def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
@@ -39,7 +41,17 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, unit: s
 
 def speaks() -> bool:
     """Whether this process talks to the user: of several that a launcher started, only the first does."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" and not _QUIET.get()
+
+
+@contextmanager
+def quietly(quiet: bool = True) -> Iterator[None]:
+    """Say nothing and show no progress in the body, if `quiet`."""
+    before = _QUIET.set(quiet or _QUIET.get())
+    try:
+        yield
+    finally:
+        _QUIET.reset(before)
 
 
 def say(line: str) -> None:

@@ -20,14 +20,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.runtime.files import sha256_of
 from eqat_mm.runtime.lock import locked
+from eqat_mm.runtime.memory import peak_bytes
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import differences, provenance, require_same_config, versions
 from eqat_mm.runtime.room import require_disk
 from eqat_mm.runtime.sealed import read_sealed, write_sealed
+
+_OF_THE_RUN = ("finished", "seconds", "proof", "plan", "peak_ram")
+"""What the record says of the run alone, not of what it makes."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +125,15 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What is said of the run in the manifest of what it makes."""
         assert self._record is not None, "the run has not begun"
-        return {name: value for name, value in self._record.items() if name not in ("finished", "seconds", "proof")}
+        return {name: value for name, value in self._record.items() if name not in _OF_THE_RUN}
 
     @property
     def seconds(self) -> float:
         """Seconds that processes have worked on it."""
         return float((self._record or {}).get("seconds", 0.0))
 
-    def begin(self) -> None:
-        """Write that the run has begun, or goes on; what it replaces is set aside."""
+    def begin(self, **facts: Any) -> None:
+        """Write that the run has begun, or goes on, with facts for its reader; what it replaces is set aside."""
         if self._replaces:
             self.place.set_aside()
             self._replaces = False
@@ -141,13 +147,14 @@ class Run:
             for fact in ("finished", "proof"):  # there, if somebody has removed the product
                 self._record.pop(fact, None)
             self._go_on(self._record)
-        write_sealed(self.place.record, self._record)
+        self.note(**facts)
 
     def finish(self) -> None:
         """Write that the run is finished; its progress goes, and so does what it replaces."""
         assert self._record is not None, "the run has not begun"
         self._note_seconds()
-        self.note(finished=_now(), proof=sha256_of(self.place.proof))
+        peak = max(peak_bytes(torch.device("cpu")), self._record.get("peak_ram", 0))
+        self.note(finished=_now(), proof=sha256_of(self.place.proof), peak_ram=peak)
         self._tidy()
         self.finished = True
 

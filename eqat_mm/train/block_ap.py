@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from eqat_mm.blocks.arch import Inputs, set_submodule
+from eqat_mm.blocks.experts import SplitExperts
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.checkpoint.manifest import Manifest, read_manifest
@@ -121,6 +122,7 @@ def run_block_ap(
     require_lanes(config.fit.batch_size, config.fit.lanes, len(batches), ranks.world)
     say_if_unequal(config.fit.lanes, ranks.world)
     say_what_is_kept(opened)
+    say_who_reads(opened, config.quant)
     writer = CheckpointWriter(folder / "model", opened, config.quant)
     state = RunState(folder, writer, keeps_streams=config.commits_streams, ranks=ranks)
     mine = [batches[index] for index in ranks.share(len(batches))]
@@ -137,6 +139,7 @@ def run_block_ap(
         ranks=ranks,
     )
     state.restore(walker)
+    reporter.begin(state.done)
     release_freed_memory()
     console = _Console(len(walker), state.done, device)
     for step in walker.walk(state.done):
@@ -205,6 +208,12 @@ def say_what_is_kept(opened: OpenModel) -> None:
     if names:
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         say(f"note: neither quantized nor trained in the blocks: {shown}")
+
+
+def say_who_reads(opened: OpenModel, spec: QuantSpec) -> None:
+    """Say which checkpoint with experts is for this package alone."""
+    if not spec.symmetric and any(isinstance(module, SplitExperts) for module in opened.model.modules()):
+        say("note: transformers and vLLM read quantized experts on the symmetric grid only: --quant.symmetric true")
 
 
 def check_groups(opened: OpenModel, spec: QuantSpec) -> None:

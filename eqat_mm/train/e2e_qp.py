@@ -5,12 +5,12 @@ Integers, zero points and everything else are frozen; a vision-language model ma
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from eqat_mm.checkpoint.adapters import adapter_parameters
@@ -18,13 +18,12 @@ from eqat_mm.errors import ConfigError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import resolve
-from eqat_mm.runtime.settings import Count, Positive
+from eqat_mm.runtime.settings import Positive
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
 from eqat_mm.train.held_out import HeldOut
-from eqat_mm.train.imageless import adding_nothing, seeing, through
+from eqat_mm.train.imageless import adding_nothing, through
 from eqat_mm.train.lora import LoRA
 from eqat_mm.train.order import Order
-from eqat_mm.train.parallel import divides_parameters
 from eqat_mm.train.recompute import recompute_where_it_pays
 from eqat_mm.train.watch import Watch
 
@@ -45,18 +44,12 @@ class E2EQPConfig(EndToEndConfig):
         loss: `cross-entropy` (paper), or `kl` to the full-precision model's predictions.
         lr_projector: peak learning rate of the projector; null takes `learning_rate`.
         lora: adapters of `trains: lora`, with their own learning rate.
-        held_out_steps: optimizer steps between two looks at held-out conversations, where there are any.
-        held_out_kl: compare them with the full-precision model, too, which is read once for that.
-        keep_best: end with the step whose loss on held-out conversations was least, instead of the last.
     """
 
     trains: Trained = "scales"
     loss: Literal["cross-entropy", "kl"] = "cross-entropy"
     lr_projector: Positive | None = None
     lora: LoRA = field(default_factory=LoRA)
-    held_out_steps: Count = 100
-    held_out_kl: bool = True
-    keep_best: bool = False
 
 
 class E2EQPTrainer(EndToEndTrainer):
@@ -64,28 +57,19 @@ class E2EQPTrainer(EndToEndTrainer):
 
     Args:
         projector: where it is trained; None otherwise.
-        blank: tensors of an image without content, where some batches have images and others none; under ZeRO-3 these
-            are shown it, for all processes gather the vision tower at once. None otherwise.
         **kwargs: as for `EndToEndTrainer`; `groups` from `trainable_groups`.
     """
 
-    def __init__(
-        self, *, projector: nn.Module | None = None, blank: dict[str, Tensor] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, projector: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.projector = projector
-        self.blank = blank if divides_parameters(self.args) else None
 
     def around_forward(self, model: nn.Module, inputs: Sample) -> AbstractContextManager[None]:
-        """Let a batch without images reach a projector that is trained, and all that ZeRO-3 gathers."""
-        if "pixel_values" in inputs:
-            return nullcontext()
-        if self.blank is not None:
-            model = getattr(model, "module", model)  # of the engine that a teacher is in
-            return adding_nothing(model, seeing(model, self.blank))
-        if self.projector is not None and model is self.model:
-            return adding_nothing(model, through(self.projector))
-        return nullcontext()
+        """Let a batch without images reach a projector that is trained, too."""
+        reached = "pixel_values" in inputs or self.blank is not None or model is not self.model
+        if self.projector is None or reached:
+            return super().around_forward(model, inputs)
+        return adding_nothing(model, through(self.projector))
 
 
 def run_e2e_qp(
@@ -96,7 +80,7 @@ def run_e2e_qp(
     *,
     teacher: nn.Module | None,
     projector: nn.Module | None = None,
-    blank: dict[str, Tensor] | None = None,
+    blank: Sample | None = None,
     collator: transformers.DataCollator | None = None,
     order: Order | None = None,
     watch: Watch | None = None,
@@ -114,7 +98,7 @@ def run_e2e_qp(
         arguments: the same settings as `training_arguments` translates them.
         teacher: full-precision model, for the `kl` loss.
         projector: the part of `model` between vision tower and language model, where there is one.
-        blank: as `E2EQPTrainer` takes it.
+        blank: as `EndToEndTrainer` takes it.
         collator: makes a batch of samples; None stacks them.
         order: of the samples, over all processes; None shuffles them.
         watch: who is told of the numbers, beside the console.

@@ -8,6 +8,7 @@ happens to steps that are not finite (`train.guarded`), and what is said of the 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,9 +24,10 @@ from eqat_mm.runtime.progress import interactive, say
 from eqat_mm.runtime.reporting import ReportTo
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Positive, Seed, Settings
 from eqat_mm.train.held_out import logits_at
+from eqat_mm.train.imageless import adding_nothing, seeing
 from eqat_mm.train.losses import cross_entropy, kl_divergence, predictions_that_count
 from eqat_mm.train.order import Filled, Order, Shuffled
-from eqat_mm.train.parallel import keep_precision, make_whole, placed, use_one_device
+from eqat_mm.train.parallel import divides_parameters, keep_precision, make_whole, placed, use_one_device
 from eqat_mm.train.watched import Sample as Sample
 from eqat_mm.train.watched import WatchedTrainer
 
@@ -55,6 +57,9 @@ class EndToEndConfig(Settings):
         logging_steps: optimizer steps between log lines.
         report_to: dashboard that is given the same numbers; `none`, `tensorboard` or `wandb`, which must be installed.
         save_steps: optimizer steps between checkpoints to resume from; 0 keeps none.
+        held_out_steps: optimizer steps between two looks at held-out conversations, where there are any.
+        held_out_kl: compare them with the full-precision model, too, which is read once for that.
+        keep_best: end with the step whose loss on held-out conversations was least, instead of the last.
         dataloader_num_workers: processes beside each training one that read and encode its next samples; by default 4
             on a GPU, and none on a CPU, whose cores train.
         seed: of the order of the data.
@@ -75,6 +80,9 @@ class EndToEndConfig(Settings):
     logging_steps: Count = 8
     report_to: ReportTo = "none"
     save_steps: CountOrZero = 100
+    held_out_steps: Count = 100
+    held_out_kl: bool = True
+    keep_best: bool = False
     dataloader_num_workers: CountOrZero | None = None
     seed: Seed = 0
 
@@ -141,6 +149,8 @@ class EndToEndTrainer(WatchedTrainer):
         teacher: full-precision model whose predictions are learned; None trains on the labels. Under ZeRO-3 it is
             divided among the processes as what is trained is; otherwise each has the whole.
         order: of the samples; None shuffles them.
+        blank: tensors of an image without content, where some batches have images and others none; under ZeRO-3 these
+            are shown it, for all processes gather the vision tower at once. None otherwise.
         precision: of matrix products.
         **kwargs: as for `WatchedTrainer`; `args` from `training_arguments`.
     """
@@ -151,6 +161,7 @@ class EndToEndTrainer(WatchedTrainer):
         groups: list[dict[str, Any]],
         teacher: nn.Module | None = None,
         order: Order | None = None,
+        blank: Sample | None = None,
         precision: Decided = "float32",
         **kwargs: Any,
     ) -> None:
@@ -159,6 +170,7 @@ class EndToEndTrainer(WatchedTrainer):
         self.groups = groups
         self.order = Shuffled(len(self.samples), self.args.seed) if order is None else order
         self.teacher = None if teacher is None else placed(teacher.eval().requires_grad_(False), self.args, precision)
+        self.blank = blank if divides_parameters(self.args) else None
         self.model_accepts_loss_kwargs = True  # compute_loss averages over all sequences of a step
         self.add_callback(_EpochOfOrder(self.order))
 
@@ -177,6 +189,13 @@ class EndToEndTrainer(WatchedTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         processes = self.args.world_size
         return self.order if processes == 1 else Filled(self.order, processes * self.args.per_device_train_batch_size)
+
+    def around_forward(self, model: nn.Module, inputs: Sample) -> AbstractContextManager[None]:
+        """Let a batch without images reach all that ZeRO-3 gathers."""
+        if self.blank is None or "pixel_values" in inputs:
+            return nullcontext()
+        model = getattr(model, "module", model)  # of the engine that a teacher is in
+        return adding_nothing(model, seeing(model, self.blank))
 
     def compute_loss(
         self,

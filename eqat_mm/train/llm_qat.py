@@ -8,7 +8,7 @@ are trained, too, and stay in full precision. Every step size follows from what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from eqat_mm.blocks.attention import quantize_keys_and_values
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
+from eqat_mm.data.style import Style
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.convert import to_dynamic_fake, to_dynamic_packed
 from eqat_mm.quant.dynamic_linear import DynamicFakeLinear
@@ -32,6 +33,8 @@ from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
+from eqat_mm.train.held_out import HeldOut
+from eqat_mm.train.order import Order
 from eqat_mm.train.recompute import recompute_where_it_pays
 from eqat_mm.train.watch import Watch
 
@@ -49,7 +52,7 @@ class LLMQATConfig(EndToEndConfig):
         group_size: consecutive input channels of a weight that share a step size; -1 for all (paper).
         loss: `logits` (paper) learns the full-precision model's softmax, `labels` the next token.
         smooth: strength of SmoothQuant, 0 to 1, before anything is quantized; null leaves it out.
-        smooth_samples: windows of the data for the statistics of SmoothQuant.
+        smooth_samples: samples of the data for the statistics of SmoothQuant.
         max_steps: optimizer steps; overrides `epochs` where it is given. 0 trains nothing: the model is rounded to
             nearest.
     """
@@ -74,8 +77,8 @@ class LLMQATConfig(EndToEndConfig):
         return self.max_steps != 0
 
     @property
-    def reads_text(self) -> bool:
-        """Whether text is needed, for training or for statistics."""
+    def reads_data(self) -> bool:
+        """Whether data is needed, for training or for statistics."""
         return self.trains or self.smooth is not None
 
     @property
@@ -104,21 +107,29 @@ def prepare(model: transformers.PreTrainedModel, arch: Arch, config: LLMQATConfi
     quantize_keys_and_values(model, widths.kv_cache)
 
 
-def smooth_model(model: transformers.PreTrainedModel, arch: Arch, windows: Tensor, config: LLMQATConfig) -> None:
+def smooth_model(
+    model: transformers.PreTrainedModel, arch: Arch, samples: Iterable[Sample], config: LLMQATConfig
+) -> None:
     """Apply SmoothQuant to a full-precision model in place, where `config` asks for it.
 
     Args:
         model: in full precision.
         arch: its architecture.
-        windows: calibration text, int64 [n, T]; the first `smooth_samples` are used, one at a time.
+        samples: that its statistics are of: rows of tokens [T], and tensors of images; one at a time.
         config: settings.
 
     Raises:
         AdapterError: a norm that the smoothing cannot be folded into.
     """
     if config.smooth is not None:
-        batches = [{"input_ids": window.unsqueeze(0).to(model.device)} for window in windows[: config.smooth_samples]]
+        batches = (_alone(sample, model.device) for sample in samples)
         smooth(model, arch.normed_stages(model), batches, config.smooth)
+
+
+def _alone(sample: Sample, device: torch.device) -> Sample:
+    """Return the batch of one sample, without labels; tensors of images have an axis of images already."""
+    kept = {name: value.to(device) for name, value in sample.items() if name != "labels"}
+    return {name: value.unsqueeze(0) if value.dim() == 1 else value for name, value in kept.items()}
 
 
 def run_llm_qat(
@@ -128,7 +139,11 @@ def run_llm_qat(
     arguments: transformers.TrainingArguments,
     *,
     teacher: nn.Module | None,
+    blank: Sample | None = None,
+    collator: transformers.DataCollator | None = None,
+    order: Order | None = None,
     watch: Watch | None = None,
+    held_out: HeldOut | None = None,
 ) -> list[dict[str, Any]]:
     """Train all weights of the student in place.
 
@@ -140,7 +155,11 @@ def run_llm_qat(
         config: settings; with `max_steps: 0` nothing is done.
         arguments: the same settings as `training_arguments` translates them.
         teacher: full-precision model, for the loss on logits.
+        blank: as `EndToEndTrainer` takes it.
+        collator: makes a batch of samples; None stacks them.
+        order: of the samples, over all processes; None shuffles them.
         watch: who is told of the numbers, beside the console.
+        held_out: samples to judge the model by.
 
     Returns:
         The Trainer's log, one record per line.
@@ -158,10 +177,15 @@ def run_llm_qat(
         args=arguments,
         groups=trainable_groups(model),
         train_dataset=data,
+        data_collator=collator,
         teacher=teacher,
+        order=order,
+        blank=blank,
         precision=resolve(config.precision, arguments.device),
         stage="LLM-QAT",
         watch=watch,
+        held_out=held_out,
+        keep_best=config.keep_best,
     )
     return run_trainer(trainer)
 
@@ -186,6 +210,7 @@ def store(
     *,
     source: str,
     provenance: dict[str, Any],
+    style: Style | None = None,
 ) -> Manifest:
     """Quantize the student for real, block by block and in place, and write its checkpoint; it computes the same.
 
@@ -196,6 +221,7 @@ def store(
         folder: of the checkpoint.
         source: the full-precision model, as it was named.
         provenance: of this stage.
+        style: how it is addressed, which its checkpoint keeps; None as it was trained before.
     """
     writer = CheckpointWriter(folder, opened, config.spec, config.widths)
     for index in range(len(opened.blocks)):
@@ -203,7 +229,7 @@ def store(
         pack(block)
         writer.write_block(index, block)
     trained: Mapping[str, Tensor] = model.state_dict()
-    return writer.finish(STAGE if config.trains else ROUNDED, source, provenance, trained)
+    return writer.finish(STAGE if config.trains else ROUNDED, source, provenance, trained, style=style)
 
 
 @torch.no_grad()

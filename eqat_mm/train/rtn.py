@@ -17,7 +17,7 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import require_kernels
 from eqat_mm.runtime.memory import release_freed_memory
 from eqat_mm.runtime.progress import progress
-from eqat_mm.train.block_ap import check_groups
+from eqat_mm.train.block_ap import check_groups, say_who_reads
 
 STAGE = "round-to-nearest"
 
@@ -31,6 +31,7 @@ def run_rtn(opened: OpenModel, spec: QuantSpec, folder: Path, *, source: str, pr
     """
     require_kernels(torch.device("cpu"))
     check_groups(opened, spec)
+    say_who_reads(opened, spec)
     writer, digests = CheckpointWriter(folder / "model", opened, spec), {}
     for index, block in enumerate(progress(opened.blocks, what="round to nearest", unit="block")):
         name = opened.block_name(index)

@@ -34,6 +34,7 @@ class Watch:
         """Write what was logged before this start; what came behind the checkpoint will come again."""
         if self.file is not None:
             write_jsonl(self.file, records)
+        self.reporter.begin(max((record["step"] for record in records), default=-1))
 
     def add(self, step: int, record: dict[str, Any]) -> None:
         """Tell of a record."""

@@ -30,6 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from eqat_eval.finite import not_finite, predicts
 from eqat_mm.blocks.attention import kv_cache_bits
+from eqat_mm.blocks.experts import SplitExperts
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
 from eqat_mm.runtime.progress import say
@@ -66,6 +67,8 @@ def obstacle(model: Any) -> str | None:
         return "its KV cache of integers grows with the text"
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"{type(model).__name__} decides by values, as transformers declares"
+    if any(isinstance(module, SplitExperts) for module in model.modules()):
+        return "which of its experts a token needs is decided step by step"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is {config._attn_implementation}, which takes no mask of four dimensions"
     if any(type(layer) is not StaticLayer for layer in StaticCache(config, max_cache_len=LINE).layers):

@@ -255,3 +255,35 @@ def test_factors_are_those_of_float32_whatever_the_files_hold(tmp_path: Path) ->
         walker.advance_fp(step)
         walker.advance_quantized(step)
         assert torch.equal(step.fp.read(0), expected[step.index])
+
+
+def test_blocks_that_share_keys_and_values_are_refused_by_name(tmp_path: Path) -> None:
+    """Of a Gemma-4 with these settings the last two blocks read what the first two leave for them."""
+    own = {"intermediate_size": 128, "head_dim": 16, "global_head_dim": 16, "num_hidden_layers": 4}
+    sizes = {"vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
+    config = transformers.Gemma4TextConfig(
+        **COMMON | own | sizes, layer_types=["sliding_attention", "full_attention"] * 2
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    parts = (
+        "embed_tokens",
+        "norm",
+        "embed_tokens_per_layer",
+        "per_layer_model_projection",
+        "per_layer_projection_norm",
+    )
+    arch = Arch(
+        name="gemma4_text",
+        model_types=("gemma4_text",),
+        auto_class="AutoModelForCausalLM",
+        blocks="model.layers",
+        stages=(QKV, ("self_attn.o_proj",), *MLP),
+        kept=("per_layer_input_gate", "per_layer_projection"),
+        full_precision=(*(f"model.{part}" for part in parts), "lm_head"),
+        tiny=lambda: (model, []),
+        norms=(),
+    )
+    with pytest.raises(AdapterError) as caught:
+        list(capture_front(open_model(tmp_path, arch), [{"input_ids": torch.randint(5, 99, (1, 12))}], torch.float32))
+    assert caught.value.where == "block 0 (Gemma4TextDecoderLayer): shared_kv_states"

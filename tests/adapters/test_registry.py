@@ -32,7 +32,10 @@ def register(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
 
 def test_an_alias_is_expanded() -> None:
     assert resolve_alias("llama-2-7b") == "meta-llama/Llama-2-7b-hf"
-    assert resolve_alias("smollm2-135m") == "asset:smollm2-135m"
+
+
+def test_a_name_of_another_package_is_left_as_it_is() -> None:
+    assert resolve_alias("smollm2-135m") == "smollm2-135m"
 
 
 def test_an_existing_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +106,7 @@ def test_other_distributions_register_adapters(monkeypatch: pytest.MonkeyPatch, 
 def test_an_unknown_adapter_is_told_from_where_it_was_named() -> None:
     for words in ((), ("base/model: the adapter that made it",)):
         with pytest.raises(AdapterError) as caught:
-            arch_for("qwen3", *words)
+            arch_for("qwen4", *words)
         assert caught.value.where == (words[0] if words else "--adapter")
         assert "install the package that has it" in caught.value.do
 

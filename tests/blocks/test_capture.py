@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from eqat_mm.blocks.arch import Inputs
-from eqat_mm.blocks.capture import BlockCall, Sample, TensorPool, capture, collate, signature
+from eqat_mm.blocks.calls import BlockCall, collate, signature
+from eqat_mm.blocks.capture import Sample, TensorPool, capture
 from eqat_mm.blocks.spool import Stream
 from eqat_mm.blocks.walker import BlockStep
 from eqat_mm.errors import AdapterError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eqat_mm.blocks.capture import BlockCall
+from eqat_mm.blocks.calls import BlockCall
 from eqat_mm.blocks.feed import SLOTS, Copies, Feed, PinnedFeed, feed_for
 from eqat_mm.blocks.spool import Stream
 

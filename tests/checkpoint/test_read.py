@@ -296,3 +296,15 @@ def test_kernels_that_cannot_run_here_are_an_error_of_the_user(folder: Path, mon
         eqat_mm.load(folder)
     assert_four_lines(caught.value)
     assert "'fastest' does not exist" in caught.value.given
+
+
+def test_a_folder_with_one_run_in_it_is_that_run(pack: Pack, tmp_path: Path) -> None:
+    shutil.copytree(pack(), tmp_path / "runs" / "block-ap" / "model")
+    shutil.copytree(pack(), tmp_path / "runs" / ".hidden" / "model")
+    (tmp_path / "runs" / "eval").mkdir()
+    origin: Any = eqat_mm.load(tmp_path / "runs").checkpoint_origin
+    assert origin.folder == tmp_path / "runs" / "block-ap" / "model"
+    shutil.copytree(pack(), tmp_path / "runs" / "e2e-qp" / "model")
+    with pytest.raises(CheckpointError, match="2 runs: block-ap, e2e-qp") as caught:
+        eqat_mm.load(tmp_path / "runs")
+    assert_four_lines(caught.value)

@@ -1,4 +1,4 @@
-"""`eqat eval`, `eqat generate` and `eqat assets` as jobs."""
+"""`eqat eval` and `eqat generate` as jobs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from eqat_mm.blocks.source import SINGLE
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.cli import run_command
 from eqat_mm.commands import evaluate as evaluate_module
-from eqat_mm.commands.assets import AssetsJob, assets
 from eqat_mm.commands.evaluate import Bench, EvalJob, bits_per_weight, evaluate
 from eqat_mm.commands.generate import GenerateJob, generate
 from eqat_mm.commands.models import load_model
 from eqat_mm.commands.quantize import rtn
-from eqat_mm.data.assets import ASSETS
 from eqat_mm.data.windows import text_windows
 from eqat_mm.errors import CheckpointError
-from llava_adapters.aliases import ALIASES
 from tests.commands.jobs import SPEC, rtn_job
 from tests.tiny_model import Tiny
 
@@ -135,9 +132,3 @@ def test_text_is_written(
     said = capsys.readouterr().out
     assert text.strip() in said
     assert "tokens/s]" in said
-
-
-def test_the_list_of_assets_names_all(capsys: pytest.CaptureFixture[str]) -> None:
-    assets(AssetsJob())
-    said = capsys.readouterr().out
-    assert all(name in said for name in (*ASSETS, *ALIASES))

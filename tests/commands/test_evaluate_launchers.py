@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eqat_eval.easy_vqa import FILE_VARIABLE
-from eqat_mm.commands.lmms import tasks_folder
+from eqat_demo.easy_vqa_task import FILE_VARIABLE
+from eqat_mm.commands.lmms import tasks_folders
 from eqat_mm.commands.quantize import rtn
 from eqat_mm.runtime.files import read_json
 from tests.commands.jobs import rtn_job
@@ -60,7 +60,7 @@ def test_questions_are_divided(llava: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval")
 def test_questions_are_divided_by_the_command_of_lmms_eval(llava: Path, tmp_path: Path) -> None:
     flags = {"model": "eqat", "model_args": f"pretrained={llava}", "tasks": "easy_vqa", "limit": 5}
-    flags |= {"include_path": tasks_folder(), "output_path": tmp_path / "out"}
+    flags |= {"include_path": tasks_folders()[0], "output_path": tmp_path / "out"}
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     run_well([*DATA_PARALLEL, "-m", "lmms_eval", *words, "--log_samples"])
     (samples,) = tmp_path.glob("out/*/*samples*.jsonl")

@@ -13,6 +13,7 @@ from eqat_mm.commands import ladder as module
 from eqat_mm.commands import quantize, tune
 from eqat_mm.commands.ladder import LadderJob, ladder
 from eqat_mm.commands.quantize import block_ap
+from eqat_mm.commands.rungs import table
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import read_json
 from tests.checkpoint.files import contents
@@ -126,6 +127,6 @@ def test_fresh_discards_finished_rungs(tiny: Tiny, tmp_path: Path, monkeypatch: 
 
 
 def test_the_table_has_a_line_per_rung(climbed: tuple[Path, list[dict[str, Any]]]) -> None:
-    lines = module._table(climbed[1]).splitlines()
+    lines = table(climbed[1]).splitlines()
     assert len(lines) == 1 + len(STAGES)
     assert [line[:20].strip() for line in lines[1:]] == STAGES

@@ -19,6 +19,7 @@ from eqat_mm.commands.evaluate import EvalJob, evaluate
 from eqat_mm.commands.generate import GenerateJob, generate
 from eqat_mm.commands.llm_qat import LLMQATJob, llm_qat
 from eqat_mm.commands.llm_qat_table import QUICK_SETTINGS, LLMQATTableJob, llm_qat_table, table
+from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.data.text_settings import TextWindows
 from eqat_mm.errors import AdapterError, ConfigError, EqatError
 from eqat_mm.quant.bit_widths import BitWidths
@@ -251,6 +252,13 @@ def test_the_table_has_a_row_per_setting_and_method(made: tuple[Path, list[dict[
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert all(row["kl"] > 0 for row in rows[1:])
     assert len(table(rows).splitlines()) == 1 + len(rows)
+
+
+def test_a_table_is_of_text(tiny: Tiny, tmp_path: Path) -> None:
+    talks = llm_qat_job(tiny, None, conversations=ImageTextData("talks.json"))
+    with pytest.raises(ConfigError, match=r"talks\.json") as raised:
+        table_job(tiny, tmp_path, train=talks)
+    assert_four_lines(raised.value)
 
 
 def test_a_table_made_again_makes_nothing_anew(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoint.files import tensors_of
 from tests.commands.launching import (
@@ -18,8 +20,10 @@ from tests.commands.launching import (
     run_well,
     words_of,
 )
+from tests.tiny_llava import save_tiny_llava
 from tests.tiny_model import Tiny, save_tiny
 from tests.tolerances import assert_close
+from tests.train.cases import save_conversations
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
@@ -84,3 +88,40 @@ def test_a_killed_process_ends_the_run_and_the_same_command_continues_it(place: 
     assert_a_killed_run_is_continued(
         lambda name: command(place, name, DEEPSPEED, **options), place[0] / "whole", place[0] / "killed"
     )
+
+
+# ---- conversations, and text among them ----------------------------------------------------------------
+
+
+def on_conversations(place: tuple[Path, Tiny], name: str, launcher: list[str], **options: Any) -> list[str]:
+    folder, _ = place
+    if not (folder / "llava").exists():
+        save_tiny_llava(folder / "llava", dtype=torch.float32)
+        save_conversations(folder / "mixed.json")
+    data = {"conversations.source": folder / "mixed.json", "conversations.held_out": 5, "text_share": 0.3}
+    settings = {"model": folder / "llava", "held_out_steps": 3, "data.count": 9} | data
+    return command(place, name, launcher, **(settings | options))
+
+
+@pytest.fixture(scope="module")
+def alone_on_conversations(place: tuple[Path, Tiny]) -> str:
+    """A run in one process on batches of 8."""
+    run_well(on_conversations(place, "alone-on-conversations", ALONE, batch_size=8))
+    return "alone-on-conversations"
+
+
+@pytest.mark.parametrize("settings", ["", "zero-2", "zero-3"])
+def test_two_processes_learn_from_conversations_as_one(
+    place: tuple[Path, Tiny], alone_on_conversations: str, settings: str
+) -> None:
+    name = f"conversations-{settings}"
+    launcher, how = (DEEPSPEED, {"deepspeed": settings}) if settings else (DATA_PARALLEL, {})
+    run_well(on_conversations(place, name, launcher, batch_size=4, **how))
+    assert_same_result(place[0], name, alone_on_conversations)
+    assert len(held_out_losses(place[0] / name)) == 3
+    assert_close(held_out_losses(place[0] / name), held_out_losses(place[0] / alone_on_conversations), "model")
+
+
+def held_out_losses(run: Path) -> torch.Tensor:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return torch.tensor([record["held_out_kl"] for record in map(json.loads, lines) if "held_out_kl" in record])

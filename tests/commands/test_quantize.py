@@ -54,6 +54,8 @@ def test_block_ap_writes_checkpoint_metrics_and_record(tiny: Tiny, finished: Pat
     assert record.pop("finished") >= record["started"]
     assert record.pop("seconds") > 0
     assert record.pop("proof") == sha256_of(finished / "model" / MANIFEST)
+    assert record.pop("peak_ram") > 2**20
+    assert record.pop("plan").keys() == {"gpu", "ram", "disk", "written", "seconds"}
     assert manifest.provenance == [record]
     assert manifest.provenance[0]["config"]["fit"]["lr_weight"] == 2e-3
 

@@ -56,7 +56,7 @@ def test_every_spelling_of_a_model_gives_one_configuration(tmp_path: Path, comma
     mine.write_text(f"model: {folder}\nquant: {{bits: 3}}\n", encoding="utf-8")
     spec = ["--quant.bits", "3"]
     spellings = [
-        *([name, *spec] for name in (model, ALIASES[model], str(folder), str(run)) if ":" not in name),
+        *([name, *spec] for name in (model, ALIASES.get(model, model), str(folder), str(run))),
         ["--quant.bits=3", f"--model={model}"],
         ["--quant", "{bits: 3}", "--model", str(folder)],
         ["--config", str(mine)],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from eqat_mm.commands import quantize
+from eqat_mm.commands import launchers, quantize
 from eqat_mm.commands.llm_qat import llm_qat
 from eqat_mm.commands.quantize import RTNJob, block_ap, rtn
 from eqat_mm.commands.tune import E2EQPJob, e2e_qp
@@ -18,11 +19,13 @@ from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime import reporting
 from eqat_mm.runtime.reporting import Reporter
+from eqat_mm.train import block_ap as trainer
 from tests.checkpoint.files import assert_four_lines
-from tests.commands.jobs import SIX_STEPS, SPEC, block_ap_job, e2e_qp_job, llm_qat_job
+from tests.commands.jobs import SIX_STEPS, SPEC, block_ap_job, e2e_qp_job, llm_qat_job, rtn_job
 from tests.tiny_llava import save_tiny_llava
 from tests.tiny_model import Tiny
 from tests.train.cases import save_conversations
+from tests.train.stopping import Stopped, stop_at_step
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +98,55 @@ def test_a_dashboard_that_is_not_installed_is_named_before_anything_is_done(
     assert not (tmp_path / "run").exists()
 
 
-def test_block_ap_reports_each_block(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[int, float]] = []
+class Kept(Reporter):
+    """Keeps what it is told, of what begins again only the last."""
 
-    class Kept(Reporter):
-        def add(self, step: int, numbers: Any) -> None:
-            told.append((step, numbers["loss_after"]))
+    def __init__(self) -> None:
+        self.told: list[tuple[int, Any]] = []
 
-        def close(self) -> None:
-            told.append((-1, 0.0))
+    def begin(self, step: int) -> None:
+        self.told = [each for each in self.told if each[0] <= step]
 
-    monkeypatch.setattr(quantize, "reporter", lambda *_: Kept())
-    block_ap(block_ap_job(tiny, tmp_path / "run"))
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert told == [(record["block"] + 1, record["loss_after"]) for record in map(json.loads, lines)] + [(-1, 0.0)]
+    def add(self, step: int, numbers: Any) -> None:
+        self.told.append((step, numbers))
+
+
+@pytest.mark.parametrize("command", ["block-ap", "e2e-qp", "llm-qat"])
+@pytest.mark.parametrize("stopped", [False, True], ids=["whole", "continued"])
+def test_a_dashboard_has_what_the_file_has(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, stopped: bool
+) -> None:
+    kept, run = Kept(), tmp_path / "run"
+    for module in (quantize, launchers):
+        monkeypatch.setattr(module, "reported", lambda *_: nullcontext(kept))
+    base = rtn(rtn_job(tiny, tmp_path / "rtn"))
+    commands: dict[str, Callable[[], Any]] = {
+        "block-ap": lambda: block_ap(block_ap_job(tiny, run)),
+        "e2e-qp": lambda: e2e_qp(e2e_qp_job(tiny, base, run, save_steps=2)),
+        "llm-qat": lambda: llm_qat(llm_qat_job(tiny, run, save_steps=2)),
+    }
+    if stopped:
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at_step(patch, 4)
+            stop_at_block(patch, 1)
+            with pytest.raises(Stopped):
+                commands[command]()
+        assert kept.told
+    commands[command]()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [numbers for _, numbers in kept.told] == records
+    assert [step for step, _ in kept.told] == [
+        record["step"] if "step" in record else record["block"] + 1 for record in records
+    ]
+
+
+def stop_at_block(patch: pytest.MonkeyPatch, index: int) -> None:
+    """Stop Block-AP before a block is trained."""
+    train = trainer.quantize_block
+
+    def stopping(walker: Any, step: Any, config: Any) -> Any:
+        if step.index == index:
+            raise Stopped
+        return train(walker, step, config)
+
+    patch.setattr(trainer, "quantize_block", stopping)

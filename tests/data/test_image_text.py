@@ -14,11 +14,11 @@ import transformers
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from eqat_demo import easy_vqa
 from eqat_mm.data import image_text as module
 from eqat_mm.data import preparing, spread
 from eqat_mm.data.batching import Collator
 from eqat_mm.data.chat import IGNORED, Chat
-from eqat_mm.data.easy_vqa import EASY_VQA
 from eqat_mm.data.image_text import ImageTextData, image_text_data
 from eqat_mm.data.images import FORMATS, image_size
 from eqat_mm.data.kept import Kept
@@ -480,16 +480,15 @@ def test_a_data_set_can_be_sent_to_a_worker(source: Path) -> None:
 
 def test_the_demo_is_its_training_questions(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source.parent / "train.json").write_text(json.dumps(GOOD))
-    monkeypatch.setattr(module, "easy_vqa_folder", lambda: source.parent)
-    assert ImageTextData(EASY_VQA).source == "demo-easy-vqa"
-    assert len(image_text_data(llava_processor(), ImageTextData(EASY_VQA))) == 4
+    monkeypatch.setattr(easy_vqa, "easy_vqa_folder", lambda: source.parent)
+    assert len(image_text_data(llava_processor(), ImageTextData("demo-easy-vqa"))) == 4
 
 
 @pytest.mark.parametrize("package", ["PIL", "torchvision"])
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else "there")
     with pytest.raises(ConfigError, match=f"pip install {'pillow' if package == 'PIL' else package}"):
-        image_text_data(llava_processor(), ImageTextData(EASY_VQA))
+        image_text_data(llava_processor(), ImageTextData("demo-easy-vqa"))
 
 
 @pytest.mark.parametrize(

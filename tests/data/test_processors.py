@@ -13,6 +13,7 @@ import transformers
 from PIL import Image
 from transformers import AddedToken
 
+from eqat_demo.llava.build import assemble
 from eqat_mm.checkpoint.folders import load_processor
 from eqat_mm.data.batching import Collator
 from eqat_mm.data.chat import Chat
@@ -20,9 +21,8 @@ from eqat_mm.data.conversations import Conversation, Turn
 from eqat_mm.data.images import ImageFile
 from eqat_mm.data.processors import fit_processor
 from eqat_mm.errors import ConfigError
-from llava_adapters.demo_llava.build import assemble
-from tests.adapters.stand_ins import save_language_model, save_parts
 from tests.checkpoint.files import assert_four_lines
+from tests.demo.stand_ins import save_language_model, save_parts
 from tests.tiny_llava import CHAT_TEMPLATE, save_tiny_llava, tiny_processor
 
 SETTINGS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")

@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
+from eqat_demo.llava.build import assemble
 from eqat_eval.prompts import encode_prompt
 from eqat_mm.data.chat import Chat
 from eqat_mm.data.conversations import Conversation, Turn
@@ -25,10 +26,9 @@ from eqat_mm.data.problems import BadSample
 from eqat_mm.data.prompt import Renderer
 from eqat_mm.data.vocabulary import start_of
 from eqat_mm.errors import ConfigError, DataError, EqatError
-from llava_adapters.demo_llava.build import assemble
-from tests.adapters.stand_ins import PATCHES, save_language_model, save_parts
 from tests.checkpoint.files import assert_four_lines
 from tests.data.tiny_processor import MARKED, MISTRAL, VICUNA, llava_next_processor, llava_processor, tiny_tokenizer
+from tests.demo.stand_ins import PATCHES, save_language_model, save_parts
 
 IN_ORDER = (
     "{% for m in messages %}{{ m.role + ':' }}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}{% endfor %}"

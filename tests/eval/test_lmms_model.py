@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
-from eqat_eval.easy_vqa import FILE_VARIABLE
+from eqat_demo.easy_vqa_task import FILE_VARIABLE
 from eqat_mm.checkpoint.read import load
-from eqat_mm.commands.lmms import tasks_folder
+from eqat_mm.commands.lmms import tasks_folders
 from eqat_mm.commands.quantize import RTNJob, rtn
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.files import read_json, write_json
@@ -164,7 +164,7 @@ def test_both_models_of_lmms_eval_answer_alike(folder: Path, tmp_path: Path, mon
     theirs = f"pretrained={folder},device=cpu,dtype=float32,device_map=cpu"
     said = {}
     for name, model, arguments in (("eqat", model_of(folder, batch_size=4), ""), ("llava_hf", "llava_hf", theirs)):
-        tasks = TaskManager(include_path=str(tasks_folder()), include_defaults=False)
+        tasks = TaskManager(include_path=tasks_folders(), include_defaults=False)
         found = simple_evaluate(
             model=model, model_args=arguments, tasks=["easy_vqa"], task_manager=tasks, bootstrap_iters=0
         )

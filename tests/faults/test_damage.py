@@ -103,7 +103,7 @@ def wrong_with(bench: Bench, case: Case, what: str, folder: Path) -> list[str]:
 
 def harmless(name: str) -> bool:
     """Whether nothing reads a file of a finished run."""
-    return name.endswith(("metrics.jsonl", "state.json"))
+    return name.endswith(("metrics.jsonl", "state.json", "samples.safetensors"))
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ PARAMETERS = {
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
     "mistral-7b": 7_248_023_552,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
     "smollm2-135m": 134_515_008,
     "llava-1.5-7b": 7_063_427_072,
     "llava-1.5-13b": 13_351_494_656,
@@ -70,8 +72,17 @@ def test_images_of_a_llava() -> None:
 def test_every_adapter_has_a_shape(name: str) -> None:
     arch = arch_for(name)
     model, _ = arch.tiny()
-    found = shape_of(model, arch)
-    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    arch.split_experts(model)
+    assert shape_of(model, arch).parameters == expected
+
+
+@pytest.mark.parametrize(("name", "billions"), [("mixtral-8x7b", 12.9), ("qwen3-30b-a3b", 3.3)])
+def test_a_token_passes_the_experts_it_is_sent_to(name: str, billions: float) -> None:
+    """As published: 12.9 of 46.7 billion, 3.3 of 30.5."""
+    found = shape(name)
+    assert (found.passed + found.unquantized) / 1e9 == pytest.approx(billions, abs=0.06)
+    assert shape("llama-2-7b").passed == shape("llama-2-7b").weights
 
 
 def test_aliases_and_repositories_share_configurations() -> None:

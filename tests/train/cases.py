@@ -24,7 +24,6 @@ from eqat_mm.data.image_text import ImageTextData
 from eqat_mm.runtime.device import processes
 from eqat_mm.train.e2e_qp import E2EQPConfig, run_e2e_qp
 from eqat_mm.train.end_to_end import EndToEndConfig, WindowDataset, training_arguments
-from eqat_mm.train.imageless import blank_image
 from eqat_mm.train.llm_qat import LLMQATConfig, prepare, run_llm_qat
 from eqat_mm.train.lora import LoRA
 from llava_adapters import arch_for
@@ -137,7 +136,6 @@ def _e2e_qp(place: Path, arch: Arch, trains: Any) -> Case:
         return model
 
     samples = _samples(place, arch)
-    blank = None if arch.projector is None else blank_image(samples.dataset[1])
 
     def train(
         model: PreTrainedModel, folder: Path, watch: Any = None, held_out: Any = None, **changes: Any
@@ -150,7 +148,7 @@ def _e2e_qp(place: Path, arch: Arch, trains: Any) -> Case:
             arguments_in(folder, config),
             teacher=None,
             projector=arch.find_projector(model),
-            blank=blank,
+            blank=samples.blank(),
             collator=samples.collator,
             order=samples.order,
             watch=watch,
@@ -161,16 +159,27 @@ def _e2e_qp(place: Path, arch: Arch, trains: Any) -> Case:
 
 
 def _llm_qat(place: Path, arch: Arch) -> Case:
-    settings = LLMQATConfig(**SETTINGS, bits="4-8-4", loss="labels")
+    """Learns from full precision where the model sees, else from labels."""
+    settings = LLMQATConfig(**SETTINGS, bits="4-8-4", loss="logits" if arch.projector else "labels")
+
+    def full() -> PreTrainedModel:
+        unset_hf_deepspeed_config()  # of an earlier run: under ZeRO-3 it scatters what is built
+        return load_model(place / "model", CPU)
 
     def make() -> PreTrainedModel:
-        model = load_model(place / "model", CPU)
+        model = full()
         prepare(model, arch, settings)
         return model
 
-    def train(model: PreTrainedModel, folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    samples = _samples(place, arch)
+
+    def train(
+        model: PreTrainedModel, folder: Path, watch: Any = None, held_out: Any = None, **changes: Any
+    ) -> list[dict[str, Any]]:
         config = replace(settings, **changes)
-        return run_llm_qat(model, WindowDataset(windows()), config, arguments_in(folder, config), teacher=None)
+        given: dict[str, Any] = {"blank": samples.blank(), "collator": samples.collator, "order": samples.order}
+        given |= {"teacher": full() if arch.projector else None, "watch": watch, "held_out": held_out}
+        return run_llm_qat(model, samples.dataset, config, arguments_in(folder, config), **given)
 
     return Case(make, train)
 

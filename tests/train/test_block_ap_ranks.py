@@ -24,7 +24,8 @@ from eqat_mm.train.block_ap import BlockAPConfig, run_block_ap
 from eqat_mm.train.fit import FitConfig, fit_block
 from eqat_mm.train.losses import BlockLoss, block_loss
 from eqat_mm.train.report import FitReport
-from eqat_mm.train.warm_start import WarmStartConfig, _Statistics
+from eqat_mm.train.stage_statistics import collect
+from eqat_mm.train.warm_start import WarmStartConfig
 from llava_adapters.llama import ARCH
 from tests.checkpoint.files import assert_four_lines, same_weights
 from tests.thread_ranks import in_threads
@@ -145,8 +146,10 @@ def sums_of(opened: OpenModel, batches: list[Inputs], ranks: Ranks, samples: ran
     for place, index in enumerate(ranks.share(SAMPLES)):
         noise = torch.randn(1, LENGTH, 64, generator=torch.Generator().manual_seed(index))
         step.quantized.write(place, step.quantized.read(place) + noise)
-    found = (_Statistics.collect(walker, step, step.block, ARCH, stage, samples) for stage in ARCH.stages)
-    return [total for each in found for total in (each.hessian_II, each.lack)]
+    rounds = opened.arch.rounds_of(step.block)
+    found = [seen for each in rounds for seen in collect(walker, step, step.block, each, samples)]
+    tokens = torch.tensor([float(each.tokens) for each in found])
+    return [tokens, *(total for each in found for total in (each.hessian_II, each.lack))]
 
 
 @pytest.mark.parametrize("samples", [range(3, SAMPLES), range(3, 5)], ids=["of all", "none of the third rank"])

@@ -21,7 +21,13 @@ from tests.train.contract import STEPS, Contract
 pytest.importorskip("deepspeed")
 
 KINDS = ("plain", "zero-1", "zero-2", "zero-3")
-SOME = ("llama:scales:zero-2", "llava:scales+projector:zero-3", "llava_next:lora:zero-1", "llava:llm-qat:plain")
+SOME = (
+    "llama:scales:zero-2",
+    "llava:scales+projector:zero-3",
+    "llava_next:lora:zero-1",
+    "llava:llm-qat:plain",
+    "llava:llm-qat:zero-3",
+)
 """Every kind, and every thing to train."""
 
 

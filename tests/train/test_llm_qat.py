@@ -242,7 +242,7 @@ def test_smoothing_comes_before_rounding(tiny: Tiny, windows: Tensor, tmp_path: 
         for layer in range(3):
             model.get_submodule(f"model.layers.{layer}.input_layernorm").weight[::16] *= 30.0
     full = logits_of(model, windows)
-    smooth_model(model, ARCH, windows, config)
+    smooth_model(model, ARCH, [{"input_ids": window} for window in windows], config)
     assert_close(logits_of(model, windows), full, "model")
     prepare(model, ARCH, config)
     wanted = logits_of(model, windows)

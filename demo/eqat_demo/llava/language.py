@@ -1,0 +1,188 @@
+"""Stages 2 and 3: a projector and a LoRA teach the language model to read the vision tower's features.
+
+Stage 2 starts the projector near words that the language model knows: it regresses the 16 patches onto the embeddings
+of " a red circle," said four times. Stage 3 trains it together with the LoRA, through the language model, on the
+answers only. The LoRA covers all linears of the decoder blocks: the base model was dequantized from 4 bits, and a
+linear that nothing is added to would still lie on its 4-bit grid, too easy a case for a quantizer.
+
+The vision tower is frozen, so both stages read features computed once.
+
+Axes: N images, P patches (16), E features (128), D hidden size of the language model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eqat_demo.llava.descent import Descent
+from eqat_demo.llava.images import Asked
+from eqat_demo.llava.packing import IGNORED, Batch, Packer
+from eqat_mm.runtime.precision import Precision, autocast, resolve
+from eqat_mm.runtime.progress import progress, say
+
+CAPTION = (" a", " {colour}", " {shape}", ",")
+_CPU = torch.device("cpu")
+_STEPS_PER_LINE = 25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast stage 3 learns.
+
+    Attributes:
+        steps: optimizer steps.
+        images: images of one step.
+        questions: questions about each of them.
+        rank: rank of the LoRA.
+        lora_lr: peak learning rate of the LoRA.
+        projector_lr: peak learning rate of the projector.
+    """
+
+    steps: int = 500
+    images: int = 5
+    questions: int = 6
+    rank: int = 8
+    lora_lr: float = 1e-3
+    projector_lr: float = 5e-4
+
+
+class Reader(nn.Module):
+    """A projector and the language model behind it, fed with features instead of pixels."""
+
+    def __init__(
+        self, projector: nn.Module, language: PreTrainedModel, image_token_id: int, precision: Precision = "auto"
+    ) -> None:
+        super().__init__()
+        self.projector, self.language, self.image_token_id = projector, language, image_token_id
+        self.precision = resolve(precision, _CPU)
+
+    def forward(self, features_NPE: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
+        """Return the logits of N sequences at the `chosen` positions, in float32: (positions, vocabulary)."""
+        with autocast(self.precision, _CPU):
+            words = self.language.get_input_embeddings()(batch.ids)
+            is_image = (batch.ids == self.image_token_id)[..., None]
+            inputs = words.masked_scatter(is_image, self.projector(features_NPE).to(words.dtype))
+            decoder: Any = self.language.get_decoder()
+            hidden = decoder(
+                inputs_embeds=inputs, attention_mask=batch.mask(), position_ids=batch.positions, use_cache=False
+            ).last_hidden_state
+            logits: Tensor = self.language.get_output_embeddings()(hidden[chosen])
+        return logits.float()
+
+
+def captions(
+    language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contents: Sequence[tuple[str, str]], patches: int
+) -> Tensor:
+    """Return the embeddings of `CAPTION` about each image, repeated over its patches: (N, P, D)."""
+    words: Any = language.get_input_embeddings()
+
+    def embedded(word: str) -> Tensor:
+        mean: Tensor = words.weight[tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0)
+        return mean  # " teal" is two tokens
+
+    with torch.no_grad():
+        caption_of = {
+            (colour, shape): torch.stack([embedded(word.format(colour=colour, shape=shape)) for word in CAPTION])
+            for colour, shape in set(contents)
+        }
+    return torch.stack([caption_of[content] for content in contents]).repeat(1, patches // len(CAPTION), 1)
+
+
+def start_projector(projector: Any, features_NPE: Tensor, captions_NPD: Tensor, steps: int = 400) -> None:
+    """Standardise the features inside `linear_1`, then regress the outputs onto the captions."""
+    seen = features_NPE.flatten(0, 1)
+    with torch.no_grad():
+        projector.linear_1.weight.div_(seen.std(0))
+        projector.linear_1.bias.sub_(projector.linear_1.weight @ seen.mean(0))
+    group = {"params": list(projector.parameters()), "lr": 1e-3}
+    descent = Descent(group, steps=steps, warmup=steps // 10, clip=math.inf)
+    for _ in progress(range(steps), what="projector"):
+        drawn = torch.randint(len(features_NPE), (64,))
+        loss = functional.mse_loss(projector(features_NPE[drawn]), captions_NPD[drawn]) / captions_NPD.var()
+        descent.step(loss)
+    say(f"projector: {loss.item():.1%} of the variance of the captions is left")
+
+
+def add_lora(language: PreTrainedModel, rank: int) -> None:
+    """Freeze the model and put a LoRA beside every linear of its decoder blocks."""
+    language.requires_grad_(False)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"),
+        language,
+    )
+
+
+def lora_factors(language: PreTrainedModel) -> dict[str, Tensor]:
+    """Return `<path>.lora_A` (rank, inputs) and `<path>.lora_B` (outputs, rank) of every linear; its update is B A."""
+    linears: list[tuple[str, Any]] = [each for each in language.named_modules() if isinstance(each[1], LoraLayer)]
+    factors = {}
+    for path, linear in linears:
+        factors[f"{path}.lora_A"] = linear.lora_A["default"].weight.detach()
+        factors[f"{path}.lora_B"] = linear.lora_B["default"].weight.detach() * linear.scaling["default"]
+    return factors
+
+
+def train_reader(
+    reader: Reader, packer: Packer, features_NPE: Tensor, asked_N: Sequence[Sequence[Asked]], plan: Plan
+) -> None:
+    """Train the projector and the LoRA on the answers."""
+    lora = [parameter for parameter in reader.language.parameters() if parameter.requires_grad]
+    descent = Descent(
+        {"params": lora, "lr": plan.lora_lr},
+        {"params": list(reader.projector.parameters()), "lr": plan.projector_lr},
+        steps=plan.steps,
+        warmup=plan.steps // 20,
+        weight_decay=0.0,
+    )
+    losses = []
+    for drawn in progress(_draws(len(features_NPE), plan), what="language", total=plan.steps):
+        batch = packer.batch([draw_questions(asked_N[image], plan.questions) for image in drawn.tolist()])
+        chosen = batch.targets != IGNORED
+        loss = functional.cross_entropy(reader(features_NPE[drawn], batch, chosen), batch.targets[chosen])
+        descent.step(loss)
+        losses.append(loss.item())
+        if len(losses) % _STEPS_PER_LINE == 0:
+            say(f"language step {len(losses)}: loss {sum(losses[-_STEPS_PER_LINE:]) / _STEPS_PER_LINE:.4f}")
+
+
+@torch.no_grad()
+def quick_accuracy(
+    reader: Reader, packer: Packer, features_NPE: Tensor, asked_N: Sequence[Sequence[Asked]], images: int = 5
+) -> float:
+    """Return the share of questions whose first answer token is the likeliest, asking `images` images at a time."""
+    right = total = 0
+    for start in range(0, len(asked_N), images):
+        batch = packer.batch(asked_N[start : start + images])
+        chosen = batch.first_of_answers()
+        logits = reader(features_NPE[start : start + images], batch, chosen)
+        right += int((logits.argmax(-1) == batch.targets[chosen]).sum())
+        total += len(logits)
+    return right / total
+
+
+def draw_questions(asked: Sequence[Asked], count: int) -> list[Asked]:
+    """Draw questions about an image, none twice.
+
+    Four in five of the yes-no questions name something that is not there. They are drawn with a quarter of the weight:
+    otherwise the blind guess is a good answer for so long that the image is not looked at.
+    """
+    weights = torch.tensor([0.25 if each.names_the_absent else 1.0 for each in asked])
+    return [asked[index] for index in torch.multinomial(weights, min(count, len(asked))).tolist()]
+
+
+def _draws(count: int, plan: Plan) -> Iterator[Tensor]:
+    """Yield the images of each step; every image comes once before any comes again."""
+    left = plan.steps
+    while left:
+        yield from (order := torch.randperm(count).split(plan.images)[:left])
+        left -= len(order)

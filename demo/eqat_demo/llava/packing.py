@@ -1,0 +1,81 @@
+"""An image and several questions about it as one sequence: the image is read once.
+
+A mask lets each question see the image and itself, nothing of the other questions, and every question starts at
+the same position id, so each is answered as if it had been asked alone.
+
+Axes: B sequences of a batch, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from eqat_demo.llava.build import IMAGE_TOKEN, PROMPT
+from eqat_demo.llava.images import Asked
+
+IGNORED = -100
+_PREFIX, _PADDING = 0, -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed questions, all of shape (B, L): token ids, segment numbers, position ids, next tokens to predict."""
+
+    ids: Tensor
+    segments: Tensor
+    positions: Tensor
+    targets: Tensor
+
+    def mask(self) -> Tensor:
+        """Which key (last axis) each query may see: (B, 1, L, L)."""
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        allowed = ((query == key) | (key == _PREFIX)).tril()
+        return allowed[:, None]
+
+    def first_of_answers(self) -> Tensor:
+        """Where the first token of an answer is predicted: bool of shape (B, L)."""
+        answers = self.targets != IGNORED
+        return answers & ~answers.roll(1, dims=1)
+
+
+class Packer:
+    """Turns questions and answers into batches.
+
+    Args:
+        tokenizer: one that knows `IMAGE_TOKEN`.
+        patches: image tokens a image takes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, patches: int) -> None:
+        self.tokenizer = tokenizer
+        self.prompt = PROMPT.replace(IMAGE_TOKEN, IMAGE_TOKEN * patches)
+        self.prefix = self._ids(self.prompt.partition("{question}")[0])
+
+    def batch(self, asked: Sequence[Sequence[Asked]]) -> Batch:
+        """Pack what is asked about each image into one sequence."""
+        columns = zip(*(self._sequence(each) for each in asked), strict=True)
+        padding = (0, _PADDING, 0, IGNORED)
+        padded = [pad_sequence(list(column), True, value) for column, value in zip(columns, padding, strict=True)]
+        return Batch(*padded)
+
+    def _sequence(self, asked: Sequence[Asked]) -> tuple[Tensor, ...]:
+        start = len(self.prefix)
+        rows = [(token, _PREFIX, place, IGNORED) for place, token in enumerate(self.prefix)]
+        for segment, each in enumerate(asked, start=_PREFIX + 1):
+            prompt = self._ids(self.prompt.format(question=each.question))
+            assert prompt[:start] == self.prefix, "the tokenizer merges the question with what stands before it"
+            answer = self._ids(f" {each.answer}{self.tokenizer.eos_token}")
+            inputs = prompt[start:] + answer[:-1]
+            targets = [IGNORED] * (len(inputs) - len(answer)) + answer
+            rows += [(token, segment, start + k, targets[k]) for k, token in enumerate(inputs)]
+        return tuple(torch.tensor(column) for column in zip(*rows, strict=True))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids

@@ -1,0 +1,26 @@
+"""Plan and verdict of a phase in one: what it needs on a machine, whether that is there, what would help."""
+
+from __future__ import annotations
+
+from eqat_mm.plan.block_ap import plan_block_ap
+from eqat_mm.plan.e2e_qp import plan_e2e_qp
+from eqat_mm.plan.end_to_end import Work
+from eqat_mm.plan.machine import Machine
+from eqat_mm.plan.options import block_ap_options, e2e_qp_options
+from eqat_mm.plan.shape import ModelShape
+from eqat_mm.plan.verdict import Verdict, judge
+from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.train.block_ap import BlockAPConfig
+from eqat_mm.train.e2e_qp import E2EQPConfig
+
+
+def judged_block_ap(shape: ModelShape, config: BlockAPConfig, samples: int, length: int, machine: Machine) -> Verdict:
+    """Return the verdict on Block-AP with so many samples of `length` tokens."""
+    phase = plan_block_ap(shape, config, samples, length, machine)
+    return judge(phase, machine, block_ap_options(shape, config, samples, length, machine))
+
+
+def judged_e2e_qp(shape: ModelShape, spec: QuantSpec, config: E2EQPConfig, work: Work, machine: Machine) -> Verdict:
+    """Return the verdict on E2E-QP of a model of this spec."""
+    phase = plan_e2e_qp(shape, spec, config, work, machine)
+    return judge(phase, machine, e2e_qp_options(shape, spec, config, work, machine))

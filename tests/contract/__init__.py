@@ -1,0 +1,1 @@
+"""Tests of eqat_mm.contract."""

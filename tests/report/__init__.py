@@ -1,0 +1,1 @@
+"""The page about a run, and what it is made of."""
