@@ -90,7 +90,7 @@ class Place:
             "OMP_NUM_THREADS": "1",
             "EQAT_EASY_VQA": str(self.folder / "questions.parquet"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'eval'}",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'eval'}:{ROOT / 'demo'}",
         }
 
     def replaced(self, command: str) -> str:
