@@ -90,7 +90,7 @@ class Place:
             "OMP_NUM_THREADS": "1",
             "EQAT_EASY_VQA": str(self.folder / "questions.parquet"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'eval'}",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'eval'}:{ROOT / 'demo'}",
         }
 
     def replaced(self, command: str) -> str:
@@ -162,11 +162,11 @@ def killed_and_continued(place: Place) -> Iterator[Cost]:
     alone = re.sub(r"^deepspeed.*?scripts/e2e_qp\.py", "eqat e2e-qp --deepspeed null", two)
     killed, moved = f"{RUN}/killed", f"{RUN}/moved"
     kill, end = place.signalled(signal.SIGKILL, killed, ["1"]), place.signalled(signal.SIGTERM, moved, ["0", "1"])
-    yield place.run(f"{two} --output {killed}", "the same, a process killed by SIGKILL", kill)
-    yield place.run(f"{two} --output {killed}", "the same again, which continues it")
+    yield place.run(f"{two} --output {killed}", "the training, a process killed by SIGKILL", kill)
+    yield place.run(f"{two} --output {killed}", "the same command, which continues it")
     whole = place.tensors(f"{RUN}/e2e-qp")
     assert largest_difference(place.tensors(killed), whole) == 0, "not the numbers of the whole run"
-    yield place.run(f"{two} --output {moved}", "the same, both processes stopped by SIGTERM", end)
+    yield place.run(f"{two} --output {moved}", "the training, both processes stopped by SIGTERM", end)
     yield place.run(f"{alone} --output {moved}", "`eqat e2e-qp`, which continues it in one process")
     difference = largest_difference(place.tensors(moved), whole)
     assert difference < TOLERANCE, f"{difference} beside the whole run"
