@@ -27,6 +27,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EQAT_CACHE") or "~/.cache/eqat-mm").expanduser()
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove the temporary files of `path` that killed processes have left, where nobody else is writing it."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        left.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`.

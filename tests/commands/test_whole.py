@@ -90,7 +90,7 @@ def test_all_of_it_then_nothing_again(
             command, *rest = shlex.split(line)[1:]
             assert parse_job(command, module_of(command), rest)
     before = contents(root / "e2e-qp" / "model")
-    for name in ("quantize.run_block_ap", "tune.run_e2e_qp", "rungs.Bench.row"):
+    for name in ("verbs.quantize.run_block_ap", "verbs.tune.run_e2e_qp", "tables.rungs.Bench.row"):
         monkeypatch.setattr(f"eqat_mm.commands.{name}", never, raising=True)
     assert main(words) == 0
     assert read_json(root / "results.json")["rows"] == rows
@@ -111,7 +111,7 @@ def test_phases_are_those_of_the_single_commands(
         main(["block-ap", str(tiny.folder), *spec, "--config", "ap.yaml", "--calibration.source", str(tiny.text)]) == 0
     )
     assert main(["e2e-qp", str(tiny.folder), *spec, "--config", "qp.yaml", "--data.source", str(tiny.text)]) == 0
-    for name in ("quantize.run_block_ap", "tune.run_e2e_qp"):
+    for name in ("verbs.quantize.run_block_ap", "verbs.tune.run_e2e_qp"):
         monkeypatch.setattr(f"eqat_mm.commands.{name}", never)
     capsys.readouterr()
     assert main(words_for(tiny.folder, tiny, "--e2e_qp", "qp.yaml")) == 0

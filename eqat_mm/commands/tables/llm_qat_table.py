@@ -15,13 +15,12 @@ from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.plumbing.models import model_folder, require_weights
 from eqat_mm.commands.plumbing.runs import (
     model_fingerprint,
-    noted,
     require_single_process,
     seconds_of,
     settings,
-    slug,
     what_decides,
 )
+from eqat_mm.commands.tables.table import Row, Table
 from eqat_mm.commands.verbs.evaluate import HEADINGS, Bench, numbers
 from eqat_mm.commands.verbs.llm_qat import LLMQATJob, llm_qat
 from eqat_mm.data.text.settings import TextWindows
@@ -29,7 +28,6 @@ from eqat_mm.data.text.windows import digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.runtime.device import best_device
-from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.provenance import provenance
@@ -95,7 +93,7 @@ def llm_qat_table(job: LLMQATTableJob) -> list[dict[str, Any]]:
     rows.add("16-16-16", "full precision", None)
     for bits, method, run in runs:
         rows.add(bits, method, run)
-    return rows.done
+    return rows.table.rows
 
 
 def _quick(job: LLMQATTableJob) -> LLMQATTableJob:
@@ -130,25 +128,24 @@ class _Rows:
     """Makes and measures each row, unless it was measured before."""
 
     def __init__(self, job: LLMQATTableJob) -> None:
-        self.job, self.root = job, _root(job)
+        self.job = job
         self.full = model_folder(job.train.model)
         require_weights(self.full)
         device = best_device(job.train.device)
         windows = text_windows(load_tokenizer(self.full), job.data)
         self.bench = Bench(self.full, windows, job.batch_size, job.precision, device)
-        self.done: list[dict[str, Any]] = []
+        self.table = Table(_root(job), "llm-qat-table", self._results, table, anew=job.fresh)
         self.digests: dict[TextWindows, str] = {}
 
     def add(self, bits: str, method: str, run: LLMQATJob | None) -> None:
         """Make and evaluate the model of a row, print and save the table so far."""
         say(f"== {bits} {method}")
-        place = self.root / "eval" / slug(f"{bits} {method}")
-        row = noted(place, "llm-qat-table", self._decides(run), lambda: self._made(run), anew=self.job.fresh)
-        self.done.append({"bits": bits, "method": method} | row)
+        labels = {"bits": bits, "method": method}
+        self.table.add(f"{bits} {method}", self._decides(run), lambda: self._made(run), lambda row: labels | row)
+
+    def _results(self, rows: list[Row]) -> Row:
         made_by = provenance("llm-qat-table", settings(self.job), self.job.train.seed)
-        results = {"model": self.job.train.model} | self.bench.results(self.done, made_by)
-        write_json(self.root / "results.json", results)
-        say(table(self.done))
+        return {"model": self.job.train.model} | self.bench.results(rows, made_by)
 
     def _decides(self, run: LLMQATJob | None) -> dict[str, Any]:
         decides = self.bench.decides | {"model": model_fingerprint(self.full)}
@@ -166,7 +163,7 @@ class _Rows:
         return self.bench.row(model) | {"seconds": round(seconds_of(model), 1)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Return the rows as text, one line each below a heading."""
     lines = [f"{row['bits']:<10}{row['method']:<30}{numbers(row)}" for row in rows]
     return "\n".join([f"{'W-A-KV':<10}{'method':<30}{HEADINGS}", *lines])

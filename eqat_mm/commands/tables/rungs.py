@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eqat_mm.commands.plumbing.runs import model_fingerprint, noted, seconds_of, slug
+from eqat_mm.commands.plumbing.runs import model_fingerprint, seconds_of
+from eqat_mm.commands.tables.table import Row, Table
 from eqat_mm.commands.verbs.evaluate import HEADINGS, Bench, numbers
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.progress import say
 
 
@@ -24,9 +24,6 @@ class Rungs:
         spec: of its packed weights.
         made_by: provenance of the table.
         anew: measure each again.
-
-    Attributes:
-        rows: of the table so far.
     """
 
     def __init__(
@@ -40,23 +37,25 @@ class Rungs:
         *,
         anew: bool,
     ) -> None:
-        self.bench, self.root, self.command, self.anew = bench, root, command, anew
-        self.head = {"model": model, "bits": spec.bits, "group_size": spec.group_size}
-        self.made_by = made_by
-        self.rows: list[dict[str, Any]] = []
+        head = {"model": model, "bits": spec.bits, "group_size": spec.group_size}
+        self.bench, self.root = bench, root
+        self._table = Table(root, command, lambda rows: head | bench.results(rows, made_by), table, anew=anew)
+
+    @property
+    def rows(self) -> list[Row]:
+        """Of the table so far."""
+        return self._table.rows
 
     def add(self, stage: str, make: Callable[[], Path]) -> Path:
         """Make the checkpoint of a rung, evaluate it, print and save the table so far; return its folder."""
         say(f"== {stage}")
         folder = make()
-        place, decides = self.root / "eval" / slug(stage), self.bench.decides | {"model": model_fingerprint(folder)}
-        row = noted(place, self.command, decides, lambda: self.bench.row(folder), anew=self.anew)
-        self.rows.append({"stage": stage} | row | {"seconds": round(seconds_of(folder), 1)})
-        write_json(self.root / "results.json", self.head | self.bench.results(self.rows, self.made_by))
-        say(table(self.rows))
+        decides = self.bench.decides | {"model": model_fingerprint(folder)}
+        more = {"seconds": round(seconds_of(folder), 1)}
+        self._table.add(stage, decides, lambda: self.bench.row(folder), lambda row: {"stage": stage} | row | more)
         return folder
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Return rows as lines of text below headings."""
     return "\n".join([f"{'stage':<20}{HEADINGS}", *(f"{row['stage']:<20}{numbers(row)}" for row in rows)])

@@ -20,12 +20,13 @@ from typing import Annotated, Any, Literal
 from eqat_mm.commands.plumbing.launchers import free_port
 from eqat_mm.commands.plumbing.lmms import require_lmms_eval, task_row, tasks_folders
 from eqat_mm.commands.plumbing.models import model_folder, require_model
-from eqat_mm.commands.plumbing.runs import model_fingerprint, noted, seconds_of, settings, slug
+from eqat_mm.commands.plumbing.runs import model_fingerprint, seconds_of, settings, slug
+from eqat_mm.commands.tables.table import Row, Table
 from eqat_mm.commands.verbs.evaluate import bits_per_weight
 from eqat_mm.errors import TrainingError
 from eqat_mm.quant.spec import GroupSize, QuantSpec
 from eqat_mm.runtime.children import run_child
-from eqat_mm.runtime.files import read_json, write_json
+from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.plugins import GUESSES, plugged_function
 from eqat_mm.runtime.progress import duration, say
 from eqat_mm.runtime.provenance import provenance
@@ -95,28 +96,21 @@ def vlm_ladder(job: VLMLadderJob) -> list[dict[str, Any]]:
     folder = model_folder(job.model)
     require_model(folder)
     blind = blind_accuracy()
-    rows: list[dict[str, Any]] = []
+    head = {"model": job.model, "group_size": job.group_size, "blind_accuracy": blind}
+    made_by = {"provenance": provenance("demo-vlm", settings(job), 0)}
+    made = Table(
+        job.output,
+        "demo-vlm",
+        lambda rows: head | {"rows": rows} | made_by,
+        lambda rows: table(rows, blind),
+        anew=job.fresh,
+    )
     for rung in rungs(job, folder):
         say(f"== {rung.stage}, {rung.bits} bits")
         if rung.command is not None:
             run_command(rung.command)
-        full = rung.stage == FULL_PRECISION
-        found = _ask(rung, job.questions_full_precision if full else job.questions, job)
-        rows.append(
-            {
-                "bits": rung.bits,
-                "stage": rung.stage,
-                "accuracy": found["accuracy"],
-                "questions": found["questions"],
-                "by_type": found["by_type"],
-                "bits_per_weight": bits_per_weight(rung.folder),
-                "seconds": round(seconds_of(rung.folder), 1),
-            }
-        )
-        record = {"model": job.model, "group_size": job.group_size, "blind_accuracy": blind, "rows": rows}
-        write_json(job.output / "results.json", record | {"provenance": provenance("demo-vlm", settings(job), 0)})
-        say(table(rows, blind))
-    return rows
+        _ask(made, rung, job)
+    return made.rows
 
 
 def rungs(job: VLMLadderJob, full_precision: Path) -> Iterator[Rung]:
@@ -152,22 +146,30 @@ def _deepspeed(processes: int) -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--module", "eqat_mm.cli", "e2e-qp"]
 
 
-def _ask(rung: Rung, questions: int | None, job: VLMLadderJob) -> dict[str, Any]:
-    """Return `task_row` of easy_vqa for the model of a rung, as an earlier start has noted it or measured anew."""
-    place = job.output / "eval" / slug(f"{rung.stage} {rung.bits} {questions or 'all'}")
+def _ask(made: Table, rung: Rung, job: VLMLadderJob) -> None:
+    """Ask the model of a rung the questions of easy_vqa."""
+    questions = job.questions_full_precision if rung.stage == FULL_PRECISION else job.questions
+    key = f"{rung.stage} {rung.bits} {questions or 'all'}"
     decides = {"model": model_fingerprint(rung.folder), "task": TASK, "questions": questions}
+    output = made.root / "eval" / slug(key) / "lmms-eval" / secrets.token_hex(4)
 
-    def answered() -> dict[str, Any]:
-        limit = [] if questions is None else ["--limit", str(questions)]
-        model = ["--model", "eqat", "--model_args", f"pretrained={rung.folder}", "--batch_size", str(job.batch_size)]
-        task = ["--include_path", *tasks_folders(), "--tasks", TASK, *limit]
-        output = place / "lmms-eval" / secrets.token_hex(4)
-        run_command([sys.executable, "-m", "lmms_eval", *model, *task, "--output_path", str(output)])
-        (file,) = output.rglob("*_results.json")
-        found = read_json(file)
-        return task_row(found["results"][TASK], found["n-samples"][TASK])
+    def about(verdict: Row) -> Row:
+        answered = {name: verdict[name] for name in ("accuracy", "questions", "by_type")}
+        made_of = {"bits_per_weight": bits_per_weight(rung.folder), "seconds": round(seconds_of(rung.folder), 1)}
+        return {"bits": rung.bits, "stage": rung.stage} | answered | made_of
 
-    return noted(place, "demo-vlm", decides, answered, anew=job.fresh)
+    made.add(key, decides, lambda: _answered(rung.folder, questions, job.batch_size, output), about)
+
+
+def _answered(model: Path, questions: int | None, batch_size: int, output: Path) -> Row:
+    """Return `task_row` of easy_vqa for a model, asked by the command line of lmms-eval."""
+    limit = [] if questions is None else ["--limit", str(questions)]
+    asked = ["--model", "eqat", "--model_args", f"pretrained={model}", "--batch_size", str(batch_size)]
+    task = ["--include_path", *tasks_folders(), "--tasks", TASK, *limit]
+    run_command([sys.executable, "-m", "lmms_eval", *asked, *task, "--output_path", str(output)])
+    (file,) = output.rglob("*_results.json")
+    found = read_json(file)
+    return task_row(found["results"][TASK], found["n-samples"][TASK])
 
 
 def run_command(words: list[str]) -> None:
