@@ -6,12 +6,12 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from eqat_mm import __version__
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.ending import status_of, to_its_end
 from eqat_mm.runtime.launcher import end_with_launcher
@@ -23,167 +23,6 @@ if TYPE_CHECKING:
     from eqat_mm.commands.line.typed import Typed
 
 __all__ = ["main", "run_command", "script"]
-
-
-@dataclass(frozen=True)
-class _Command:
-    help: str
-    load: Callable[[], tuple[type[Any], Callable[[Any], Any]]]
-    recipe: str | None = None
-    settings_of: str | None = None
-    """Command whose recipes count; its own by default."""
-
-
-def _block_ap() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.quantize import BlockAPJob, block_ap
-
-    return BlockAPJob, block_ap
-
-
-def _quantize() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.tables.whole import QuantizeJob, quantize
-
-    return QuantizeJob, quantize
-
-
-def _rtn() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.quantize import RTNJob, rtn
-
-    return RTNJob, rtn
-
-
-def _e2e_qp() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
-
-    return E2EQPJob, e2e_qp
-
-
-def _llm_qat() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.llm_qat import LLMQATJob, llm_qat
-
-    return LLMQATJob, llm_qat
-
-
-def _llm_qat_table() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.tables.llm_qat_table import LLMQATTableJob, llm_qat_table
-
-    return LLMQATTableJob, llm_qat_table
-
-
-def _eval() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
-
-    return EvalJob, evaluate
-
-
-def _generate() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.generate import GenerateJob, generate
-
-    return GenerateJob, generate
-
-
-def _chat() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.chat import ChatJob, chat
-
-    return ChatJob, chat
-
-
-def _generate_data() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.generate_data import GenerateDataJob, generate_data
-
-    return GenerateDataJob, generate_data
-
-
-def _demo() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.tables.ladder import LadderJob, ladder
-
-    return LadderJob, ladder
-
-
-def _demo_vlm() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.tables.vlm_ladder import VLMLadderJob, vlm_ladder
-
-    return VLMLadderJob, vlm_ladder
-
-
-def _prepare_data() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.prepare_data import PrepareDataJob, prepare_data
-
-    return PrepareDataJob, prepare_data
-
-
-def _assets() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.assets import AssetsJob, assets
-
-    return AssetsJob, assets
-
-
-def _verify() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.verify import VerifyJob, verify
-
-    return VerifyJob, verify
-
-
-def _recipes() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.recipe_list import RecipesJob, list_recipes
-
-    return RecipesJob, list_recipes
-
-
-def _check_adapter() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.check_adapter import CheckAdapterJob, check_adapter
-
-    return CheckAdapterJob, check_adapter
-
-
-def _completion() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.completion import CompletionJob, completion
-
-    return CompletionJob, completion
-
-
-def _plan() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.plan import PlanJob, plan
-
-    return PlanJob, plan
-
-
-def _report() -> tuple[type[Any], Callable[[Any], Any]]:
-    from eqat_mm.commands.verbs.report import ReportJob, report
-
-    return ReportJob, report
-
-
-COMMANDS: dict[str, _Command] = {
-    "demo": _Command(
-        "quantize SmolLM2-135M to 2 bits and print the ladder of stages", _demo, "smollm2-135m-w2g64-demo"
-    ),
-    "demo-vlm": _Command("the same for a small LLaVA, with questions about images, scored by lmms-eval", _demo_vlm),
-    "plan": _Command("what a run will need: memory, disk, hours by phase", _plan, settings_of="block-ap"),
-    "quantize": _Command("all of it: a plan, Block-AP, E2E-QP, an evaluation and one table", _quantize),
-    "block-ap": _Command("train W, s, z of one block at a time and write a packed checkpoint", _block_ap),
-    "e2e-qp": _Command("train the step sizes of a packed checkpoint end to end", _e2e_qp),
-    "rtn": _Command("round to nearest: the baseline", _rtn),
-    "llm-qat": _Command("train all weights with weights, activations and KV cache quantized", _llm_qat),
-    "llm-qat-table": _Command(
-        "rounding, SmoothQuant and LLM-QAT at several bit widths: one table",
-        _llm_qat_table,
-        "smollm2-135m-llm-qat-table",
-    ),
-    "eval": _Command("perplexity on held-out text, KL and agreement with a reference", _eval),
-    "generate": _Command("write text, about images if given, with a packed or full-precision model", _generate),
-    "chat": _Command("talk with a model, about images if shown, line by line", _chat),
-    "generate-data": _Command("let a model write its own training text, in one or several processes", _generate_data),
-    "report": _Command("one page about a run, or all runs of a model: ladder, losses, grids, provenance", _report),
-    "verify": _Command("check every file of a packed checkpoint against its hash", _verify),
-    "check-adapter": _Command(
-        "try an adapter on a tiny model of its kind: what it declares, trains and writes", _check_adapter
-    ),
-    "prepare-data": _Command("look through conversations once: what is wrong, how long, an index of it", _prepare_data),
-    "recipes": _Command("list the shipped settings by family of models, or print those of a model", _recipes),
-    "assets": _Command("list the short names of models and data, or fetch some", _assets),
-    "completion": _Command("print what bash or zsh needs to complete commands, options and values", _completion),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Write down the options of all commands, for help without torch: `python scripts/write_options.py`."""
 
-from eqat_mm.cli import COMMANDS
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.outline import OPTIONS_FILE, outline
 
 if __name__ == "__main__":

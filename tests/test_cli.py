@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from eqat_mm import __version__
-from eqat_mm.cli import COMMANDS, main, parse_job
+from eqat_mm.cli import main, parse_job
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.options import names_of
 from eqat_mm.commands.line.recipes import named_recipe, recipe_names
 from eqat_mm.runtime.settings import limits_in, settings_in

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from eqat_mm.cli import COMMANDS, main, parse_job
+from eqat_mm.cli import main, parse_job
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.recipes import named_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

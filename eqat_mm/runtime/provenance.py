@@ -38,7 +38,7 @@ def provenance(command: str, config: dict[str, Any], seed: int) -> dict[str, Any
         "python": platform.python_version(),
         "machine": platform.machine(),
         "revision": _revision(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
 
 

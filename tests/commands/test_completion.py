@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from eqat_mm.cli import COMMANDS, main
+from eqat_mm.cli import main
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.recipes import named_recipe
 from eqat_mm.commands.verbs.completion import CompletionJob, completion
 from llava_adapters.aliases import ALIASES

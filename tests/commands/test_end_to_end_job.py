@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from eqat_mm.cli import COMMANDS, main, parse_job
+from eqat_mm.cli import main, parse_job
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.plumbing.end_to_end_job import EndToEndJob
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import write_json

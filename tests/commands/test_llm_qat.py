@@ -12,7 +12,8 @@ import torch
 from transformers import GenerationMixin
 
 from eqat_mm.checkpoint.verify import verify_checkpoint
-from eqat_mm.cli import COMMANDS, main, parse_job
+from eqat_mm.cli import main, parse_job
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.tables import llm_qat_table as table_module
 from eqat_mm.commands.tables.llm_qat_table import QUICK_SETTINGS, LLMQATTableJob, llm_qat_table, table
 from eqat_mm.commands.verbs import llm_qat as module

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from eqat_mm.cli import COMMANDS, main, parse_job
+from eqat_mm.cli import main, parse_job
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.options import names_of
 from eqat_mm.errors import EqatError
 from tests.checkpoint.files import assert_four_lines

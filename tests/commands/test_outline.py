@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from eqat_mm.cli import COMMANDS, main, parse_job
+from eqat_mm.cli import main, parse_job
 from eqat_mm.commands.line import outline as module
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.help_text import BASIC
 from eqat_mm.commands.line.outline import OPTIONS_FILE, options_of, outline, stored_options
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import transformers
 
-from eqat_mm.cli import COMMANDS, main, parse_job
+from eqat_mm.cli import main, parse_job
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.families import LEFT_OUT, families
 from eqat_mm.commands.line.model_config import config_of
 from eqat_mm.commands.line.recipes import (

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from eqat_mm.cli import COMMANDS, main, parse_job
+from eqat_mm.cli import main, parse_job
+from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.elsewhere import ALIASES, ANSWERS, SAME_ANYWAY
 from eqat_mm.commands.line.outline import options_of
 from eqat_mm.errors import ConfigError

@@ -98,7 +98,7 @@ def test_all_of_it_then_nothing_again(
 
 
 def module_of(command: str) -> Any:
-    from eqat_mm.cli import COMMANDS
+    from eqat_mm.commands.line.commands import COMMANDS
 
     return COMMANDS[command].load()[0]
 

@@ -23,7 +23,7 @@ from tests.tiny_model import WORDS, Tiny, save_tiny
 
 FOUR_OF_SIX: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "logging_steps": 2}
 """Steps that end within an epoch of six."""
-_TIMES = ("started", "finished", "seconds", "continued", "tokens_per_second", "eta_seconds", "peak_bytes")
+_TIMES = ("started", "finished", "seconds", "continued", "tokens_per_second", "eta_seconds", "peak_bytes", "peak_ram")
 _ENVIRONMENT = (
     "environment",
     "revision",
