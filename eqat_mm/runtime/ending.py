@@ -77,5 +77,5 @@ def _interrupted(stop: KeyboardInterrupt) -> int:
     from eqat_mm.runtime.progress import complain
 
     if is_first():
-        complain(INTERRUPTED)
+        complain(f"\r{INTERRUPTED}")  # at the beginning of a line, also where a bar was broken off as it was drawn
     return 128 + int(getattr(stop, "signal", signal.SIGINT))

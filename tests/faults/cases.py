@@ -33,6 +33,7 @@ _ENVIRONMENT = (
     "provenance",
     "versions",
     "overwrite",
+    "plan",
     "source",
     "quantized",
 )
