@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels", "eval")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "demo", "eval", "kernels")]
 os.environ["TRITON_INTERPRET"] = "1" if "--dry" in sys.argv else "0"  # Triton reads it when it is imported
 
 import gpu_day_kernels  # noqa: E402

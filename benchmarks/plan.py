@@ -27,7 +27,7 @@ import transformers
 from eqat_mm.blocks.source import open_model
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.write import save_like
-from eqat_mm.commands.verbs.plan import model_shape
+from eqat_mm.commands.plumbing.shapes import model_shape
 from eqat_mm.plan.amounts import Phase
 from eqat_mm.plan.block_ap import plan_block_ap
 from eqat_mm.plan.costs import ORIGINAL
@@ -134,7 +134,7 @@ def _rows(what: str, phase: Phase, found: dict[str, float]) -> Iterator[Row]:
 
 def _model(folder: Path, blocks: int) -> str:
     """Save a random model in the shape of SmolLM2-135M; return its folder."""
-    config = shipped_config("smollm2-135m")
+    config = shipped_config("smollm2-135m")  # the demo brings it
     assert config is not None
     fields = {name: value for name, value in config.items() if name != "model_type"} | {"num_hidden_layers": blocks}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
