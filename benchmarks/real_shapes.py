@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from eqat_demo.smollm2 import smollm2_folder
-from eqat_mm.commands.verbs.plan import model_shape
+from eqat_mm.commands.plumbing.shapes import model_shape
 from eqat_mm.plan.block_ap import plan_block_ap
 from eqat_mm.plan.machine import this_machine
 from eqat_mm.quant.spec import QuantSpec

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.resources
+import importlib.util
 import os
 import re
 import subprocess
@@ -68,6 +70,18 @@ def test_pyproject_lists_every_package() -> None:
         for init in folder.rglob("__init__.py")
     }
     assert found == set(listed) - {"eqat_configs"}
+
+
+PROGRAMS = [path for folder in ("benchmarks", "demo", "scripts") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=name_of)
+def test_a_program_imports_what_there_is(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in PACKAGES:
+            module = importlib.import_module(str(node.module))
+            missing = [each.name for each in node.names if not hasattr(module, each.name)]
+            assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing), (node.module, missing)
 
 
 def test_folders_that_must_not_be_packages() -> None:
