@@ -102,8 +102,8 @@ def test_the_real_command_killed_at_random_moments(bench: Bench, tally: Tally, c
     seconds, kills = real(command, None)[1], 0
     folder = bench.new()
     command = [sys.executable, "-m", "eqat_mm.cli", *case.words(bench.place, case.output(folder))]
-    for _ in range(3):
-        kills += real(command, draw.uniform(0.5, 1.0) * seconds)[0] == KILLED
+    for most in (1.0, 0.8, 0.6):  # the first start may have been slower than the next
+        kills += real(command, draw.uniform(0.5, most) * seconds)[0] == KILLED
     assert real(command, None)[0] == 0
     tally("SIGKILL at random moments, the installed command", kills, bench.unlike(case, folder))
 

@@ -111,7 +111,10 @@ def other_text(place: Place, folder: Path) -> Place:
 
 def other_conversations(place: Place, folder: Path) -> Place:
     new = copied(place, folder)
-    new.conversations.write_text(new.conversations.read_text().replace("w20", "w21"))
+    records = json.loads(new.conversations.read_text())
+    for record in records:
+        record["conversations"][-1]["value"] += " w5"
+    new.conversations.write_text(json.dumps(records))
     return new
 
 
@@ -121,7 +124,7 @@ CHANGES: dict[str, list[Change]] = {
         Change(BLOCKS, ("--seed=1",), both=("seed=1", "seed=0")),
         Change(BLOCKS, ("--fit.epochs=2",), both=("epochs=2", "epochs=1")),
         Change(E2E_QP, ("--learning_rate=1e-3",), both=("0.001", "0.002")),
-        Change(E2E_QP, ("--loss=cross-entropy",), both=("inputs.model", "loss")),
+        Change(E2E_QP, ("--loss=cross-entropy",), both=("cross-entropy", "kl")),
         Change(E2E_QP, ("--max_steps=5",), both=("max_steps=5", "max_steps=4")),
         Change(LLM_QAT, ("--bits=8-8-8",), both=("8-8-8", "4-8-4")),
         Change(GENERATE_DATA, ("--length=13",), both=("length=13", "length=12")),
@@ -139,7 +142,7 @@ CHANGES: dict[str, list[Change]] = {
         Change(BLOCKS, place=other_tokenizer, both=("inputs.",)),
     ],
     "the checkpoint `--quantized`": [Change(E2E_QP, place=other_base, both=("inputs.quantized",))],
-    "the text, the conversations": [
+    "the text; the conversations, more of them than `--conversations.max_skipped`": [
         *(Change(case, place=other_text, both=("inputs.data",)) for case in (BLOCKS, E2E_QP, LLM_QAT)),
         Change(CONVERSATIONS, place=other_conversations, both=("inputs.data",)),
     ],

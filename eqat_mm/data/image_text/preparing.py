@@ -10,6 +10,7 @@ are looked for again wherever they would be an error.
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import time
@@ -205,7 +206,20 @@ class Preparation:
 
 
 def _part_of(inspector: Inspector, places: Places, indices: range) -> Index:
-    return collected(places.of(indices), inspector.inspect_all(indices))
+    with _uncollected():
+        return collected(places.of(indices), inspector.inspect_all(indices))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let Python look for no cycles of objects in the body, which makes millions of objects and no cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _unreadable(records: Records, images: Sequence[tuple[int, int, int]]) -> list[tuple[int, str]]:

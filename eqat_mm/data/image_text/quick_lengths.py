@@ -151,15 +151,24 @@ class QuickLengths(ExactLengths):
 
     def _counted(self, texts: Sequence[str], lead: str) -> list[int]:
         rows = [_words_of(self._added.split(text), lead) for text in texts]
-        self._learn(set().union(*rows))
+        counts = [self._sum(row) for row in rows]
+        self._learn(set().union(*(row for row, count in zip(rows, counts, strict=True) if count is None)))
         known = self._words.__getitem__
-        return [sum(map(known, row)) for row in rows]
+        return [sum(map(known, row)) if count is None else count for row, count in zip(rows, counts, strict=True)]
+
+    def _sum(self, words: list[str]) -> int | None:
+        """Return the tokens of words; None where one of them was not counted yet."""
+        try:
+            return sum(map(self._words.__getitem__, words))
+        except KeyError:
+            return None
 
     def _learn(self, words: set[str]) -> None:
-        if len(self._words) > _MOST_WORDS:
-            self._words.clear()
         new = [*(words - self._words.keys())]
         if new:
+            if len(self._words) > _MOST_WORDS:
+                self._words.clear()
+                new = [*words]
             # The tokenizer itself: what transformers wraps around it takes longer than a word does.
             found = self.chat.tokenizer.backend_tokenizer.encode_batch(new, add_special_tokens=False)
             self._words |= zip(new, map(len, found), strict=True)
@@ -178,10 +187,13 @@ def _words_of(stretches: Sequence[str], lead: str) -> list[str]:
         if at % 2:
             token = stretch
             continue
-        even = "  " not in stretch and not stretch.startswith(" ") and not stretch.endswith(" ")
-        first, *rest = stretch.split(" ") if even else _BETWEEN_WORDS.split(stretch)
+        if "  " in stretch or "\0" in stretch or stretch.startswith(" ") or stretch.endswith(" "):
+            first, *rest = _BETWEEN_WORDS.split(stretch)
+            rest = [lead + word for word in rest]
+        else:
+            first, *rest = stretch.replace(" ", f"\0{lead}").split("\0")
         words.append(token + first)
-        words += [lead + word for word in rest] if lead else rest
+        words += rest
     return words
 
 
