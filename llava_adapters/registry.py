@@ -16,7 +16,7 @@ from typing import Any
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.runtime.files import read_json_object
-from eqat_mm.runtime.plugins import MODELS, plugged
+from eqat_mm.runtime.plugins import MODELS, package_of, plugged
 from llava_adapters import (
     granite,
     llama,
@@ -69,8 +69,9 @@ def known_archs() -> dict[str, Arch]:
         if arch is not None:
             archs[arch.name] = arch
         else:
-            package = entry.dist.name if entry.dist is not None else "?"
-            log.warning("note: the adapter %s of the package %s is not used: %s", entry.value, package, reason)
+            log.warning(
+                "note: the adapter %s of the package %s is not used: %s", entry.value, package_of(entry), reason
+            )
     return archs
 
 

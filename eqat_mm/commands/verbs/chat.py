@@ -97,7 +97,7 @@ def talk(dialogue: Dialogue, lines: Iterator[str], *, sees: bool, allow_network:
         try:
             _heed(dialogue, line.strip(), command, rest.strip(), sees=sees, allow_network=allow_network)
         except EqatError as error:
-            complain(f"{type(error).__name__}\n{error}")
+            complain(f"{error.kind}\n{error}")
 
 
 def _heed(dialogue: Dialogue, line: str, command: str, rest: str, *, sees: bool, allow_network: bool) -> None:
