@@ -38,6 +38,7 @@ batch_size: 2
 accumulation: 1
 precision: float32
 """
+SPOKEN = "conversations: {template: vicuna_v1}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -196,9 +197,18 @@ def test_what_the_last_phase_lacks_is_told_before_the_first(
     assert not list(Path("x").glob("*/model"))
 
 
-def test_text_for_a_language_model_and_no_conversations(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words_for(tiny.folder, tiny, "--conversations", "mix.json")) == 2
-    assert "reads text only" in capsys.readouterr().err
+@pytest.mark.parametrize("share", [None, 0.5], ids=["conversations alone", "with text among them"])
+def test_a_language_model_is_tuned_on_conversations_too(tiny: Tiny, share: float | None) -> None:
+    turns = [{"from": "human", "value": "w5 w6"}, {"from": "gpt", "value": "w7 w8"}]
+    Path("mix.json").write_text(json.dumps([{"id": "0", "conversations": turns}] * 6), encoding="utf-8")
+    Path("qp.yaml").write_text(E2E_QP + SPOKEN + ("" if share is None else f"text_share: {share}\n"), encoding="utf-8")
+    assert main(words_for(tiny.folder, tiny, "--e2e_qp", "qp.yaml", "--conversations", "mix.json")) == 0
+    run = read_json(Path(f"runs/{tiny.folder.name}-w2g32/e2e-qp/run.json"))["config"]
+    assert (run["conversations"]["source"], run["text_share"]) == ("mix.json", share)
+    assert run["data"]["source"] == (None if share is None else str(tiny.text))
+
+
+def test_a_language_model_without_text_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", str(tiny.folder)]) == 2
     assert "--text" in capsys.readouterr().err
 
