@@ -42,8 +42,8 @@ class BlockAPJob(BlockAPConfig):
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/block-ap. On several machines, a
             folder that all of them see.
         calibration: text that the blocks are fitted on.
-        adapter: architecture, where config.json does not decide it.
-        device: cpu, cuda, cuda:N, or auto. Of several processes on GPUs each takes its own.
+        adapter: name of the architecture, where config.json does not decide it.
+        device: what to compute on: cpu, cuda, cuda:N, or auto. Of several processes on GPUs each takes its own.
         overwrite: discard a run that is already in the output folder.
         recipe_for: models that these settings were tuned for (set by recipes).
     """
@@ -65,7 +65,7 @@ class RTNJob(Settings):
         model: model folder, alias or hub repository.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/rtn.
         quant: bits, group size, symmetry.
-        adapter: architecture, where config.json does not decide it.
+        adapter: name of the architecture, where config.json does not decide it.
         overwrite: discard a checkpoint that is already in the output folder.
     """
 
