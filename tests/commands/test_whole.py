@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import main, parse_job
@@ -19,7 +18,7 @@ from eqat_mm.errors import ConfigError
 from eqat_mm.plan import machine
 from eqat_mm.runtime.files import read_json
 from tests.checkpoint.files import contents
-from tests.tiny_llava import save_tiny_llava
+from tests.tiny_llava import save_conversations, save_tiny_llava
 from tests.tiny_model import Tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*these settings are")
@@ -53,12 +52,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaVA, with conversations beside it."""
     folder = tmp_path_factory.mktemp("seeing")
     save_tiny_llava(folder / "llava", dtype=torch.float32)
-    records = []
-    for number in range(6):
-        Image.new("RGB", (30 + number, 20), (30 * number, 90, 9)).save(folder / f"{number}.png")
-        turns = [{"from": "human", "value": f"<image>\nw{5 + number}"}, {"from": "gpt", "value": f"w{9 + number}"}]
-        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    (folder / "mix.json").write_text(json.dumps(records), encoding="utf-8")
+    save_conversations(folder, 6)
     return folder / "llava"
 
 
