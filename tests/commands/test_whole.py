@@ -211,5 +211,5 @@ def test_under_a_launcher_it_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError) as raised:
         module.quantize(QuantizeJob(model="llava-1.5-7b"))
-    assert "torchrun --nproc_per_node 4 scripts/block_ap.py --model llava-1.5-7b" in raised.value.do
-    assert "deepspeed --num_gpus 4 scripts/e2e_qp.py" in raised.value.do
+    assert "torchrun --nproc_per_node 4 -m eqat_mm block-ap --model llava-1.5-7b" in raised.value.do
+    assert "deepspeed --num_gpus 4 --module eqat_mm e2e-qp" in raised.value.do

@@ -250,7 +250,7 @@ def _require_single_process(job: QuantizeJob) -> None:
             where="eqat quantize: WORLD_SIZE",
             given=f"{processes()} processes",
             allowed="one: each phase has a launcher of its own",
-            do=f"torchrun --nproc_per_node {processes()} scripts/block_ap.py --model {job.model} ..., then deepspeed "
-            f"--num_gpus {processes()} scripts/e2e_qp.py --model {job.model} ..., then eqat quantize, which takes what "
-            "they made and evaluates it",
+            do=f"torchrun --nproc_per_node {processes()} -m eqat_mm block-ap --model {job.model} ..., then deepspeed "
+            f"--num_gpus {processes()} --module eqat_mm e2e-qp --model {job.model} ..., then eqat quantize, which takes "
+            "what they made and evaluates it",
         )

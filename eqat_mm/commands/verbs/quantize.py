@@ -35,7 +35,7 @@ from llava_adapters import arch_of_folder
 
 @dataclass(frozen=True)
 class BlockAPJob(BlockAPConfig):
-    """Block-AP of a model, in one process or in those of a launcher (torchrun scripts/block_ap.py).
+    """Block-AP of a model, in one process or in those of a launcher (torchrun -m eqat_mm block-ap).
 
     Attributes:
         model: model folder, alias (`eqat assets`) or hub repository.
