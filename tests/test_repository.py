@@ -144,14 +144,17 @@ def test_file_map_is_read_as_a_tree() -> None:
 
 
 ROOMS = "|".join(sorted(path.name for path in (ROOT / "eqat_mm").iterdir() if path.is_dir()))
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+FOLDERS = (ROOT, ROOT / "docs")
+DOCUMENTS = sorted(name_of(path) for folder in FOLDERS for path in folder.glob("*.md"))
 
 
-@pytest.mark.parametrize("document", sorted(DOCUMENTS))
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_named_in_the_documents_exist(document: str) -> None:
     text, beside = (ROOT / document).read_text(encoding="utf-8"), (ROOT / document).parent
     named = {name.rstrip("/") for name in paths_named_in(text) | paths_in_file_map(text)}
-    missing = {name for name in named if "NAME" not in name and not list(ROOT.glob(name)) and not (beside / name).exists()}
+    missing = {
+        name for name in named if "NAME" not in name and not list(ROOT.glob(name)) and not (beside / name).exists()
+    }
     modules = re.findall(rf"`((?:{ROOMS})/[\w/]+\.py)`", text)
     missing |= {name for name in modules if not any((ROOT / top / name).exists() for top in ("eqat_mm", "tests"))}
     assert not missing, f"{document} names what does not exist: {sorted(missing)}"
