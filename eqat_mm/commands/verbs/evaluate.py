@@ -53,7 +53,7 @@ class EvalJob(Settings):
         batch_size: windows, or questions of tasks, per forward.
         dtype: of what is not quantized, and of matrix products; `auto` takes bfloat16 on a GPU, float32 on a CPU.
         precision: of matrix products alone; float32 is float32 throughout, `auto` takes bfloat16 where it is faster.
-        device: cpu, cuda, cuda:N, or auto.
+        device: what to compute on: cpu, cuda, cuda:N, or auto.
         output: JSON file for the result; the answers to tasks are listed beside it.
     """
 
