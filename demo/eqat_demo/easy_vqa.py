@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eqat_demo.assets import ASSETS, asset_cache, building, fetch_asset, is_finished, origin_of
+from eqat_demo.question_files import record, write_parquet
 from eqat_mm.errors import DataError
-from eqat_mm.runtime.files import atomic_path, read_json, write_json, write_text
+from eqat_mm.runtime.files import read_json, write_json, write_text
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.seeding import derive_seed
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -144,7 +144,7 @@ def easy_vqa_folder(cache: Path | None = None) -> Path:
             questions = published_questions(part, cache)
             image_contents(questions)  # what is not understood is found here
             write_json(unfinished / f"{part}.json", _records(part, questions))
-        _write_parquet(unfinished / "test.parquet", unfinished)
+        write_parquet(unfinished, read_json(unfinished / "test.json"), "easy-VQA test order")
         shutil.copy(next(source.glob("*.dist-info/LICENSE")), unfinished / "LICENSE")
         write_text(unfinished / "README.md", _NOTE)
     return folder
@@ -161,34 +161,6 @@ def _data(source: Path) -> Path:
 
 def _records(part: Part, questions: list[tuple[str, str, int]]) -> list[dict[str, Any]]:
     return [
-        {
-            "id": f"{part}-{number}",
-            "image": f"images/{part}/{image}.png",
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{text}"},
-                {"from": "gpt", "value": answer},
-            ],
-            "type": parse_question(text).type,
-        }
+        record(f"{part}-{number}", f"images/{part}/{image}.png", text, answer, parse_question(text).type)
         for number, (text, answer, image) in enumerate(questions)
     ]
-
-
-def _write_parquet(path: Path, folder: Path) -> None:
-    import pyarrow as arrow
-    from pyarrow import parquet
-
-    records = read_json(folder / "test.json")
-    records.sort(key=lambda record: derive_seed(0, "easy-VQA test order", record["id"]))
-    rows = [
-        {
-            "question_id": record["id"],
-            "image": (folder / record["image"]).read_bytes(),
-            "question": record["conversations"][0]["value"].removeprefix("<image>\n"),
-            "answer": record["conversations"][1]["value"],
-            "type": record["type"],
-        }
-        for record in records
-    ]
-    with atomic_path(path) as temporary:
-        parquet.write_table(arrow.Table.from_pylist(rows), temporary)
