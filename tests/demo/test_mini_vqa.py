@@ -24,13 +24,18 @@ from eqat_demo.python_code import python_library
 from eqat_mm.data.image_text.record_sources import read_records
 from tests.checkpoint.files import contents
 
-SMALL = Counts(scenes=120, charts=30, words=40)
 FEW = Counts(scenes=6, charts=3, words=4)
 
 
 @pytest.fixture(scope="module")
 def drawn() -> list[Picture]:
-    return list(pictures("test", SMALL))
+    return list(pictures("test"))
+
+
+@pytest.fixture(scope="module")
+def shown() -> list[Picture]:
+    """Return some that training shows."""
+    return list(pictures("train", Counts(250, 50, 500)))
 
 
 # ---- what a picture shows, found out again from its pixels ------------------------------------------
@@ -48,14 +53,13 @@ def seen_on(image: Image.Image) -> list[dict[str, object]]:
             if not inked.any():
                 continue
             rows, columns = np.nonzero(inked)
-            width, area = int(np.ptp(columns)) + 1, int(inked.sum())
             middle = (
                 column * SQUARE + (columns.min() + columns.max()) / 2,
                 row * SQUARE + (rows.min() + rows.max()) / 2,
             )
-            size = "large" if width > 12 else "small"
+            size = "large" if np.ptp(columns) > 12 else "small"
             (colour,) = {inks[tuple(rgb)] for rgb in square[inked].tolist()}
-            found.append({"size": size, "colour": colour, "shape": shape_of(inked), "at": middle, "area": area})
+            found.append({"size": size, "colour": colour, "shape": shape_of(inked), "at": middle})
     return found
 
 
@@ -71,7 +75,7 @@ def shape_of(inked: np.ndarray) -> str:
 
 
 def test_what_is_drawn_is_what_is_there(drawn: list[Picture]) -> None:
-    for picture in drawn[: SMALL.scenes]:
+    for picture in drawn[: PARTS["test"].scenes]:
         assert isinstance(picture.content, Scene)
         things = sorted((t.size, t.colour, t.shape, t.x, t.y) for t in picture.content.things)
         seen = sorted((s["size"], s["colour"], s["shape"], *map(round, s["at"])) for s in seen_on(picture.image()))  # type: ignore[call-overload]
@@ -79,7 +83,7 @@ def test_what_is_drawn_is_what_is_there(drawn: list[Picture]) -> None:
 
 
 def test_bars_and_words_are_drawn_as_told(drawn: list[Picture]) -> None:
-    for picture in drawn[SMALL.scenes :]:
+    for picture in drawn[PARTS["test"].scenes :]:
         pixels, content = np.asarray(picture.image()), picture.content
         assert pixels.shape == (SIDE, SIDE, 3)
         inked = (pixels != PAPER).any(-1)
@@ -146,18 +150,18 @@ def answer_to(question: str, things: list[dict[str, object]]) -> str:
 
 def test_answers_about_scenes_are_right(drawn: list[Picture]) -> None:
     families = Counter()
-    for picture in drawn[: SMALL.scenes]:
+    for picture in drawn[: PARTS["test"].scenes]:
         things = seen_on(picture.image())
         for asked in picture.asked:
             assert answer_to(asked.question, things) == asked.answer, (asked, things)
             families[asked.type] += 1
     assert set(families) == {"exist", "count", "compare", "query", "relate", "nearest", "list"}
-    assert min(families.values()) > SMALL.scenes / 2
+    assert min(families.values()) > PARTS["test"].scenes / 2
     assert max(len(picture.asked) for picture in drawn) == 13
 
 
 def test_answers_about_bars_and_words_are_right(drawn: list[Picture]) -> None:
-    for picture in drawn[SMALL.scenes :]:
+    for picture in drawn[PARTS["test"].scenes :]:
         content = picture.content
         if isinstance(content, Written):
             assert [asked.answer.replace(" ", "") for asked in picture.asked] == [content.word] * 2
@@ -165,15 +169,16 @@ def test_answers_about_bars_and_words_are_right(drawn: list[Picture]) -> None:
         assert isinstance(content, Chart)
         heights = {bar.colour: bar.height for bar in content.bars}
         for asked in picture.asked:
-            named = re.findall(COLOUR, asked.question)
-            expected = {
-                "How": lambda heights, named: str(heights[named[0]]),
-                "Is": lambda heights, named: "yes" if heights[named[0]] > heights[named[1]] else "no",
-                "Which": lambda heights, _, q=asked.question: (max if "highest" in q else min)(
-                    heights, key=heights.get
-                ),
-            }[asked.question.split()[0]](heights, named)
-            assert asked.answer == expected
+            assert asked.answer == answer_about_bars(asked.question, heights)
+
+
+def answer_about_bars(question: str, heights: dict[str, int]) -> str:
+    named = re.findall(COLOUR, question)
+    if question.startswith("How high"):
+        return str(heights[named[0]])
+    if question.startswith("Which"):
+        return (max if "highest" in question else min)(heights, key=heights.__getitem__)
+    return "yes" if heights[named[0]] > heights[named[1]] else "no"
 
 
 # ---- the whole --------------------------------------------------------------------------------------
@@ -186,16 +191,16 @@ def test_it_is_the_same_every_time_and_the_parts_differ() -> None:
     assert list(islice(pictures("train"), FEW.scenes)) == first[: FEW.scenes]  # more of them begin with fewer
 
 
-def test_no_answer_is_to_be_had_blind() -> None:
-    share = blind_by_type(Counts(300, 60, 10), SMALL)
+def test_no_answer_is_to_be_had_blind(shown: list[Picture], drawn: list[Picture]) -> None:
+    share = blind_by_type(shown, drawn)
     bounds = {"all": 0.33, "exist": 0.6, "count": 0.32, "compare": 0.6, "query": 0.35, "relate": 0.3, "nearest": 0.12}
     for kind, most in bounds.items():
         assert share[kind] < most, (kind, share)
 
 
-def test_answers_are_balanced_within_a_form() -> None:
+def test_answers_are_balanced_within_a_form(shown: list[Picture]) -> None:
     answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for picture in pictures("train", Counts(300, 0, 0)):
+    for picture in shown:
         for asked in picture.asked:
             if asked.type in ("exist", "compare"):
                 answers[asked.form][asked.answer] += 1
@@ -203,19 +208,19 @@ def test_answers_are_balanced_within_a_form() -> None:
         assert max(counted.values()) < 1.3 * min(counted.values()) + 5, (form, counted)
 
 
-def test_held_out_words_are_never_in_training() -> None:
+def test_held_out_words_are_never_in_training(shown: list[Picture], drawn: list[Picture]) -> None:
     share = sum(map(is_held_out, WORDS)) / len(WORDS)
     assert 0.15 < share < 0.25
     assert len(set(WORDS)) == len(WORDS)
     assert max(map(len, WORDS)) <= LETTERS
-    train = {p.content.word for p in pictures("train", Counts(0, 0, 600)) if isinstance(p.content, Written)}
-    test = [p.content.word for p in pictures("test", Counts(0, 0, 60)) if isinstance(p.content, Written)]
+    train, test = ([p.content.word for p in part if isinstance(p.content, Written)] for part in (shown, drawn))
+    assert len(train) == 500
     assert not any(map(is_held_out, train))
-    assert sum(map(is_held_out, test)) == 30
+    assert sum(map(is_held_out, test)) == len(test) / 2
 
 
-def test_the_test_part_has_enough_questions() -> None:
-    asked = [each for picture in pictures("test") for each in picture.asked]
+def test_the_test_part_has_enough_questions(drawn: list[Picture]) -> None:
+    asked = [each for picture in drawn for each in picture.asked]
     assert len(asked) >= 3000
     assert min(Counter(map(type_of, asked)).values()) >= 100
     assert PARTS["train"].all > 10_000

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from eqat_demo.mini_vqa import task
-from eqat_demo.mini_vqa.pictures import Counts, pictures
 from eqat_demo.mini_vqa.folder import type_of
+from eqat_demo.mini_vqa.pictures import Counts, pictures
 
 
 def test_a_colour_is_right_or_wrong() -> None:

@@ -46,7 +46,7 @@ def mini_vqa_folder(cache: Path | None = None, parts: Mapping[Part, Counts] = PA
 
 
 def training_questions() -> Path:
-    """Training questions of mini-VQA about 11,000 drawn scenes, bar charts and words, made on first use (Apache-2.0)."""
+    """Training questions of mini-VQA about 11,000 drawn scenes, bar charts and words (Apache-2.0), 50 MB."""
     return mini_vqa_folder() / "train.json"
 
 
