@@ -16,7 +16,7 @@ from pyarrow import parquet
 from eqat_demo.mini_vqa.bars import Chart
 from eqat_demo.mini_vqa.blind import blind_by_type
 from eqat_demo.mini_vqa.drawing import INK, PAPER
-from eqat_demo.mini_vqa.folder import mini_vqa_folder, type_of
+from eqat_demo.mini_vqa.folder import mini_vqa_folder
 from eqat_demo.mini_vqa.pictures import PARTS, Counts, Picture, pictures
 from eqat_demo.mini_vqa.scenes import GRID, SIDE, SQUARE, Scene
 from eqat_demo.mini_vqa.words import LETTERS, WORDS, Written, is_held_out
@@ -222,7 +222,7 @@ def test_held_out_words_are_never_in_training(shown: list[Picture], drawn: list[
 def test_the_test_part_has_enough_questions(drawn: list[Picture]) -> None:
     asked = [each for picture in drawn for each in picture.asked]
     assert len(asked) >= 3000
-    assert min(Counter(map(type_of, asked)).values()) >= 100
+    assert min(Counter(each.type for each in asked).values()) >= 100
     assert PARTS["train"].all > 10_000
 
 
@@ -233,7 +233,7 @@ def test_the_folder_is_read_as_training_data_and_as_a_task(tmp_path: Path) -> No
     records = read_records(str(folder / "train.json"))
     assert len(records) == sum(len(picture.asked) for picture in pictures("train", FEW))
     rows = parquet.read_table(folder / "test.parquet").to_pylist()
-    asked = [(each.question, each.answer, type_of(each)) for p in pictures("test", FEW) for each in p.asked]
+    asked = [(each.question, each.answer, each.type) for p in pictures("test", FEW) for each in p.asked]
     assert sorted((row["question"], row["answer"], row["type"]) for row in rows) == sorted(asked)
     assert [row["question_id"] for row in rows] != sorted(row["question_id"] for row in rows)
     first = json.loads((folder / "train.json").read_text())[0]

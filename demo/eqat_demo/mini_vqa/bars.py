@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from random import Random
@@ -15,9 +15,6 @@ HEIGHTS = range(10, 95, 5)
 
 VALUE, RANK = "bar_value", "bar_rank"
 """The two families of questions."""
-
-QUESTIONS = {VALUE: 2, RANK: 2}
-"""How many of each a chart is asked."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +55,7 @@ def ranks(chart: Chart, random: Random) -> Iterator[Asked]:
     for one, other in permutations(chart.bars, 2):
         answer = "yes" if one.height > other.height else "no"
         yield Asked(RANK, f"{RANK}/higher", f"Is the {one.colour} bar higher than the {other.colour} bar?", answer)
+
+
+FAMILIES: dict[Callable[[Chart, Random], Iterator[Asked]], int] = {values: 2, ranks: 2}
+"""The families, and how many questions of each a chart is asked."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import chain
 
-from eqat_demo.mini_vqa.asked import Asked
-from eqat_demo.mini_vqa.folder import type_of
+from eqat_demo.llava.accuracy import accuracy_by_type, blind_answers
 from eqat_demo.mini_vqa.pictures import Picture, pictures
 
 
@@ -21,16 +20,5 @@ def blind_by_type(train: Iterable[Picture], test: Iterable[Picture]) -> dict[str
     A guess from the form of a question (which attributes its names have, and what it asks for) is better than one
     from its very words: most words come a few times only.
     """
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for asked in _asked(train):
-        answers[asked.form][asked.answer] += 1
-    guesses = {form: counted.most_common(1)[0][0] for form, counted in answers.items()}
-    right: dict[str, list[bool]] = defaultdict(list)
-    for asked in _asked(test):
-        for kind in ("all", type_of(asked)):
-            right[kind].append(guesses.get(asked.form) == asked.answer)
-    return {kind: sum(each) / len(each) for kind, each in right.items()}
-
-
-def _asked(drawn: Iterable[Picture]) -> Iterable[Asked]:
-    return (asked for picture in drawn for asked in picture.asked)
+    shown, asked = (list(chain.from_iterable(picture.asked for picture in part)) for part in (train, test))
+    return accuracy_by_type(blind_answers(shown, asked), asked)

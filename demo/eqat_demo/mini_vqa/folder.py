@@ -1,8 +1,7 @@
 """mini-VQA as a folder in the asset cache, laid out as that of easy-VQA.
 
 `images/`, `train.json` in LLaVA's format, and `test.parquet` with the columns question_id, image (bytes of a PNG file),
-question, answer and type, its rows shuffled, always in the same way. The type of a question about a word that training
-does not show is `word_held_out`.
+question, answer and type, its rows shuffled, always in the same way.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eqat_demo.assets import asset_cache, building, is_finished
-from eqat_demo.mini_vqa.asked import Asked
 from eqat_demo.mini_vqa.pictures import PARTS, Counts, Part, pictures
-from eqat_demo.mini_vqa.words import HELD_OUT
 from eqat_demo.question_files import record, write_parquet
 from eqat_mm.runtime.files import write_json, write_text
 from eqat_mm.runtime.progress import progress, say
@@ -50,20 +47,15 @@ def training_questions() -> Path:
     return mini_vqa_folder() / "train.json"
 
 
-def type_of(asked: Asked) -> str:
-    """Return under which type an answer is scored."""
-    return "word_held_out" if asked.form == HELD_OUT else asked.type
-
-
 def _drawn(folder: Path, part: Part, counts: Counts) -> list[dict[str, Any]]:
     """Write the images of a part, and return its records."""
     images = Path("images") / part
     (folder / images).mkdir(parents=True)
-    records = []
+    records: list[dict[str, Any]] = []
     for number, picture in enumerate(progress(pictures(part, counts), what=f"mini-VQA {part}", total=counts.all)):
         file = images / f"{number}.png"
         picture.image().save(folder / file)
         for asked in picture.asked:
             name = f"{part}-{len(records)}"
-            records.append(record(name, str(file), asked.question, asked.answer, type_of(asked)))
+            records.append(record(name, str(file), asked.question, asked.answer, asked.type))
     return records

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
 from PIL.Image import Image
 
+from eqat_demo.mini_vqa import bars, scene_questions
 from eqat_demo.mini_vqa.asked import Asked
 from eqat_demo.mini_vqa.balance import Balance
-from eqat_demo.mini_vqa.bars import QUESTIONS, RANK, VALUE, Chart, random_chart, ranks, values
+from eqat_demo.mini_vqa.bars import Chart, random_chart
 from eqat_demo.mini_vqa.drawing import drawn
-from eqat_demo.mini_vqa.scene_questions import FAMILIES
 from eqat_demo.mini_vqa.scenes import Scene, random_scene
 from eqat_demo.mini_vqa.words import Written, random_word, word_questions
 from eqat_mm.runtime.seeding import derive_seed
@@ -70,19 +70,17 @@ def pictures(part: Part, counts: Counts | None = None) -> Iterator[Picture]:
     for number in range(counts.scenes):
         random = _random(part, "scene", number)
         scene = random_scene(random)
-        yield Picture(scene, _about(scene, FAMILIES, balance, random))
+        yield Picture(scene, _about(scene, scene_questions.FAMILIES, balance, random))
     for number in range(counts.charts):
         random = _random(part, "chart", number)
         chart = random_chart(random)
-        yield Picture(chart, _about(chart, {values: QUESTIONS[VALUE], ranks: QUESTIONS[RANK]}, balance, random))
+        yield Picture(chart, _about(chart, bars.FAMILIES, balance, random))
     for number in range(counts.words):
         written = random_word(_random(part, "word", number), held_out=part == "test" and number % 2 == 1)
         yield Picture(written, word_questions(written))
 
 
-def _about(
-    content: Any, families: Mapping[Callable[[Any, Random], Iterator[Asked]], int], balance: Balance, random: Random
-) -> list[Asked]:
+def _about(content: Any, families: Mapping[Any, int], balance: Balance, random: Random) -> list[Asked]:
     chosen = (balance.choose(ask(content, random), count, random) for ask, count in families.items())
     return [each for questions in chosen for each in questions]
 

@@ -5,7 +5,7 @@ Each function draws questions of one family, some of every kind; `balance` choos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from random import Random
 
@@ -93,7 +93,7 @@ def _alike(scene: Scene, attribute: str) -> list[Name]:
 def is_beside(thing: Thing, side: str, place: Thing) -> bool:
     """Whether a thing is `left of`, `right of`, `above` or `below` another."""
     axis, sign = _SIDES[side]
-    return sign * (getattr(thing, axis) - getattr(place, axis)) > 0
+    return bool(sign * (getattr(thing, axis) - getattr(place, axis)) > 0)
 
 
 def nearest(scene: Scene, random: Random) -> Iterator[Asked]:
@@ -119,7 +119,15 @@ def in_order(scene: Scene, random: Random) -> Iterator[Asked]:
             yield _asked("list", (attribute, words), f"List the {attribute}s from {words}.", answer)
 
 
-FAMILIES = {exist: 2, count: 3, compare: 2, query: 2, relate: 2, nearest: 1, in_order: 1}
+FAMILIES: dict[Callable[[Scene, Random], Iterator[Asked]], int] = {
+    exist: 2,
+    count: 3,
+    compare: 2,
+    query: 2,
+    relate: 2,
+    nearest: 1,
+    in_order: 1,
+}
 """The families, and how many questions of each a scene is asked."""
 
 

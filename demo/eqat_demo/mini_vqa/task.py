@@ -12,6 +12,7 @@ from typing import Any
 from eqat_demo.easy_vqa_task import score as exact
 from eqat_demo.mini_vqa.bars import VALUE
 from eqat_demo.mini_vqa.folder import mini_vqa_folder
+from eqat_demo.mini_vqa.words import HELD_OUT, SEEN
 
 FILE_VARIABLE = "EQAT_MINI_VQA"
 """Environment variable that replaces the parquet file of test questions."""
@@ -35,9 +36,9 @@ def score(question: Mapping[str, Any], answers: Sequence[str]) -> dict[str, floa
     number that is wrong by a twentieth at most.
     """
     scores, given, right = exact(question, answers), _plain(answers[0]), question["answer"].lower()
-    if question["type"].startswith("word"):
+    if question["type"] in (SEEN, HELD_OUT):
         scores["character_error"] = error = min(1.0, edits(given, right) / len(right))
-        if question["type"] == "word_held_out":
+        if question["type"] == HELD_OUT:
             scores["character_error_held_out"] = error
     if question["type"] == VALUE:
         scores["relaxed_accuracy"] = float(_is_near(given, right))

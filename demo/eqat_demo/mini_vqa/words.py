@@ -15,8 +15,8 @@ from eqat_mm.runtime.seeding import derive_seed
 LETTERS = 2 * GRID
 """Letters that fit in a row."""
 
-HELD_OUT, SEEN = "word/held out", "word/seen"
-"""Forms of questions, by whether training shows the word."""
+HELD_OUT, SEEN = "word_held_out", "word"
+"""Families of questions, by whether training shows the word."""
 
 _LIST = """
 able acid actor address after again agent album alone anchor angle animal answer apple april arch arm army arrow
@@ -88,8 +88,8 @@ def random_word(random: Random, *, held_out: bool) -> Written:
 
 def word_questions(written: Written) -> list[Asked]:
     """Return what is asked about a word: to read it, and to spell it."""
-    form = HELD_OUT if is_held_out(written.word) else SEEN
+    family = HELD_OUT if is_held_out(written.word) else SEEN
     return [
-        Asked("word", form, "What word is written here?", written.word),
-        Asked("word", form, "Spell the word that is written here.", " ".join(written.word)),
+        Asked(family, "word/read", "What word is written here?", written.word),
+        Asked(family, "word/spell", "Spell the word that is written here.", " ".join(written.word)),
     ]
