@@ -50,7 +50,7 @@ class Drawn:
 MINI = Bed(
     CONFIG,
     train_vision_tower,
-    vision_steps=2500,
+    vision_steps=1200,
     part=Drawn,
     plan=Plan(steps=2500, images=8, questions=13, rank=16),
     longest=24,
