@@ -4,10 +4,10 @@
     python benchmarks/quality.py --methods rtn gptq awq hqq --budgets 192
     python benchmarks/quality.py --show                                 # what there is, and what is not run
 
-`--output` (benchmarks/quality) gets `results.json`, `results.md` and `answers.md`, anew behind each row. A row is there
-once: it is kept as long as what decides it is the same, which is the model, the windows, the settings or the peer's
-script and versions, and what it is asked; its hash is in `results.json`. A killed table goes on where it stopped, within
-a row, too, where the method can. Another revision of this project is not noticed: `--again ours` makes its rows anew.
+`--output` (benchmarks/quality) gets `results.json`, `results.md` and `answers.md`, anew behind each row. A finished row
+is kept as long as what decides it is the same: the model, the windows, the settings, a peer's versions, and what is
+asked; its hash is in `results.json`. A killed table goes on where it stopped, within a row, too, where the method can.
+Another revision of this project is not noticed: `--again ours` makes its rows anew.
 
 Peers run in environments of their own (`peer_environments.py`). A row that fails is said and left out; the next start
 tries it again.
@@ -20,12 +20,12 @@ import hashlib
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quality_judging import PROMPTS, TOKENS, Judge
+from quality_judging import TOKENS, Judge
 from quality_making import RowFailedError, Source, make, recipe_of
 from quality_rows import BUDGETS, FULL_PRECISION, METHODS, SEEDS, SPECS, Row, rows_of
 from quality_table import answers, head, markdown
@@ -78,9 +78,10 @@ class Store:
         known = {row.key: self.rows[row.key] for row in rows if row.key in self.rows}
         write_json(self.folder / "results.json", {"model": self.source.model, "rows": known})
         write_text(
-            self.folder / "results.md", head(self.source.model, known) + markdown(rows, known, self.columns).rstrip() + "\n"
+            self.folder / "results.md",
+            head(self.source.model, known) + markdown(rows, known, self.columns).rstrip() + "\n",
         )
-        write_text(self.folder / "answers.md", answers(rows, known, PROMPTS).rstrip() + "\n")
+        write_text(self.folder / "answers.md", answers(rows, known).rstrip() + "\n")
 
 
 def what_decides(row: Row, source: Source, judge: Judge) -> str:
@@ -97,7 +98,7 @@ def _hash(value: Any) -> str:
 def add_row(row: Row, store: Store, judge: Judge, decides: str, folder: Path) -> bool:
     """Make and judge a row, and keep it; return whether that went well."""
     say(f"== {row.key}")
-    facts = {"decides": decides, "made": datetime.now(UTC).date().isoformat()}
+    facts = {"row": asdict(row), "decides": decides, "made": datetime.now(UTC).date().isoformat()}
     record = provenance("quality", {}, row.seed)
     facts |= {"revision": record["revision"], "versions": record["versions"]}
     try:
@@ -154,9 +155,9 @@ def main() -> int:
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--specs", nargs="+", default=list(SPECS), help="such as w4g64")
-    parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS), help="windows a method may see")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--specs", nargs="+", default=SPECS, help="such as w4g64")
+    parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, help="windows a method may see")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--texts", nargs="+", choices=list(TEXTS), default=list(TEXTS), help="columns")
     parser.add_argument("--again", nargs="+", choices=list(METHODS), default=[], help="methods to make anew")
     parser.add_argument("--show", action="store_true", help="write the tables and print them; make nothing")

@@ -80,7 +80,7 @@ class Judge:
         model: Any = load_model(folder, CPU)
         chat = self.tokenizer.chat_template is not None
         said = judge_generation(model, self.tokenizer, self.prompts, self.tokens, chat=chat)
-        return {"texts": found, "generation": said.as_dict()}
+        return {"texts": found, "generation": said.as_dict() | {"asked": list(self.prompts)}}
 
 
 def require_grid(folder: Path, bits: int, smallest_group: int = 32) -> None:

@@ -33,6 +33,8 @@ LONG_STEPS = {2: 600, 3: 500, 4: 400}
 """Of our longer E2E-QP, by bits, 4 windows each (its recipe)."""
 VALIDATION = 16
 """Windows of Block-AP among those that it may see."""
+SCRIPTS = 1
+"""Raise it whenever a peer's script makes another model: its rows are then made anew."""
 _OURS_ALONE = ("PYTHONPATH",)
 """Variables that a peer is not to inherit."""
 
@@ -68,7 +70,7 @@ def recipe_of(row: Row, source: Source) -> dict[str, Any]:
     environment, script = method.peer
     return {
         "pins": pins_of(environment),
-        "script": (PEERS / f"{script}.py").read_text(encoding="utf-8"),
+        "script": [script, SCRIPTS],
         "asked": {"bits": row.bits, "group_size": row.group_size, "seed": row.seed, "options": method.options},
     }
 

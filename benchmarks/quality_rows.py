@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -89,12 +90,12 @@ class Row:
 
 
 def rows_of(
-    methods: list[str], specs: list[str], budgets: list[int] = list(BUDGETS), seeds: list[int] = list(SEEDS)
+    methods: Sequence[str], specs: Sequence[str], budgets: Sequence[int] = BUDGETS, seeds: Sequence[int] = SEEDS
 ) -> list[Row]:
     """Return the rows of some methods, cheap ones first, the smaller budget before the larger one."""
     found: dict[Row, None] = {}
     for name in (name for name in METHODS if name in methods):
         method = METHODS[name]
-        for windows, spec, seed in product(budgets, [""] if name == FULL_PRECISION else specs, seeds):
+        for windows, spec, seed in product(budgets, ("",) if name == FULL_PRECISION else specs, seeds):
             found[Row(name, spec, windows * method.reads, seed * method.draws)] = None
     return list(found)

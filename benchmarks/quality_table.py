@@ -105,13 +105,15 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def answers(rows: Iterable[Row], found: Found, prompts: Iterable[str]) -> str:
+def answers(rows: Iterable[Row], found: Found) -> str:
     """Return what each model answered, question by question, as Markdown."""
-    lines = ["# Answers\n", "Greedy, first tokens only. Repetition: share of 4-grams that are there twice.\n"]
+    lines = ["# Answers\n", "Greedy, first tokens only.\n"]
     said = [(row.key, found[row.key]["generation"]) for row in rows if "generation" in found.get(row.key, {})]
-    for number, prompt in enumerate(prompts):
+    for prompt in dict.fromkeys(prompt for _, each in said for prompt in each["asked"]):
         lines.append(f"## {prompt}\n")
-        lines += [f"- **{key}**: {' '.join(each['texts'][number].split())}" for key, each in said]
+        for key, each in said:
+            texts = dict(zip(each["asked"], each["texts"], strict=True))
+            lines += [f"- **{key}**: {' '.join(texts[prompt].split())}"] if prompt in texts else []
         lines.append("")
     return "\n".join(lines)
 
@@ -121,7 +123,8 @@ def head(model: str, found: Found) -> str:
     return (
         f"# {model}: every method on the same windows, judged alike\n\n"
         f"Windows of {LENGTH} tokens that a method may see; nothing else is read. Gap closed: share of the gap in\n"
-        "log-perplexity between rounding and full precision. KL, top-1 agreement and flips are against full precision.\n"
-        "Means of seeds, ± the farthest. Minutes are CPU minutes of all processes of making the model, on machines\n"
-        f"that other work may have shared. {sum('texts' in row for row in found.values())} rows so far.\n\n"
+        "log-perplexity between rounding and full precision. KL, top-1 agreement and flips are against full\n"
+        "precision. Means of seeds, ± the farthest. Minutes are CPU minutes of all processes that make the model,\n"
+        "memory that of the largest, on machines that other work may have shared.\n"
+        f"{sum('texts' in row for row in found.values())} rows so far.\n\n"
     )

@@ -1,7 +1,7 @@
 """auto-round: rounding and ranges of a block's weights by signed gradients.
 
-`options`: `iters` of a block, `sym` (full-range grid, its default) or not. Windows are as many as there are; the rest is
-the package's default.
+`options`: `iters` of a block, `sym` (full-range grid, its default) or not. It takes all windows; the rest is the
+package's default.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def _weight(linear: nn.Linear, group_size: int) -> Tensor:
     weight = linear.weight.detach().float()
     scale = linear.scale.float().reshape(len(weight), -1)
     zero_point = linear.zp if isinstance(linear.zp, Tensor) else torch.tensor(float(linear.zp))
-    zero_point = zero_point.float().expand(scale.numel()).reshape(scale.shape) if zero_point.numel() == 1 else zero_point
+    zero_point = (
+        zero_point.float().expand(scale.numel()).reshape(scale.shape) if zero_point.numel() == 1 else zero_point
+    )
     zero_point = zero_point.float().reshape(scale.shape)
     codes = (weight.unflatten(1, (-1, group_size)) / scale.unsqueeze(-1)).round() + zero_point.unsqueeze(-1)
     return dequantized(codes.flatten(1), scale, zero_point)
