@@ -27,6 +27,7 @@ from llava_adapters import (
     olmo2,
     phi3,
     qwen2,
+    qwen2_5_vl,
     qwen3,
     qwen3_moe,
     smollm3,
@@ -53,6 +54,7 @@ _BUILT_IN: tuple[Arch, ...] = tuple(
         qwen3_moe,
         llava,
         llava_next,
+        qwen2_5_vl,
     )
 )
 
