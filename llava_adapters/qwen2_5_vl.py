@@ -18,12 +18,17 @@ FULL_PRECISION = ("model.visual", "model.language_model.embed_tokens", "model.la
 
 def processor() -> Any:
     """Return a processor for the tiny model: patches of 4 x 4 pixels, four of them to a token."""
+    return processor_of(transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor)
+
+
+def processor_of(kind: Any, videos: Any) -> Any:
+    """Return a processor of one of these classes."""
     pixels: dict[str, Any] = {"size": {"shortest_edge": 256, "longest_edge": 1024}, "patch_size": 4}
     tokenizer = seeing_tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    return transformers.Qwen2_5_VLProcessor(
+    return kind(
         transformers.Qwen2VLImageProcessor(**pixels),
         tokenizer,
-        transformers.Qwen2VLVideoProcessor(**pixels),
+        videos(**pixels),
         chat_template=chat_template(IMAGE),
     )
 

@@ -19,6 +19,18 @@ from llava_adapters.tiny import VOCABULARY, random_model, text_batches, tiny_con
 SIZES = ((40, 30), (30, 50), (24, 24))
 """Widths and heights of the images of a batch, in pixels: the first two in one sample, the third in another."""
 
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+"""A tiny vision tower: 16 patches of 4 x 4 pixels."""
+
+SIGLIP = VISION | {"model_type": "siglip_vision_model", "vision_use_head": False}
+
 
 def text_config(model_type: str, **overrides: Any) -> dict[str, Any]:
     """Return the fields of `tiny_config`, with its model type, as they stand in config.json."""
