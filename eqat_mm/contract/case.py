@@ -66,7 +66,8 @@ class Case:
             split: its experts, as the walker sees them.
         """
         auto = getattr(transformers, self.arch.auto_class)
-        model = auto.from_pretrained(folder or self.saved, dtype=torch.float32).eval()
+        # Without gradients, as blocks are read: torch chooses another product of matrices for what will have some.
+        model = auto.from_pretrained(folder or self.saved, dtype=torch.float32).eval().requires_grad_(False)
         if split:
             self.arch.split_experts(model)
         return model

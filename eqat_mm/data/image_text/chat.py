@@ -30,6 +30,7 @@ from eqat_mm.data.image_text.columns import OFFSETS, REPLACED
 from eqat_mm.data.image_text.conversations import IMAGE, Conversation, Turn
 from eqat_mm.data.image_text.image_tokens import ImageTokens, Size, places_of
 from eqat_mm.data.image_text.problems import BadSample
+from eqat_mm.data.image_text.processors import tokens_of_images
 from eqat_mm.data.image_text.prompt import Renderer
 from eqat_mm.data.image_text.text_speaker import TextSpeaker
 from eqat_mm.errors import ConfigError
@@ -66,7 +67,7 @@ class Chat:
         self._renderer = Renderer(processor if self._sees else self.tokenizer)
         self._ends = _turn_ends(processor)
         self._image_tokens = ImageTokens(processor, self._renderer)
-        self.of_images = torch.tensor(_of_images(processor))
+        self.of_images = torch.tensor(tokens_of_images(processor))
 
     def text(self, conversation: Conversation) -> str:
         """Return a conversation as its model's text, with one image token per image.
@@ -257,14 +258,8 @@ def _turn_ends(processor: Any) -> set[int]:
     """Return the special tokens that can end a turn: those that stand for no image, no word and no beginning."""
     tokenizer = processor.tokenizer
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    others = {*_of_images(processor), tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
+    others = {*tokens_of_images(processor), tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
     return (special | set(tokenizer.all_special_ids)) - others
-
-
-def _of_images(processor: Any) -> list[int]:
-    """Return the tokens that a processor writes for images."""
-    known = {processor.image_token_id, *getattr(processor, "image_token_ids", ())}
-    return sorted(token for token in known if isinstance(token, int))
 
 
 def _moved(character: int, expanded: list[dict[str, Any]]) -> int:
