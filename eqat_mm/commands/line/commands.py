@@ -76,6 +76,9 @@ COMMANDS: dict[str, Command] = {
         "verbs.report:ReportJob:report",
         "one page about a run, or all runs of a model: ladder, losses, grids, provenance",
     ),
+    "export": Command(
+        "verbs.export:ExportJob:export", "write a packed checkpoint as the files of another engine, such as llama.cpp"
+    ),
     "verify": Command("verbs.verify:VerifyJob:verify", "check every file of a packed checkpoint against its hash"),
     "check-adapter": Command(
         "verbs.check_adapter:CheckAdapterJob:check_adapter",
