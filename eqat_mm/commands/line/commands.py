@@ -77,6 +77,7 @@ COMMANDS: dict[str, Command] = {
         "one page about a run, or all runs of a model: ladder, losses, grids, provenance",
     ),
     "verify": Command("verbs.verify:VerifyJob:verify", "check every file of a packed checkpoint against its hash"),
+    "adapter": Command("verbs.adapter:AdapterJob:adapter", "tasks as small files of step sizes: save, apply, list"),
     "check-adapter": Command(
         "verbs.check_adapter:CheckAdapterJob:check_adapter",
         "try an adapter on a tiny model of its kind: what it declares, trains and writes",
