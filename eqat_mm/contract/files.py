@@ -35,7 +35,7 @@ def kept(case: Case) -> None:
     for name in (name for name in opened.source.names() if name.removesuffix(".weight") not in packed):
         same = name in written and same_bytes(opened.source.read(name), written.read(name))
         case.require(
-            same and opened.source.stored_name(name) == written.stored_name(name),
+            same and opened.source.published_name(name) == written.published_name(name),
             f"{name} differs, or has another name in the files",
             "byte for byte what the source holds",
             "look at `stages` and `full_precision`",
