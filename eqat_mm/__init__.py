@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from eqat_mm.errors import EqatError
+from eqat_mm.runtime.after_import import after_import
 
 if TYPE_CHECKING:
     from eqat_mm.api import adapters
@@ -49,6 +50,10 @@ _HOMES = {
     "train_only": "eqat_mm.api.training",
     "tune": "eqat_mm.api.phases",
 }
+
+
+# from here on transformers' own `from_pretrained` gives packed modules for our folders
+after_import("transformers.quantizers.auto", lambda: import_module("eqat_mm.api.from_pretrained"))
 
 
 def __getattr__(name: str) -> Any:
