@@ -51,7 +51,7 @@ class LLMQATConfig(EndToEndConfig):
     Attributes:
         bits: of weights, activations and KV cache, for example 4-8-4; 16 leaves activations or cache as they are.
         group_size: consecutive input channels of a weight that share a step size; -1 for all (paper).
-        loss: `logits` (paper) learns the full-precision model's softmax, `labels` the next token.
+        loss: what is learned: `kl` to the full-precision model's predictions (paper), or `cross-entropy`.
         smooth: strength of SmoothQuant, 0 to 1, before anything is quantized; null leaves it out.
         smooth_samples: samples of the data for the statistics of SmoothQuant.
         max_steps: optimizer steps; overrides `epochs` where it is given. 0 trains nothing: the model is rounded to
@@ -60,7 +60,7 @@ class LLMQATConfig(EndToEndConfig):
 
     bits: str = "4-8-8"
     group_size: GroupSize = -1
-    loss: Literal["logits", "labels"] = "logits"
+    loss: Literal["kl", "cross-entropy"] = "kl"
     smooth: Fraction | None = None
     smooth_samples: Count = 32
     max_steps: CountOrZero | None = None
