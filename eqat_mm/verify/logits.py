@@ -60,8 +60,8 @@ def logits_check(
 def _compared(what: str, ours: Tensor, theirs: Tensor) -> tuple[float, bool, str]:
     error = float((theirs - ours).abs().max() / ours.abs().max())
     agree = float((theirs.argmax(-1) == ours.argmax(-1)).float().mean())
-    kinds = (logits.flatten(0, -2).log_softmax(-1) for logits in (theirs, ours))
-    kl = float(torch.nn.functional.kl_div(*kinds, log_target=True, reduction="batchmean"))
+    found, expected = (logits.flatten(0, -2).log_softmax(-1) for logits in (theirs, ours))
+    kl = float(torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean"))
     line = f"on {what} they differ by {error:.1e} of the largest, KL {kl:.1e}, top-1 agreement {agree:.1%}"
     return error if np.isfinite(error) else np.inf, bool(np.isfinite(kl)), line
 
@@ -107,7 +107,8 @@ def _dense(source: Opened, manifest: Manifest, weights: Iterable[tuple[str, Arra
             state[name] = torch.from_numpy(source.slabs[names[name]].numbers())
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights(missing_keys=wanted - state.keys(), recompute_mapping=False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def in_model(source: Opened, manifest: Manifest) -> Callable[[str], str]:

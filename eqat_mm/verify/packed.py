@@ -112,7 +112,7 @@ def _misfits(one: Opened, linear: str) -> Iterator[str]:
     whole = "weight_packed" not in stored
     rows, columns = stored.get("weight", (0, 0)) if whole else slabs[f"{linear}.weight_shape"].stored().tolist()
     groups = 1 if spec.group_size == -1 else columns // spec.group_size
-    wanted = {"weight_scale": (rows, groups)}
+    wanted: dict[str, tuple[int, ...]] = {"weight_scale": (rows, groups)}
     wanted |= (
         {"weight": (rows, columns)}
         if whole
