@@ -172,6 +172,25 @@ def described(config: dict[str, Any], scale_dtype: torch.dtype | None, where: st
         ) from error
 
 
+def is_as_written(entry: dict[str, Any]) -> bool:
+    """Whether a `quantization_config` is one that `quantization_config` returns, of whatever version."""
+    try:
+        spec, widths = _described(entry, None)
+        kept = (entry.get("kv_cache_scheme") or {}).get("group_size")
+        return _alike(entry) == _alike(quantization_config(spec, entry["ignore"], widths, kept))
+    except (KeyError, TypeError, ValueError, AttributeError, EqatError):
+        return False
+
+
+def _alike(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry without what some versions write, and others do not."""
+    groups = {
+        name: {key: value for key, value in group.items() if key != "format"}
+        for name, group in entry["config_groups"].items()
+    }
+    return {key: value for key, value in entry.items() if key != "dequantize"} | {"config_groups": groups}
+
+
 def _described(entry: Any, scale_dtype: torch.dtype | None) -> tuple[QuantSpec, BitWidths]:
     if entry["format"] not in (PACKED, BYTES):
         raise ValueError("which is read by others")

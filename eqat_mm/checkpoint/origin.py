@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from eqat_mm.blocks.source import WeightSource
 from eqat_mm.checkpoint.manifest import Manifest, read_manifest
+from eqat_mm.checkpoint.match import needless
+from eqat_mm.checkpoint.shards import Header
 from eqat_mm.checkpoint.spelling import without_stale
 from eqat_mm.errors import CheckpointError
 
@@ -38,6 +40,34 @@ class Origin:
     shards: dict[str, dict[str, str]]
     published: dict[str, str]
     dtypes: dict[str, torch.dtype]
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        folder: Path,
+        manifest: Manifest,
+        config: dict[str, Any],
+        shards: dict[str, dict[str, tuple[str, Header]]],
+        published: dict[str, str],
+    ) -> Origin:
+        """Note what `model`, which was just filled from `shards`, as `PackedSource` gives them, was loaded from."""
+        headers = dict(each for held in shards.values() for each in held.values())
+        ignored = needless(model, headers)
+        return cls(
+            folder=folder.absolute(),
+            manifest=manifest,
+            config=config,
+            settings=model.config.to_dict(),
+            generation=None if model.generation_config is None else model.generation_config.to_dict(),
+            shards={file: {stored: name for stored, (name, _) in held.items()} for file, held in shards.items()},
+            published=published,
+            dtypes={
+                name: header.dtype
+                for name, header in headers.items()
+                if header.dtype is not None and name not in ignored
+            },
+        )
 
     def config_of(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return the content of config.json with what was changed in the model's configuration since."""

@@ -83,20 +83,10 @@ def load(
     teach_peft()
     if manifest.has_adapters:
         load_adapters(model, folder / ADAPTER)
-    _freeze_all_but_step_sizes(model)
+    freeze_all_but_step_sizes(model)
     nn.Module.to(model, device)
     model.eval()
-    origin = Origin(
-        folder=folder.absolute(),
-        manifest=manifest,
-        config=raw,
-        settings=model.config.to_dict(),
-        generation=None if model.generation_config is None else model.generation_config.to_dict(),
-        shards={file: {stored: name for stored, (name, _) in held.items()} for file, held in shards.items()},
-        published=published,
-        dtypes={name: header.dtype for name, header in headers.items() if header.dtype is not None},
-    )
-    return as_packed(model, origin)
+    return as_packed(model, Origin.of(model, folder, manifest, raw, shards, published))
 
 
 def load_block(
@@ -169,7 +159,8 @@ def _require_shape(name: str, value: Tensor, linear: PackedLinear, where: str) -
         raise CheckpointError(where, given, allowed, "copy or make the checkpoint again")
 
 
-def _freeze_all_but_step_sizes(model: nn.Module) -> None:
+def freeze_all_but_step_sizes(model: nn.Module) -> None:
+    """Leave the step sizes of packed linears trainable, and nothing else."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, PackedLinear):

@@ -116,9 +116,14 @@ class PackedModel:
         return sum(path.stat().st_size for path in {one.path for one in self.source.stored})
 
     @cached_property
+    def full_config(self) -> Any:
+        """Configuration of the model, as transformers reads it, with all defaults."""
+        return read_config(self.folder)
+
+    @property
     def text_config(self) -> Any:
-        """Configuration of the language model, as transformers reads it, with all defaults."""
-        return read_config(self.folder).get_text_config(decoder=True)
+        """That of the language model."""
+        return self.full_config.get_text_config(decoder=True)
 
     def shards(self) -> Iterator[list[str]]:
         """Yield, file by file, the names of quantized linears and of other tensors in it: what to hold at once."""

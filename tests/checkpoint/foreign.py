@@ -18,6 +18,7 @@ from eqat_mm.checkpoint import read_manifest
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.stock import stock_reader
 from llava_adapters import arch_for
 from tests.tolerances import assert_close
 
@@ -29,9 +30,10 @@ def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def foreign(folder: Path) -> PreTrainedModel:
-    """Load as anyone does."""
+    """Load as those do who have not imported this package."""
     auto = getattr(transformers, arch_for(read_manifest(folder).arch).auto_class)
-    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
+    with stock_reader():
+        model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
     return model
 
 
