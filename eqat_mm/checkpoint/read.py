@@ -23,7 +23,7 @@ from eqat_mm.checkpoint.manifest import ADAPTER, checkpoint_folder, read_manifes
 from eqat_mm.checkpoint.match import needless, require_match, wanted_tensors
 from eqat_mm.checkpoint.origin import Origin
 from eqat_mm.checkpoint.pretrained import as_packed
-from eqat_mm.checkpoint.source import PackedSource, packed_names
+from eqat_mm.checkpoint.source import PackedSource, packed_names, published_packed_names
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
@@ -65,8 +65,9 @@ def load(
     manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
     raw = read_json_object(folder / CONFIG)
     model = skeleton(folder, manifest)
-    source = PackedSource(folder, packed_names(model))
+    source, publish = PackedSource(folder, packed_names(model)), published_packed_names(model)
     shards = source.shards()
+    published = {stored: publish(stored) for held in shards.values() for stored in held}
     headers = {name: header for stored in shards.values() for name, header in stored.values()}
     scales = [name for name in headers if name.endswith(SCALE_SUFFIX)]
     require_described(folder, raw, manifest, headers[scales[0]].dtype if scales else None)
@@ -82,19 +83,10 @@ def load(
     teach_peft()
     if manifest.has_adapters:
         load_adapters(model, folder / ADAPTER)
-    _freeze_all_but_step_sizes(model)
+    freeze_all_but_step_sizes(model)
     nn.Module.to(model, device)
     model.eval()
-    origin = Origin(
-        folder=folder.absolute(),
-        manifest=manifest,
-        config=raw,
-        settings=model.config.to_dict(),
-        generation=None if model.generation_config is None else model.generation_config.to_dict(),
-        shards={file: {stored: name for stored, (name, _) in held.items()} for file, held in shards.items()},
-        dtypes={name: header.dtype for name, header in headers.items() if header.dtype is not None},
-    )
-    return as_packed(model, origin)
+    return as_packed(model, Origin.of(model, folder, manifest, raw, shards, published))
 
 
 def load_block(
@@ -118,7 +110,11 @@ def load_block(
     release(block)
     for path, linear in opened.arch.named_linears(block):
         set_submodule(block, path, empty_packed(linear, spec, UNQUANTIZED, f"{name}.{path}"))
-    stored = {opened.source.stored_name(f"{name}.{part}"): part for part in block.state_dict()}
+    stored = {
+        called(f"{name}.{part}"): part  # a run that was begun by an older version has the names of its source
+        for called in (opened.source.stored_name, opened.source.published_name)
+        for part in block.state_dict()
+    }
     source = PackedSource(shard.parent, lambda part: stored.get(part, part), [shard])
     headers = {part: header for part, header in source.shards()[shard.name].values()}
     require_match(wanted_tensors(block), headers, str(shard))
@@ -163,7 +159,8 @@ def _require_shape(name: str, value: Tensor, linear: PackedLinear, where: str) -
         raise CheckpointError(where, given, allowed, "copy or make the checkpoint again")
 
 
-def _freeze_all_but_step_sizes(model: nn.Module) -> None:
+def freeze_all_but_step_sizes(model: nn.Module) -> None:
+    """Leave the step sizes of packed linears trainable, and nothing else."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, PackedLinear):

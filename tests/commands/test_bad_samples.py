@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,12 @@ def test_workers_read_beside_the_training_and_their_errors_end_it(place: Path, s
     beside = replace(job(place, "workers", "skip", save_steps=0), output=tmp_path / "run", dataloader_num_workers=2)
     e2e_qp(beside)
     assert same_weights(tmp_path / "run" / "model", skipped / "model")
-    with pytest.raises(DataError, match=r"5\.jpg is unreadable"):
+    with pytest.raises(DataError, match=r"5\.jpg is unreadable") as error:
         e2e_qp(
             replace(job(place, "workers", "error", save_steps=0), output=tmp_path / "error", dataloader_num_workers=1)
         )
+    assert not active_children(), "of a training that has ended, with its error still at hand"
+    assert error.value
 
 
 @pytest.mark.slow
@@ -139,8 +142,8 @@ def test_two_processes_put_the_same_sample_in_its_place(place: Path) -> None:
         "conversations.on_bad_sample": "skip",
         "learning_rate": 2e-3,
     }
-    said = run_well(words_of(ALONE, "e2e_qp.py", settings | {"output": place / "alone", "batch_size": 2}))
-    told = run_well(words_of(DATA_PARALLEL, "e2e_qp.py", settings | {"output": place / "two", "batch_size": 1}))
+    said = run_well(words_of(ALONE, "e2e-qp", settings | {"output": place / "alone", "batch_size": 2}))
+    told = run_well(words_of(DATA_PARALLEL, "e2e-qp", settings | {"output": place / "two", "batch_size": 1}))
     assert_close(losses(place / "two"), losses(place / "alone"), "model")
     for words in (said, told):
         assert words.count("other samples stood in for 1 that could not be used: 1 image unreadable") == 1
