@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -44,6 +46,17 @@ def save_as_transformers_does(folder: Path, arch: str, dtype: torch.dtype, **tow
     model.save_pretrained(folder)  # type: ignore[operator]
     tiny_processor(arch).save_pretrained(folder)
     return batches
+
+
+def save_conversations(folder: Path, count: int) -> Path:
+    """Save small images with a question and an answer about each, in LLaVA's format; return the file."""
+    records = []
+    for number in range(count):
+        Image.new("RGB", (30 + number, 20), (30 * number, 90, 9)).save(folder / f"{number}.png")
+        turns = [{"from": "human", "value": f"<image>\nw{5 + number}"}, {"from": "gpt", "value": f"w{9 + number}"}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (folder / "mix.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder / "mix.json"
 
 
 def rename_as_published(folder: Path) -> list[str]:

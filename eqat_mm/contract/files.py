@@ -17,7 +17,7 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.stock import stock_reader
 from eqat_mm.train.rtn import run_rtn
 
-_16_BITS = 5e-3
+_16_BITS = 1e-2
 """Largest difference of logits where the other reader rounds weights to the 16 bits of the step sizes."""
 
 

@@ -72,7 +72,7 @@ def test_an_abbreviated_flag_is_none() -> None:
 def test_a_mistaken_choice_is_answered_with_the_one_that_is_meant() -> None:
     assert refusal("block-ap", "m", "--spool", "dsk").do == "did you mean --spool disk?"
     assert refusal("block-ap", "m", "--spool", "floppy").do == "set --spool to one of these"
-    assert refusal("block-ap", "m", "--spool", "floppy").allowed == "ram, disk"
+    assert refusal("block-ap", "m", "--spool", "floppy").allowed == "auto, ram, disk"
 
 
 def test_settings_in_one_word_are_told_by_name() -> None:
@@ -245,7 +245,7 @@ def test_any_recipe_makes_a_job_or_four_lines(tmp_path_factory: pytest.TempPathF
         ("block-ap", ["--fit.epochs", "-3"]),
         ("llm-qat", ["--warmup_steps", "5", "--max_steps", "4"]),
         ("generate-data", ["--count", "0"]),
-        ("demo-vlm", ["--fresh", "--processes", "0"]),
+        ("demo-vlm", ["--processes", "0"]),
     ],
 )
 def test_bad_numbers_leave_a_finished_run_as_it_is(
@@ -253,7 +253,6 @@ def test_bad_numbers_leave_a_finished_run_as_it_is(
 ) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "eqat.json").touch()
-    overwrite = [] if "--fresh" in argv else ["--overwrite"]
-    assert main([command, "--output", str(tmp_path / "run"), *overwrite, *argv]) == 2
+    assert main([command, "--output", str(tmp_path / "run"), "--overwrite", *argv]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 5
     assert (tmp_path / "run" / "model" / "eqat.json").exists()
