@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from eqat_mm.commands.line.taken import Taken
     from eqat_mm.commands.line.typed import Typed
 
-__all__ = ["main", "run_command"]
+__all__ = ["main", "run_command", "script"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0
     return run_command(arguments[0], arguments[1:])
+
+
+def script(name: str) -> int:
+    """Entry point of what a launcher starts: a command, with the arguments of this process; returns the exit status."""
+    return to_its_end(lambda: run_command(name, sys.argv[1:]))
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from eqat_mm.commands.line.recipes import named_recipe
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.M | re.S)
+SCRIPT = re.compile(r"scripts/(block_ap|e2e_qp|llm_qat|generate_data|eval)\.py ")
 MODULE = re.compile(r"(?:-m|--module) eqat_mm (.*)")
 NAME = re.compile(
     r"`((?:demo-llava|llama-2|llava-1\.5|llava-next|smollm2-135m)-[\w.-]*-(?:block-ap|[\w-]*e2e-qp|[\w-]*demo))`"
@@ -27,7 +28,10 @@ def commands_in(text: str) -> Iterator[list[str]]:
     for block in BLOCK.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             line = line.strip()
-            if (module := MODULE.search(line)) is not None:
+            if (script := SCRIPT.search(f"{line} ")) is not None:
+                words = shlex.split(line[script.end() :], comments=True)
+                yield [script[1].replace("_", "-"), *words]
+            elif (module := MODULE.search(line)) is not None:
                 yield shlex.split(module[1], comments=True)
             elif (found := re.match(r"(?:\$ )?(?:\.venv/bin/)?eqat (.*)", line)) is not None:
                 yield shlex.split(found[1], comments=True)

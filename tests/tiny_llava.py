@@ -22,7 +22,7 @@ from llava_adapters.tiny_processor import tiny_processor
 def save_tiny_llava(
     folder: Path, arch: str = "llava", dtype: torch.dtype = torch.bfloat16, **tower: Any
 ) -> list[Inputs]:
-    """Save a random LLaVA with its processor; return batches with and without images.
+    """Save a random LLaVA with its processor, under published names; return batches with and without images.
 
     Args:
         folder: to be made.
@@ -30,6 +30,13 @@ def save_tiny_llava(
         dtype: of the weights.
         tower: fields of the configuration of the language tower.
     """
+    batches = save_as_transformers_does(folder, arch, dtype, **tower)
+    rename_as_published(folder)
+    return batches
+
+
+def save_as_transformers_does(folder: Path, arch: str, dtype: torch.dtype, **tower: Any) -> list[Inputs]:
+    """Save as `save_tiny_llava`, but leave it at the mixture of names that transformers 5 writes."""
     model, batches = tiny_llava("llama", **tower) if arch == "llava" else tiny_llava_next("mistral", **tower)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -37,7 +44,6 @@ def save_tiny_llava(
             nn.init.normal_(parameter, std=0.2)
     nn.Module.to(model, dtype)
     model.save_pretrained(folder)  # type: ignore[operator]
-    rename_as_published(folder)
     tiny_processor(arch).save_pretrained(folder)
     return batches
 

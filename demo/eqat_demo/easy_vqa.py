@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eqat_demo.assets import ASSETS, fetch_asset, folder_made_of
+from eqat_demo.question_files import record, write_parquet
 from eqat_mm.errors import DataError
-from eqat_mm.runtime.files import atomic_path, read_json, write_json
-from eqat_mm.runtime.seeding import derive_seed
+from eqat_mm.runtime.files import read_json, write_json
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -144,7 +144,7 @@ def _write(source: Path, folder: Path) -> None:
         questions = _published(source, part)
         image_contents(questions)  # what is not understood is found here
         write_json(folder / f"{part}.json", _records(part, questions))
-    _write_parquet(folder / "test.parquet", folder)
+    write_parquet(folder, read_json(folder / "test.json"), "easy-VQA test order")
 
 
 def training_questions() -> Path:
@@ -158,34 +158,6 @@ def _data(source: Path) -> Path:
 
 def _records(part: Part, questions: list[tuple[str, str, int]]) -> list[dict[str, Any]]:
     return [
-        {
-            "id": f"{part}-{number}",
-            "image": f"images/{part}/{image}.png",
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{text}"},
-                {"from": "gpt", "value": answer},
-            ],
-            "type": parse_question(text).type,
-        }
+        record(f"{part}-{number}", f"images/{part}/{image}.png", text, answer, parse_question(text).type)
         for number, (text, answer, image) in enumerate(questions)
     ]
-
-
-def _write_parquet(path: Path, folder: Path) -> None:
-    import pyarrow as arrow
-    from pyarrow import parquet
-
-    records = read_json(folder / "test.json")
-    records.sort(key=lambda record: derive_seed(0, "easy-VQA test order", record["id"]))
-    rows = [
-        {
-            "question_id": record["id"],
-            "image": (folder / record["image"]).read_bytes(),
-            "question": record["conversations"][0]["value"].removeprefix("<image>\n"),
-            "answer": record["conversations"][1]["value"],
-            "type": record["type"],
-        }
-        for record in records
-    ]
-    with atomic_path(path) as temporary:
-        parquet.write_table(arrow.Table.from_pylist(rows), temporary)

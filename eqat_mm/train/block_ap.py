@@ -48,7 +48,8 @@ class BlockAPConfig(Settings):
         quant: bits, group size, symmetry.
         start: where the grids start.
         fit: how each block is trained.
-        spool: keep the activation streams in RAM or in memory-mapped files.
+        spool: keep the activation streams in RAM or in memory-mapped files; `auto` takes RAM where `eqat plan` says
+            that they fit there.
         stream_dtype: of the activation streams; `auto` takes bfloat16 on a GPU and float32 on a CPU.
         commit: how a killed run gets its streams back. `files`: each block leaves both on the disk. `recompute`: the
             tokens pass the finished blocks again, nothing is written. `auto` takes `files` where `spool` is `disk`.
@@ -62,7 +63,7 @@ class BlockAPConfig(Settings):
     quant: QuantSpec = field(default_factory=QuantSpec)
     start: WarmStartConfig = field(default_factory=WarmStartConfig)
     fit: FitConfig = field(default_factory=FitConfig)
-    spool: Literal["ram", "disk"] = "ram"
+    spool: Literal["auto", "ram", "disk"] = "auto"
     stream_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     commit: Literal["auto", "recompute", "files"] = "auto"
     precision: Precision = "auto"
@@ -248,7 +249,7 @@ def check_room(
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     stream: int = tokens * hidden * config.stream_dtype_on(device).itemsize
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
-    if config.spool == "ram":
+    if config.spool != "disk":
         require_memory(2 * stream * ranks.local // ranks.world, "activation streams")
     require_disk(folder, streams_on_disk(config) * stream + weights * 2, "activation streams and checkpoint", written)
 

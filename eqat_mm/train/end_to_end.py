@@ -11,6 +11,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, Literal, Self
 
 import torch
@@ -266,12 +267,20 @@ def run_trainer(trainer: EndToEndTrainer) -> list[dict[str, Any]]:
     if path is not None and facts is not None and facts.step >= facts.total:
         trainer.take_over(path)
     else:
-        trainer.train(resume_from_checkpoint=None if path is None else str(path))
+        _train(trainer, path)
         make_whole(trainer.model)
     trainer.take_best()
     trainer.require_steps()
     trainer.require_finite()
     return list(trainer.state.log_history)
+
+
+def _train(trainer: EndToEndTrainer, path: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=None if path is None else str(path))
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # they hold the loader, whose processes would live as long as the error does
+        raise
 
 
 def training_arguments(config: EndToEndConfig, folder: Path, device: torch.device) -> transformers.TrainingArguments:
@@ -298,7 +307,6 @@ def training_arguments(config: EndToEndConfig, folder: Path, device: torch.devic
         ddp_broadcast_buffers=False,  # packed integers, gigabytes that never change
         dataloader_pin_memory=device.type == "cuda",
         dataloader_num_workers=workers,
-        dataloader_persistent_workers=workers > 0,
         remove_unused_columns=False,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,

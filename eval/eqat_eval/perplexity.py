@@ -6,9 +6,10 @@ of each of n windows (tokens = n * (T - 1); nothing is carried from one window t
     perplexity     = exp( mean of -log p(next token) )
     kl             = mean of KL(q || p) = mean of sum_v q_v (log q_v - log p_v)     in nats per token
     top1_agreement = share of positions where argmax p = argmax q
+    flips          = share of positions where one of argmax p, argmax q is the next token and the other is not
 
-Perplexity alone can hide damage that changes answers without changing their average likelihood; KL
-and agreement need no labels and see it (Dutta et al., "Accuracy is not all you need", 2024).
+Perplexity alone can hide damage that changes answers without changing their average likelihood; KL,
+agreement and flips see it (Dutta et al., "Accuracy is not all you need", 2024, 2407.09141).
 
 Logits are taken to float32 a few rows at a time (a window of 2048 tokens over 128k words would be
 1 GiB per temporary otherwise), sums are float64. A non-finite loss is a result like any other: inf
@@ -51,6 +52,8 @@ class PerplexityResult:
         top1_agreement: share of positions with the same most likely token, 0 to 1; None without a
             reference. In bfloat16 equal logits are common, and which of them comes first is chance:
             below 1e-3 of disagreement do not read anything into it.
+        flips: share of positions that one of the two models predicts rightly and the other wrongly, 0 to 1; None
+            without a reference.
         seconds: wall time, forward passes included.
     """
 
@@ -58,6 +61,7 @@ class PerplexityResult:
     tokens: int
     kl: float | None
     top1_agreement: float | None
+    flips: float | None
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def evaluate_perplexity(
         model: called as `model(input_ids=...)` in eval mode; its training flags are restored.
         windows_NT: token ids, int64 [n, T], on any device.
         batch_size: windows per forward pass; one batch of logits is held at a time.
-        reference: outputs of the full-precision model on the same windows; adds KL and agreement.
+        reference: outputs of the full-precision model on the same windows; adds KL, agreement and flips.
         chunk_rows: positions whose logits are float32 at the same time; memory only, not the result.
         ranks: processes that share the windows; all get the result.
 
@@ -104,10 +108,10 @@ def evaluate_perplexity(
     return _result(_total(sums), tokens, reference is not None, time.perf_counter() - started)
 
 
-def _total(sums_N3: Tensor) -> list[float]:
+def _total(sums_N4: Tensor) -> list[float]:
     """Add up the sums of all windows, one after the other: so they are the same for any number of ranks."""
-    total = torch.zeros(3, dtype=torch.float64)
-    for sums in sums_N3:
+    total = torch.zeros(4, dtype=torch.float64)
+    for sums in sums_N4:
         total += sums
     return [float(value) for value in total]
 
@@ -120,7 +124,7 @@ def _sums(
     chunk_rows: int,
     ranks: Ranks,
 ) -> list[list[float]]:
-    """Return for each window the sums over its positions of [negative log-likelihood, KL, agreement]."""
+    """Return for each window the sums over its positions of [negative log-likelihood, KL, agreement, flips]."""
     sums: list[list[float]] = []
     batches = torch.split(windows_NT, batch_size)
     for index, batch_BT in enumerate(progress(batches, what="perplexity", total=len(batches), unit="batch")):
@@ -137,7 +141,7 @@ def _sums(
     return sums
 
 
-def _spoilt(model: PreTrainedModel, window: int, nll: float, kl: float, _: float) -> CheckpointError:
+def _spoilt(model: PreTrainedModel, window: int, nll: float, kl: float, *_: float) -> CheckpointError:
     name, value = ("KL", kl) if math.isfinite(nll) else ("loss", nll)
     return not_finite(model, f"the {name} of window {window} is {value}")
 
@@ -145,10 +149,10 @@ def _spoilt(model: PreTrainedModel, window: int, nll: float, kl: float, _: float
 def _window_sums(
     logits_TV: Tensor, tokens_T: Tensor, reference: ReferenceOutputs | None, window: int, chunk_rows: int
 ) -> Tensor:
-    """Return the sums of `_chunk_sums` over the T - 1 predicted positions of one window, float64 [3]."""
+    """Return the sums of `_chunk_sums` over the T - 1 predicted positions of one window, float64 [4]."""
     device = logits_TV.device
     next_T = tokens_T.to(device)[1:]
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     for start, stop in row_spans(len(next_T), chunk_rows):
         expected_RV = None if reference is None else reference.logits(window, start, stop, device)
         sums += _chunk_sums(logits_TV[start:stop], next_T[start:stop], expected_RV)
@@ -156,15 +160,16 @@ def _window_sums(
 
 
 def _chunk_sums(logits_RV: Tensor, next_R: Tensor, reference_RV: Tensor | None) -> Tensor:
-    """Return [sum of -log p(next), sum of KL(q || p), positions that agree], float64 [3]."""
+    """Return [sum of -log p(next), sum of KL(q || p), positions that agree, that flip], float64 [4]."""
     log_p_RV = logits_RV.float().log_softmax(-1)
     nll = -log_p_RV.gather(-1, next_R[:, None]).double().sum()
     if reference_RV is None:
-        return torch.stack([nll, torch.zeros_like(nll), torch.zeros_like(nll)])
+        return torch.stack([nll, *torch.zeros(3, dtype=nll.dtype, device=nll.device)])
     _check_vocabulary(logits_RV, reference_RV)
     kl_R = _kl(reference_RV.float().log_softmax(-1), log_p_RV)
-    agree_R = (logits_RV.argmax(-1) == reference_RV.argmax(-1)).double()
-    return torch.stack([nll, kl_R.sum(), agree_R.sum()])
+    said_R, expected_R = logits_RV.argmax(-1), reference_RV.argmax(-1)
+    agree_R, flip_R = said_R == expected_R, (said_R == next_R) != (expected_R == next_R)
+    return torch.stack([nll, kl_R.sum(), agree_R.double().sum(), flip_R.double().sum()])
 
 
 def _kl(log_q_RV: Tensor, log_p_RV: Tensor) -> Tensor:
@@ -185,12 +190,13 @@ def _check_vocabulary(logits_RV: Tensor, reference_RV: Tensor) -> None:
 
 
 def _result(sums: list[float], tokens: int, compared: bool, seconds: float) -> PerplexityResult:
-    nll, kl, agree = (value / tokens for value in sums)
+    nll, kl, agree, flips = (value / tokens for value in sums)
     return PerplexityResult(
         perplexity=_perplexity(nll),
         tokens=tokens,
         kl=kl if compared else None,
         top1_agreement=agree if compared else None,
+        flips=flips if compared else None,
         seconds=seconds,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,12 @@ def test_workers_read_beside_the_training_and_their_errors_end_it(place: Path, s
     beside = replace(job(place, "workers", "skip", save_steps=0), output=tmp_path / "run", dataloader_num_workers=2)
     e2e_qp(beside)
     assert same_weights(tmp_path / "run" / "model", skipped / "model")
-    with pytest.raises(DataError, match=r"5\.jpg is unreadable"):
+    with pytest.raises(DataError, match=r"5\.jpg is unreadable") as error:
         e2e_qp(
             replace(job(place, "workers", "error", save_steps=0), output=tmp_path / "error", dataloader_num_workers=1)
         )
+    assert not active_children(), "of a training that has ended, with its error still at hand"
+    assert error.value
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_an_abbreviated_flag_is_none() -> None:
 def test_a_mistaken_choice_is_answered_with_the_one_that_is_meant() -> None:
     assert refusal("block-ap", "m", "--spool", "dsk").do == "did you mean --spool disk?"
     assert refusal("block-ap", "m", "--spool", "floppy").do == "set --spool to one of these"
-    assert refusal("block-ap", "m", "--spool", "floppy").allowed == "ram, disk"
+    assert refusal("block-ap", "m", "--spool", "floppy").allowed == "auto, ram, disk"
 
 
 def test_settings_in_one_word_are_told_by_name() -> None:

@@ -31,7 +31,7 @@ def steps(model: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """What the table has for a model: step, phase, and whether its time is told."""
     found = phases(model)
     yield "Block-AP, one card", found["Block-AP"], True
-    yield "the same, `--spool ram`", phases(model, "--spool", "ram")["Block-AP"], True
+    yield "the same, `--spool disk`", phases(model, "--spool", "disk")["Block-AP"], True
     yield "E2E-QP, eight cards", found["E2E-QP, images and text"], True
     yield "evaluation, one card", found["evaluation"], False
     yield "a checkpoint", found["checkpoint"], False

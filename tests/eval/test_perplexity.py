@@ -66,6 +66,7 @@ def test_a_model_is_at_no_distance_from_itself(model: LlamaForCausalLM, windows_
     assert reference.head is not None
     assert result.kl == pytest.approx(0.0, abs=1e-9)
     assert result.top1_agreement == 1.0
+    assert result.flips == 0.0
 
 
 def test_kl_and_agreement_are_the_naive_ones(
@@ -80,6 +81,9 @@ def test_kl_and_agreement_are_the_naive_ones(
     assert kl > 0.1
     assert result.top1_agreement == agreement
     assert agreement < 1.0
+    right = [said.argmax(-1) == windows_NT[:, 1:] for said in (log_q, log_p)]
+    assert result.flips == (right[0] != right[1]).double().mean().item()
+    assert result.flips > 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
@@ -252,4 +256,4 @@ def test_counts_below_one_are_refused(model: LlamaForCausalLM, windows_NT: Tenso
 
 def test_result_is_a_dictionary_on_demand(model: LlamaForCausalLM, windows_NT: Tensor) -> None:
     record = evaluate_perplexity(model, windows_NT).as_dict()
-    assert list(record) == ["perplexity", "tokens", "kl", "top1_agreement", "seconds"]
+    assert list(record) == ["perplexity", "tokens", "kl", "top1_agreement", "flips", "seconds"]

@@ -25,7 +25,7 @@ SPEC = QuantSpec(bits=2, group_size=64)
 H100 = card("h100")
 STREAM = 4096 * 2048 * 4096 * 2
 """Bytes of a stream of a 7B in bfloat16."""
-IN_RAM = BlockAPConfig(stream_dtype="bfloat16")
+IN_RAM = BlockAPConfig(stream_dtype="bfloat16", spool="ram")
 ON_DISK = replace(IN_RAM, spool="disk")
 
 

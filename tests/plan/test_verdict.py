@@ -64,7 +64,10 @@ def test_cards_that_would_do() -> None:
 
 
 def test_flags_that_cure_it_are_named() -> None:
-    config, machine = BlockAPConfig(stream_dtype="bfloat16"), with_ram_and_disk(card("h100"), ram=100, disk=10_000)
+    config, machine = (
+        BlockAPConfig(stream_dtype="bfloat16", spool="ram"),
+        with_ram_and_disk(card("h100"), ram=100, disk=10_000),
+    )
     phase = plan_block_ap(shape("llama-2-7b"), config, 4096, 2048, machine)
     verdict = judge(phase, machine, block_ap_options(shape("llama-2-7b"), config, 4096, 2048, machine))
     assert [shortage.what for shortage in verdict.shortages] == ["RAM"]

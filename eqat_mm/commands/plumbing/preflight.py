@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,7 +14,7 @@ from eqat_mm.data.image_text.samples import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import ResourceError
 from eqat_mm.plan.end_to_end import CONVERSATIONS, Work, image_text_work, text_work
-from eqat_mm.plan.judged import judged_block_ap, judged_e2e_qp
+from eqat_mm.plan.judged import judged_block_ap, judged_e2e_qp, spool_for
 from eqat_mm.plan.machine import this_machine
 from eqat_mm.plan.models import shipped_config
 from eqat_mm.plan.shape import ModelShape, shape_of
@@ -36,6 +37,13 @@ def announce_block_ap(
     shape, machine = shape_of(opened.model, opened.arch), this_machine(device, folder)
     verdict = judged_block_ap(shape, config, samples, length, machine)
     return announce(verdict, one_line(verdict.phase, machine))
+
+
+def spool_on(
+    opened: OpenModel, config: BlockAPConfig, samples: int, length: int, device: torch.device, folder: Path
+) -> Literal["ram", "disk"]:
+    """Return where Block-AP's streams are kept on this machine."""
+    return spool_for(shape_of(opened.model, opened.arch), config, samples, length, this_machine(device, folder))
 
 
 def announce_e2e_qp(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from eqat_mm.checkpoint.companions import TOKENIZER, files_like
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.line.recipes import warn_without_recipe
 from eqat_mm.commands.plumbing.models import model_folder, refuse_packed, require_finite, require_model
-from eqat_mm.commands.plumbing.preflight import announce_block_ap
+from eqat_mm.commands.plumbing.preflight import announce_block_ap, spool_on
 from eqat_mm.commands.plumbing.runs import asked, default_output, opened_run, settings, settled
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.data.text.windows import digest_of, text_windows
@@ -103,10 +104,11 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     place = Place.within(folder)
     inputs: dict[str, Path | str] = {"model": opened.folder, "data": digest_of(windows)}
     require_same(ranks, {"data": inputs["data"]})
-    job = ranks.from_first(lambda: _settled(job, place, device))
+    amounts = (len(windows), windows.shape[1], device, folder)
+    job = ranks.from_first(lambda: _settled(job, place, device, lambda: spool_on(opened, job, *amounts)))
 
     def prepare(run: Run) -> dict[str, Any]:
-        verdict = announce_block_ap(opened, job, len(windows), windows.shape[1], device, folder)
+        verdict = announce_block_ap(opened, job, *amounts)
         check_room(opened, batches, job, folder, device, ranks, run.written)
         return {"plan": verdict.phase.totals}
 
@@ -131,10 +133,12 @@ def require_same(ranks: Ranks, config: dict[str, Any]) -> None:
     ranks.from_first(lambda: require_same_everywhere(configs))
 
 
-def _settled(job: BlockAPJob, place: Place, device: torch.device) -> BlockAPJob:
-    """Return the job with every `auto` decided that decides the result."""
+def _settled(job: BlockAPJob, place: Place, device: torch.device, spool: Callable[[], str]) -> BlockAPJob:
+    """Return the job with every `auto` decided that decides the result, or where its streams are."""
     dtype = str(job.stream_dtype_on(device)).removeprefix("torch.")
-    return settled(job, place, {"precision": lambda: resolve("auto", device), "stream_dtype": lambda: dtype})
+    return settled(
+        job, place, {"precision": lambda: resolve("auto", device), "stream_dtype": lambda: dtype, "spool": spool}
+    )
 
 
 def rtn(job: RTNJob) -> Path:

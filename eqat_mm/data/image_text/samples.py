@@ -29,10 +29,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from eqat_mm.data.image_text.chat import IGNORED, Chat
+from eqat_mm.data.image_text.columns import rows_of
 from eqat_mm.data.image_text.conversations import MENDED, Records
 from eqat_mm.data.image_text.images import read_image
 from eqat_mm.data.image_text.index import Array, Index
@@ -148,7 +150,7 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
         return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return `input_ids` and `labels`, int64 [T], and the tensors of the images, first axis images.
+        """Return `input_ids`, `labels` and other rows of tokens, [T, ...], and the tensors of the images.
 
         Raises:
             DataError: the sample cannot be used after all, and no other may stand in for it.
@@ -186,14 +188,14 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
 
     def _cut(self, sample: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the first `max_length` tokens of a sample, if all its images and a part of an answer are in them."""
-        length, most, image = len(sample["input_ids"]), self._config.max_length, self._chat.processor.image_token_id
+        length, most = len(sample["input_ids"]), self._config.max_length
         if length <= most:
             return sample
-        if (sample["input_ids"][most:] == image).any():
+        if torch.isin(sample["input_ids"][most:], self._chat.of_images).any():
             raise TooLong(f"{length:,} tokens, and the end of an image behind max_length ({most:,})")
         if (sample["labels"][:most] == IGNORED).all():
             raise TooLong(f"{length:,} tokens, and no answer before max_length ({most:,})")
-        return sample | {name: sample[name][:most] for name in ("input_ids", "labels")}
+        return sample | {name: row[:most] for name, row in rows_of(sample).items()}
 
     def as_before(self, kept: Kept) -> ImageTextDataset | None:
         """Return these samples in the order of an earlier time, whose own are found by what they say.
