@@ -144,7 +144,8 @@ def test_another_number_of_questions_is_asked_anew(job: VLMLadderJob, ran: list[
 
 
 def test_models_are_compared_with_what_full_precision_answered(job: VLMLadderJob, ran: list[list[str]]) -> None:
-    vlm_ladder(replace(job, task="mini_vqa", projector=True))
+    mini = replace(job, task="mini_vqa", conversations="demo-mini-vqa", projector=True)
+    vlm_ladder(mini)
     asked = [words for words in ran if "eval" in words]
     kept = asked[0][asked[0].index("--output") + 1]
     assert "--reference" not in asked[0]
@@ -152,13 +153,15 @@ def test_models_are_compared_with_what_full_precision_answered(job: VLMLadderJob
     assert all(words[words.index("--tasks") + 1] == "mini_vqa" for words in asked)
     parsed: Any = parse_job("eval", EvalJob, asked[1][asked[1].index("eval") + 1 :])
     assert (parsed.likelihood, parsed.limit, parsed.reference) == (True, 20, kept)
+    learnt = [words[words.index("--conversations.source") + 1] for words in ran if "--trains" in words]
+    assert learnt == ["demo-mini-vqa"] * 4
     assert [words[words.index("--trains") + 1] for words in ran if "--trains" in words] == [
         "lora",
         "scales+projector",
     ] * 2
     ran.clear()
     predictions_of(Path(kept)).unlink()
-    vlm_ladder(replace(job, task="mini_vqa", projector=True))
+    vlm_ladder(mini)
     assert [words[words.index("--output") + 1] for words in ran if "eval" in words] == [kept]
 
 

@@ -52,6 +52,7 @@ class VLMLadderJob(Settings):
         lora: adds the LoRA baseline, on the samples of E2E-QP and for as many steps.
         projector: adds E2E-QP of step sizes and projector together.
         processes: of E2E-QP, under DeepSpeed.
+        conversations: that E2E-QP and the baseline learn from; null takes those of the recipe.
         task: of lmms-eval, whose questions every model is asked; easy_vqa, mini_vqa, or another that gives answers.
         questions: questions each quantized model answers, the first ones; null for all.
         questions_full_precision: the same for the full-precision model, no fewer.
@@ -66,6 +67,7 @@ class VLMLadderJob(Settings):
     lora: bool = False
     projector: bool = False
     processes: Count = 2
+    conversations: str | None = None
     task: str = "easy_vqa"
     questions: Count | None = 500
     questions_full_precision: Count | None = 500
@@ -135,6 +137,8 @@ def rungs(job: VLMLadderJob, full_precision: Path) -> Iterator[Rung]:
     yield Rung(FULL_PRECISION, 16, None, full_precision)
     for bits in job.bits:
         start = ["--quantized", str(_root(job, bits) / "block-ap" / "model")]
+        if job.conversations is not None:
+            start += ["--conversations.source", job.conversations]
         yield _rung(job, bits, "round-to-nearest", _eqat("rtn"), "rtn")
         yield _rung(job, bits, "Block-AP", _eqat("block-ap"), "block-ap")
         if job.lora:
