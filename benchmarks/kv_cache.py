@@ -3,9 +3,10 @@
     eqat llm-qat --model smollm2-135m --bits 4-8-4 --max_steps 0
     python benchmarks/kv_cache.py runs/smollm2-135m-4-8-4/rtn/model
 
-Held-out text is read piece by piece, once through the cache that stores integers and once with the fake quantization
-of training, and then all at once, which rounds otherwise in the last bits; some tokens more are timed one by one. The
-same model then continues a prompt greedily, twice with integers and once as floats.
+Held-out text is read piece by piece, through a cache that stores integers and with the fake quantization of training,
+and then all at once, which rounds otherwise in the last bits. Some tokens more are timed one by one: by the attention
+that reads the integers, by one that is given them expanded, and behind the floats. The same model then continues a
+prompt greedily, twice with integers and once as floats.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from eqat_mm.blocks.attention import new_cache
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.data.text.windows import text_windows
-from eqat_mm.quant.kv_cache import cache_bytes
+from eqat_mm.quant.kv_cache import QuantizedKVCache, cache_bytes
 
 TOKENS, PIECE, TIMED = 2048, 128, 24
 PROMPT, WRITTEN = 64, 64
@@ -44,19 +45,23 @@ def main() -> None:
         parser.error(f"{folder}: its cache is not quantized")
 
     integers, floats = new_cache(model), transformers.DynamicCache()
-    stored, fake = (
-        torch.cat([read(model, piece, cache) for piece in tokens.split(PIECE, 1)], 1) for cache in (integers, floats)
+    expanded = QuantizedKVCache(integers.bits)
+    stored, same, fake = (
+        torch.cat([read(model, piece, cache) for piece in tokens.split(PIECE, 1)], 1)
+        for cache in (integers, expanded, floats)
     )
     in_16_bits = cache_bytes(floats) * 2 / floats.layers[0].keys.element_size()
     print(
         f"{TOKENS:,} tokens: {cache_bytes(integers) / 2**20:.2f} MiB of {in_16_bits / 2**20:.2f} in 16 bits,", end=" "
     )
     print(f"{cache_bytes(integers) / in_16_bits:.4f}")
-    print(f"logits equal to those of fake quantization: {torch.equal(stored, fake)}; perplexity", end=" ")
+    equal = torch.equal(stored, fake) and torch.equal(same, fake)
+    print(f"logits of pieces equal to those of fake quantization: {equal}; perplexity", end=" ")
     print(f"{perplexity(stored, tokens):.6f}, {perplexity(fake, tokens):.6f},", end=" ")
     print(f"all at once {perplexity(read(model, tokens, None), tokens):.6f}")
 
     print(f"a token more: {milliseconds(model, tokens, integers):.1f} ms,", end=" ")
+    print(f"integers expanded {milliseconds(model, tokens, expanded):.1f} ms,", end=" ")
     print(f"as floats {milliseconds(model, tokens, floats):.1f} ms")
 
     prompt = tokens[:, :PROMPT]

@@ -50,8 +50,8 @@ REPLACED = (
         "--fit.validation_samples 16",
     ),
     (
-        r"scripts/e2e_qp\.py",
-        "scripts/e2e_qp.py --config llava-1.5-w2g64-e2e-qp --max_steps {steps} --save_steps {save} --logging_steps 4 "
+        r"eqat_mm e2e-qp",
+        "eqat_mm e2e-qp --config llava-1.5-w2g64-e2e-qp --max_steps {steps} --save_steps {save} --logging_steps 4 "
         "--learning_rate 1e-3 --precision float32",
     ),
     (r"--save_steps 500 ", ""),
@@ -82,7 +82,6 @@ class Place:
         self.steps = steps
         if not self.folder.exists():
             write_stand_ins(self.folder, records, images, text)
-            (self.folder / "scripts").symlink_to(ROOT / "scripts")
         self.environment = os.environ | {
             "HF_HOME": str(self.folder / "hf"),
             "HF_HUB_OFFLINE": "1",
@@ -158,8 +157,8 @@ def killed_and_continued(place: Place) -> Iterator[Cost]:
         AssertionError: the results are not those of the whole run.
     """
     commands = commands_of_the_day(DOCUMENT.read_text(encoding="utf-8"))
-    (two,) = (place.replaced(command) for command in commands if "scripts/e2e_qp.py" in command)
-    alone = re.sub(r"^deepspeed.*?scripts/e2e_qp\.py", "eqat e2e-qp --deepspeed null", two)
+    (two,) = (place.replaced(command) for command in commands if "eqat_mm e2e-qp" in command)
+    alone = re.sub(r"^deepspeed.*?eqat_mm e2e-qp", "eqat e2e-qp --deepspeed null", two)
     killed, moved = f"{RUN}/killed", f"{RUN}/moved"
     kill, end = place.signalled(signal.SIGKILL, killed, ["1"]), place.signalled(signal.SIGTERM, moved, ["0", "1"])
     yield place.run(f"{two} --output {killed}", "the training, a process killed by SIGKILL", kill)
@@ -182,11 +181,9 @@ def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch
 
 def short(command: str) -> str:
     """Return what a command is called in a table."""
-    words = [
-        word for word in command.split() if word.startswith(("eqat", "scripts/")) or word in ("deepspeed", "torchrun")
-    ]
-    name = command.split()[1] if words[:1] == ["eqat"] else ""
-    return f"`{' '.join([*words, name]).strip() or command}`"
+    if (launched := re.match(r"(deepspeed|torchrun) .*?eqat_mm (\S+)", command)) is not None:
+        return f"`{launched[1]} {launched[2]}`"
+    return f"`{' '.join(command.split()[:2])}`" if command.startswith("eqat ") else f"`{command}`"
 
 
 def _rank(process: psutil.Process) -> str | None:

@@ -15,8 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from eqat_mm.errors import EqatError
+from eqat_mm.runtime.after_import import after_import
 
 if TYPE_CHECKING:
+    from eqat_mm.api import adapters
     from eqat_mm.api.judging import Evaluation, evaluate
     from eqat_mm.api.phases import plan_for, quantize, tune
     from eqat_mm.api.training import RoundStepSizes, train_only
@@ -28,6 +30,7 @@ __all__ = [
     "Evaluation",
     "RoundStepSizes",
     "__version__",
+    "adapters",
     "evaluate",
     "load",
     "plan_for",
@@ -39,6 +42,7 @@ __all__ = [
 _HOMES = {
     "Evaluation": "eqat_mm.api.judging",
     "RoundStepSizes": "eqat_mm.api.training",
+    "adapters": "eqat_mm.api.adapters",
     "evaluate": "eqat_mm.api.judging",
     "load": "eqat_mm.checkpoint.read",
     "plan_for": "eqat_mm.api.phases",
@@ -48,10 +52,15 @@ _HOMES = {
 }
 
 
+# from here on transformers' own `from_pretrained` gives packed modules for our folders
+after_import("transformers.quantizers.auto", lambda: import_module("eqat_mm.api.from_pretrained"))
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'eqat_mm' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    home = import_module(_HOMES[name])
+    return home if home.__name__.endswith(f".{name}") else getattr(home, name)
 
 
 def __dir__() -> list[str]:

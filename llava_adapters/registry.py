@@ -18,18 +18,30 @@ from eqat_mm.errors import AdapterError, CheckpointError
 from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.plugins import MODELS, package_of, plugged
 from llava_adapters import (
+    gemma3,
+    gemma3_text,
     granite,
+    idefics3,
+    internvl,
     llama,
     llava,
     llava_next,
+    llava_next_video,
+    llava_onevision,
+    ministral,
     mistral,
+    mistral3,
     mixtral,
     olmo2,
     phi3,
     qwen2,
+    qwen2_5_vl,
     qwen3,
     qwen3_moe,
+    qwen3_vl,
     smollm3,
+    smolvlm,
+    vipllava,
 )
 from llava_adapters.aliases import ALIASES
 from llava_adapters.original import refuse_original_folder, refuse_original_repository
@@ -43,8 +55,10 @@ _BUILT_IN: tuple[Arch, ...] = tuple(
     for module in (
         llama,
         mistral,
+        ministral,
         qwen2,
         qwen3,
+        gemma3_text,
         olmo2,
         granite,
         smollm3,
@@ -53,6 +67,16 @@ _BUILT_IN: tuple[Arch, ...] = tuple(
         qwen3_moe,
         llava,
         llava_next,
+        llava_onevision,
+        llava_next_video,
+        vipllava,
+        qwen2_5_vl,
+        qwen3_vl,
+        gemma3,
+        internvl,
+        idefics3,
+        smolvlm,
+        mistral3,
     )
 )
 

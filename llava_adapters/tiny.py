@@ -60,7 +60,7 @@ def tiny_vision_config(image_size: int = IMAGE_SIZE, patch_size: int = 8) -> tra
 
 def tiny_causal_lm(model_type: str, **overrides: Any) -> tuple[nn.Module, list[Inputs]]:
     """Return a random language model of `tiny_config` in eval mode, and its batches, `text_batches`."""
-    return _random(transformers.AutoModelForCausalLM, tiny_config(model_type, **overrides)), text_batches()
+    return random_model(transformers.AutoModelForCausalLM, tiny_config(model_type, **overrides)), text_batches()
 
 
 def tiny_llava(tower: str, **overrides: Any) -> tuple[nn.Module, list[Inputs]]:
@@ -108,7 +108,7 @@ def _tiny_vlm(
         image_token_index=IMAGE_TOKEN,
         **fields,
     )
-    model: Any = _random(transformers.AutoModelForImageTextToText, config)
+    model: Any = random_model(transformers.AutoModelForImageTextToText, config)
     with torch.no_grad():
         lengths = [len(image) for image in model.get_image_features(**images).pooler_output]
     return model, [*_image_batches(lengths, images), *text_batches()]
@@ -146,7 +146,8 @@ def _masked(tokens: Tensor, mask: Tensor) -> Inputs:
     return {"input_ids": tokens, "attention_mask": mask}
 
 
-def _random(auto_class: Any, config: transformers.PreTrainedConfig) -> nn.Module:
+def random_model(auto_class: Any, config: transformers.PreTrainedConfig) -> nn.Module:
+    """Return a random model of a configuration in eval mode, the same each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = auto_class.from_config(config)

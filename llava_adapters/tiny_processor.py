@@ -23,8 +23,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def word_tokenizer(special: Mapping[int, str] | None = None) -> transformers.PreTrainedTokenizerFast:
-    """Return a tokenizer of 97 words; `special` replaces some of them by special tokens."""
+def chat_template(image: str) -> str:
+    """Return `CHAT_TEMPLATE` with something else for an image."""
+    return CHAT_TEMPLATE.replace("<image>", image)
+
+
+def word_tokenizer(special: Mapping[int, str] | None = None, **named: str) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of 97 words.
+
+    Args:
+        special: replaces some of them by special tokens.
+        named: those of them that the tokenizer is to have as attributes, by name (`image_token="<image>"`).
+    """
     words = [(special or {}).get(index, word) for index, word in enumerate(WORDS)]
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
@@ -32,14 +42,30 @@ def word_tokenizer(special: Mapping[int, str] | None = None) -> transformers.Pre
         tokenizer_object=backend,
         unk_token="<unk>",
         eos_token="</s>",
-        additional_special_tokens=sorted((special or {}).values()),
+        extra_special_tokens=_named(special or {}, named) if named else sorted((special or {}).values()),
     )
+
+
+def _named(special: Mapping[int, str], named: dict[str, str]) -> dict[str, str]:
+    return named | {f"token_{index}": text for index, text in special.items() if text not in named.values()}
+
+
+def seeing_tokenizer(*special: str, **named: str) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of 97 words, the last ones replaced by special tokens, which pads with `<unk>`.
+
+    Args:
+        special: their texts; the first is token 96, the next 95, and so on.
+        named: as for `word_tokenizer`.
+    """
+    texts = dict.fromkeys([*special, *named.values()])
+    tokenizer = word_tokenizer({IMAGE_TOKEN - place: text for place, text in enumerate(texts)}, **named)
+    tokenizer.pad_token = "<unk>"
+    return tokenizer
 
 
 def tiny_processor(arch: str = "llava") -> transformers.ProcessorMixin:
     """Return the processor of a tiny LLaVA, `llava` or `llava_next`."""
-    tokenizer = word_tokenizer({IMAGE_TOKEN: "<image>"})
-    tokenizer.pad_token = "<unk>"
+    tokenizer = seeing_tokenizer("<image>")
     tiles = TILES if arch == "llava_next" else None
     return processor_of(tokenizer, CHAT_TEMPLATE, side=IMAGE_SIZE, patch=8, tiles=tiles)
 

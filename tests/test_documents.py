@@ -16,7 +16,7 @@ from eqat_mm.commands.line.recipes import named_recipe
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.M | re.S)
-SCRIPT = re.compile(r"scripts/(block_ap|e2e_qp|llm_qat|generate_data)\.py ")
+SCRIPT = re.compile(r"scripts/(block_ap|e2e_qp|llm_qat|generate_data|eval)\.py ")
 MODULE = re.compile(r"(?:-m|--module) eqat_mm (.*)")
 NAME = re.compile(
     r"`((?:demo-llava|llama-2|llava-1\.5|llava-next|smollm2-135m)-[\w.-]*-(?:block-ap|[\w-]*e2e-qp|[\w-]*demo))`"

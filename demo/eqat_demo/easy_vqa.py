@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eqat_demo.assets import ASSETS, asset_cache, building, fetch_asset, is_finished, origin_of
+from eqat_demo.assets import ASSETS, fetch_asset, folder_made_of
+from eqat_demo.question_files import record, write_parquet
 from eqat_mm.errors import DataError
-from eqat_mm.runtime.files import atomic_path, read_json, write_json, write_text
-from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.seeding import derive_seed
+from eqat_mm.runtime.files import read_json, write_json
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -119,7 +118,10 @@ def _only(names: Iterable[str]) -> str | None:
 
 def published_questions(part: Part, cache: Path | None = None) -> list[tuple[str, str, int]]:
     """Return (question, answer, number of the image) as published, fetching the asset if necessary."""
-    source = fetch_asset(_ASSET, cache)
+    return _published(fetch_asset(_ASSET, cache), part)
+
+
+def _published(source: Path, part: Part) -> list[tuple[str, str, int]]:
     return [(text, answer, image) for text, answer, image in read_json(_data(source) / part / "questions.json")]
 
 
@@ -132,22 +134,17 @@ def easy_vqa_folder(cache: Path | None = None) -> Path:
     Raises:
         DataError: the asset cannot be fetched, or a question is not understood as its answer demands.
     """
-    origin = f"{origin_of(ASSETS[_ASSET])} layout:{_LAYOUT}"
-    folder = (cache or asset_cache()) / f"{_ASSET}-llava"
-    if is_finished(folder, origin):
-        return folder
-    source = fetch_asset(_ASSET, cache)
-    say("writing easy-VQA in LLaVA's format (once)")
-    with building(folder, origin) as unfinished:
-        for part in ("train", "test"):
-            shutil.copytree(_data(source) / part / "images", unfinished / "images" / part)
-            questions = published_questions(part, cache)
-            image_contents(questions)  # what is not understood is found here
-            write_json(unfinished / f"{part}.json", _records(part, questions))
-        _write_parquet(unfinished / "test.parquet", unfinished)
-        shutil.copy(next(source.glob("*.dist-info/LICENSE")), unfinished / "LICENSE")
-        write_text(unfinished / "README.md", _NOTE)
-    return folder
+    how = f"layout:{_LAYOUT}"
+    return folder_made_of(_ASSET, f"{_ASSET}-llava", how, _write, readme=_NOTE, cache=cache)
+
+
+def _write(source: Path, folder: Path) -> None:
+    for part in ("train", "test"):
+        shutil.copytree(_data(source) / part / "images", folder / "images" / part)
+        questions = _published(source, part)
+        image_contents(questions)  # what is not understood is found here
+        write_json(folder / f"{part}.json", _records(part, questions))
+    write_parquet(folder, read_json(folder / "test.json"), "easy-VQA test order")
 
 
 def training_questions() -> Path:
@@ -161,34 +158,6 @@ def _data(source: Path) -> Path:
 
 def _records(part: Part, questions: list[tuple[str, str, int]]) -> list[dict[str, Any]]:
     return [
-        {
-            "id": f"{part}-{number}",
-            "image": f"images/{part}/{image}.png",
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{text}"},
-                {"from": "gpt", "value": answer},
-            ],
-            "type": parse_question(text).type,
-        }
+        record(f"{part}-{number}", f"images/{part}/{image}.png", text, answer, parse_question(text).type)
         for number, (text, answer, image) in enumerate(questions)
     ]
-
-
-def _write_parquet(path: Path, folder: Path) -> None:
-    import pyarrow as arrow
-    from pyarrow import parquet
-
-    records = read_json(folder / "test.json")
-    records.sort(key=lambda record: derive_seed(0, "easy-VQA test order", record["id"]))
-    rows = [
-        {
-            "question_id": record["id"],
-            "image": (folder / record["image"]).read_bytes(),
-            "question": record["conversations"][0]["value"].removeprefix("<image>\n"),
-            "answer": record["conversations"][1]["value"],
-            "type": record["type"],
-        }
-        for record in records
-    ]
-    with atomic_path(path) as temporary:
-        parquet.write_table(arrow.Table.from_pylist(rows), temporary)

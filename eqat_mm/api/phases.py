@@ -65,7 +65,7 @@ def quantize(
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/block-ap.
         processor: of a model in memory: its processor or tokenizer. Default: that of its `name_or_path`.
         config: recipe, or YAML file with settings.
-        device: cpu, cuda, cuda:N, or auto.
+        device: what to compute on: cpu, cuda, cuda:N, or auto.
         overwrite: discard a run that is already in the output folder.
         quiet: print nothing.
         settings: other settings by the names of the options: `{"fit.epochs": 4}` or `{"fit": {"epochs": 4}}`.
@@ -118,7 +118,7 @@ def tune(
             model; for a run folder X of your own X-e2e-qp.
         source: the full-precision model. Default: what the checkpoint says that it was made from.
         config: recipe, or YAML file with settings.
-        device: cpu, cuda, cuda:N, or auto.
+        device: what to compute on: cpu, cuda, cuda:N, or auto.
         overwrite: discard a run that is already in the output folder.
         quiet: print nothing.
         settings: other settings by the names of the options, as for `quantize`.

@@ -13,6 +13,7 @@ from torch import nn
 from eqat_mm.errors import AdapterError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
 from eqat_mm.quant.dynamic_linear import DynamicFakeLinear
+from eqat_mm.quant.integer_attention import reads_integers
 from eqat_mm.quant.kv_cache import KVQuantizer, QuantizedKVCache
 from eqat_mm.quant.packed_linear import PackedLinear
 
@@ -53,10 +54,13 @@ def kv_cache_bits(model: nn.Module) -> int:
 def new_cache(model: nn.Module) -> QuantizedKVCache | None:
     """Return an empty cache for a generation that stores keys and values in the integers of `model`.
 
-    None where the model does not quantize them: transformers then makes its own.
+    The attention of the model then reads these integers where it can.
+
+    Returns:
+        None where the model does not quantize them: transformers then makes its own.
     """
     bits = kv_cache_bits(model)
-    return None if bits == UNQUANTIZED else QuantizedKVCache(bits)
+    return None if bits == UNQUANTIZED else QuantizedKVCache(bits, expand=not reads_integers(model))
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
 from eqat_mm.blocks.experts import LAYOUT, split_experts
 
@@ -28,6 +28,22 @@ def module_names(model: PreTrainedModel) -> Callable[[str], str]:
         return next((name for name in names if name in rules.known), names[0])
 
     return rename
+
+
+def published_names(model: PreTrainedModel) -> Callable[[str], str]:
+    """Return the function from the name of a tensor in files to the one that published files of `model` have for it.
+
+    What transformers 5 saves is a mixture of both kinds of names, and a model that was saved without its head lacks a
+    prefix; engines and older readers know the published names only.
+    """
+    rules, in_model = _Rules(model), module_names(model)
+
+    def publish(stored: str) -> str:
+        name = in_model(stored)
+        published = rules.published(rules.of_files(stored, name))
+        return published if in_model(published) == name else stored
+
+    return publish
 
 
 def merged_names(model: PreTrainedModel) -> Callable[[str], list[str]]:
@@ -68,7 +84,22 @@ class _Rules:
         rules = get_model_conversion_mapping(model)
         self.known, self._prefix = model.state_dict(), model.base_model_prefix
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        kept = get_model_conversion_mapping(model, add_legacy=False)
+        back = (rule.reverse_transform() for rule in kept[::-1] if isinstance(rule, WeightRenaming))
+        self._back = [rule for rule in back if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def of_files(self, stored: str, name: str) -> str:
+        """Return the tensor `name` of the model as it is called before merging: as files call it, if it is merged."""
+        renamed = self.renamed(stored)
+        if self.merging(renamed)[0] is None:
+            return name
+        inside = name.startswith(f"{self._prefix}.") and not renamed.startswith(f"{self._prefix}.")
+        return f"{self._prefix}.{renamed}" if inside else renamed
+
+    def published(self, name: str) -> str:
+        """Return what published files call a tensor of the model."""
+        return apply_renamings(name, self._back)
 
     def renamed(self, stored: str) -> str:
         """Return a name in files with renamed modules; whether the model is inside another one, it does not say."""

@@ -22,7 +22,7 @@ from eqat_mm.blocks.config import (
     require_own_files,
 )
 from eqat_mm.blocks.door import check_stored, require_one_answer, tied_groups
-from eqat_mm.blocks.names import merged_names, module_names
+from eqat_mm.blocks.names import merged_names, module_names, published_names
 from eqat_mm.blocks.stored import INDEX, SINGLE, Stored, open_safetensors, weight_files
 from eqat_mm.blocks.weights import WeightSource, release
 from eqat_mm.runtime.files import read_json_object
@@ -121,7 +121,7 @@ def check_folder(folder: Path, auto_class: str, arch: Arch | None = None) -> Che
     model = model_on_meta(config, auto_class, folder / CONFIG)
     if arch is not None:
         arch.split_experts(model)
-    source.name_by(module_names(model))
+    source.name_by(module_names(model), published_names(model))
     source.tie(tied_groups(model))
     left_over = check_stored(source, raw, model, merged_names(model) if arch is None else lambda _: [])
     return CheckedFolder(config, source, left_over)

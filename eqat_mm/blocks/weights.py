@@ -18,6 +18,7 @@ class WeightSource:
     Args:
         folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
         rename: from a name in the files to the name by which the tensor is asked for; see `module_names`.
+        publish: from a name in the files to the one in published files of such a model; see `published_names`.
         files: some files of the folder, where it is not complete yet; None takes all that its index names.
 
     Attributes:
@@ -28,15 +29,22 @@ class WeightSource:
         CheckpointError: no weights, a missing shard, or a file that is not safetensors (truncated, altered).
     """
 
-    def __init__(self, folder: Path, rename: Callable[[str], str] = str, files: Iterable[Path] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rename: Callable[[str], str] = str,
+        files: Iterable[Path] | None = None,
+        publish: Callable[[str], str] = str,
+    ) -> None:
         self.folder = folder
         self.stored = [one for path in (weight_files(folder) if files is None else files) for one in stored_in(path)]
         self._ties: dict[str, str] = {}
         self._finite: set[str] = set()
-        self.name_by(rename)
+        self.name_by(rename, publish)
 
-    def name_by(self, rename: Callable[[str], str]) -> None:
-        """From now on ask for tensors by what `rename` makes of their names in the files."""
+    def name_by(self, rename: Callable[[str], str], publish: Callable[[str], str] = str) -> None:
+        """From now on ask for tensors by what `rename` makes of their names in the files, and publish them likewise."""
+        self._publish = publish
         self.by_name: dict[str, list[Stored]] = {}
         for one in self.stored:
             self.by_name.setdefault(rename(one.name), []).append(one)
@@ -57,10 +65,17 @@ class WeightSource:
 
     def stored_name(self, name: str) -> str:
         """Return what the files call a tensor; one that they lack is named like the weight of its module."""
+        return self._named(name, str)
+
+    def published_name(self, name: str) -> str:
+        """Return what published files of such a model call a tensor; one that is not stored as `stored_name` has it."""
+        return self._named(name, self._publish)
+
+    def _named(self, name: str, called: Callable[[str], str]) -> str:
         if name in self._where:
-            return self._where[name][1]
+            return called(self._where[name][1])
         module, _, leaf = name.rpartition(".")
-        return self._where[f"{module}.weight"][1].removesuffix("weight") + leaf
+        return called(self._where[f"{module}.weight"][1]).removesuffix("weight") + leaf
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in its stored dtype, backed by the file.

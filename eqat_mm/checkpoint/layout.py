@@ -30,7 +30,11 @@ _SIGN = 128
 
 
 def quantization_config(
-    spec: QuantSpec, ignore: Sequence[str], widths: BitWidths | None = None, head_dim: int | None = None
+    spec: QuantSpec,
+    ignore: Sequence[str],
+    widths: BitWidths | None = None,
+    head_dim: int | None = None,
+    loose: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the `quantization_config` entry of config.json.
 
@@ -39,9 +43,9 @@ def quantization_config(
         ignore: regular expressions (`re:...`) of linears that stay in full precision.
         widths: of activations and KV cache; None where neither is quantized.
         head_dim: channels of one head of a key, where the KV cache is quantized.
+        loose: parameters that a module holds which is more than a layer, such as `image_newline`.
     """
     widths = widths or BitWidths(spec.bits)
-    form = format_of(widths)
     whole_row = spec.group_size == -1
     weights = {
         "num_bits": spec.bits,
@@ -55,7 +59,7 @@ def quantization_config(
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": form,
+        "format": format_of(widths),
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {
@@ -63,16 +67,16 @@ def quantization_config(
                 "weights": weights,
                 "input_activations": _dynamic(widths.activations, "token"),
                 "output_activations": None,
-                # without it, compressed-tensors takes integer weights with quantized inputs for `int-quantized`
-                **({} if widths.activations == UNQUANTIZED else {"format": form}),
             }
         },
         "ignore": list(ignore),
         # per token and head: the library's `token` would share one step size among all tokens of a head
         "kv_cache_scheme": _dynamic(widths.kv_cache, "group", head_dim),
         # transformers 5.23 expects unpacked zero points unless it is told to dequantize while it loads; engines ignore
-        # the key. That route rounds weights to the dtype of the scales, so the symmetric grid does without.
-        **({} if spec.symmetric else {"dequantize": True}),
+        # the key. That route rounds weights to the dtype of the scales, so the symmetric grid does without, but where a
+        # module with parameters of its own is handed outputs of others: compressed-tensors 0.19 and 0.20 turn those
+        # into plain dictionaries on the other route, and `generate` fails.
+        **({} if spec.symmetric and not loose else {"dequantize": True}),
     }
 
 
@@ -135,12 +139,12 @@ def ignored_linears(arch: Arch, model: nn.Module, source: WeightSource | None = 
 
 
 def _stored_path(source: WeightSource | None, block: str, path: str) -> str:
-    """Return what files call a module of a block, inside it."""
+    """Return what published files call a module of a block, inside it."""
     name = f"{block}.{path}.weight"
     if source is None or name not in source:
         return path
     number = block.rpartition(".")[2]
-    return source.stored_name(name).partition(f".{number}.")[2].removesuffix(".weight") or path
+    return source.published_name(name).partition(f".{number}.")[2].removesuffix(".weight") or path
 
 
 def described(config: dict[str, Any], scale_dtype: torch.dtype | None, where: str) -> tuple[QuantSpec, BitWidths]:
@@ -166,6 +170,25 @@ def described(config: dict[str, Any], scale_dtype: torch.dtype | None, where: st
             allowed=f"compressed-tensors {BYTES!r} or {PACKED!r} with one group",
             do="give a folder written by `eqat block-ap` or `eqat e2e-qp`",
         ) from error
+
+
+def is_as_written(entry: dict[str, Any]) -> bool:
+    """Whether a `quantization_config` is one that `quantization_config` returns, of whatever version."""
+    try:
+        spec, widths = _described(entry, None)
+        kept = (entry.get("kv_cache_scheme") or {}).get("group_size")
+        return _alike(entry) == _alike(quantization_config(spec, entry["ignore"], widths, kept))
+    except (KeyError, TypeError, ValueError, AttributeError, EqatError):
+        return False
+
+
+def _alike(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry without what some versions write, and others do not."""
+    groups = {
+        name: {key: value for key, value in group.items() if key != "format"}
+        for name, group in entry["config_groups"].items()
+    }
+    return {key: value for key, value in entry.items() if key != "dequantize"} | {"config_groups": groups}
 
 
 def _described(entry: Any, scale_dtype: torch.dtype | None) -> tuple[QuantSpec, BitWidths]:

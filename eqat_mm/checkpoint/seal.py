@@ -11,6 +11,7 @@ from eqat_mm.blocks.config import CONFIG
 from eqat_mm.blocks.stored import INDEX, stored_in
 from eqat_mm.checkpoint.companions import DECIDING, files_like
 from eqat_mm.checkpoint.manifest import ADAPTER, Manifest
+from eqat_mm.checkpoint.spelling import spelled_for_all
 from eqat_mm.errors import CheckpointError
 from eqat_mm.runtime.files import sha256_of, write_json
 
@@ -30,7 +31,7 @@ def seal(
         weights.update({one.name: path.name for one in stored_in(path)})
         total += path.stat().st_size
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weights})
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, spelled_for_all(config))
     names = [path.name for path in shards] + [INDEX, CONFIG]
     names += files_like(folder, [*DECIDING, f"{ADAPTER}/*"])
     manifest = replace(made, files={name: _digest(folder / name, digests) for name in names})

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import transformers
 from torch import Tensor
 
-from eqat_mm.blocks.source import WeightSource, module_names
+from eqat_mm.blocks.names import module_names, published_names
+from eqat_mm.blocks.source import WeightSource
 from eqat_mm.checkpoint.layout import PACKED_LEAVES, from_bytes
 from eqat_mm.checkpoint.shards import DTYPES, Header
 from eqat_mm.errors import CheckpointError
@@ -48,7 +49,16 @@ def packed_names(model: transformers.PreTrainedModel) -> Callable[[str], str]:
 
     A packed tensor goes where the weight that it stands for would go.
     """
-    rename = module_names(model)
+    return _like_weights(module_names(model))
+
+
+def published_packed_names(model: transformers.PreTrainedModel) -> Callable[[str], str]:
+    """Return the function from the name of a tensor in packed files of `model`, empty yet, to the published one."""
+    return _like_weights(published_names(model))
+
+
+def _like_weights(rename: Callable[[str], str]) -> Callable[[str], str]:
+    """Return `rename` for names of packed tensors, too."""
 
     def name(stored: str) -> str:
         module, _, leaf = stored.rpartition(".")

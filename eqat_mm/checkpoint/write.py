@@ -46,8 +46,8 @@ _SAVING = ".saving-"
 class CheckpointWriter:
     """Writes one shard per block, then everything else.
 
-    A shard is complete or absent. Nothing in the folder is a checkpoint until `finish`. Tensors are named as in the
-    files of the source, which older readers know, too.
+    A shard is complete or absent. Nothing in the folder is a checkpoint until `finish`. Tensors are named as in
+    published files of such a model, which engines and older readers know, whatever the files of the source call them.
 
     Args:
         folder: of the checkpoint.
@@ -119,7 +119,8 @@ class CheckpointWriter:
         config = read_json(self.opened.folder / "config.json")
         ignore = ignored_linears(self.opened.arch, self.opened.model, self.opened.source)
         channels = None if self.widths.kv_cache == UNQUANTIZED else head_dim(self.opened)
-        config["quantization_config"] = quantization_config(self.spec, ignore, self.widths, channels)
+        loose = [part.path for part in self.opened.arch.full_precision_parts(self.opened.model) if not part.whole]
+        config["quantization_config"] = quantization_config(self.spec, ignore, self.widths, channels, loose)
         files = [self.shard(index) for index in range(self._count)]
         made = Manifest(
             self.opened.arch.name,
@@ -142,7 +143,7 @@ class CheckpointWriter:
         for name, tensor in tensors.items():
             keeps = name in source and tensor.is_floating_point()
             kept = source.read(name).dtype if keeps else tensor.dtype
-            cast[source.stored_name(name)] = tensor.to(kept)
+            cast[source.published_name(name)] = tensor.to(kept)
         return save_shard(self.shard(index), cast)
 
 
@@ -170,7 +171,7 @@ def save_like(
     provenance: dict[str, Any],
     companions: Mapping[str, str | None] | None = None,
 ) -> Manifest:
-    """Write `model`, a trained copy of the checkpoint `base`, with the shards, names and dtypes of `base`.
+    """Write `model`, trained from the checkpoint `base`, under published names, with the shards and dtypes of `base`.
 
     What training left as it was is copied byte for byte, whatever the dtype the model was loaded in; adapters lie in
     a folder beside. The folder appears whole: it is written under a temporary name and renamed.
@@ -236,7 +237,9 @@ def _write_again(
     for file, names in origin.shards.items():
         kept = {stored: name for stored, name in names.items() if name in origin.dtypes}
         tensors = {
-            stored: _like(state[name], origin.dtypes[name], None if base is None else base.read(stored))
+            origin.published[stored]: _like(
+                state[name], origin.dtypes[name], None if base is None else base.read(stored)
+            )
             for stored, name in kept.items()
         }
         digests[folder / file] = save_shard(folder / file, tensors)

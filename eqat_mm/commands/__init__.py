@@ -1,1 +1,1 @@
-"""The jobs behind `eqat` and scripts/: each puts adapter, data, trainer and evaluator together."""
+"""The jobs behind `eqat`: each puts adapter, data, trainer and evaluator together."""

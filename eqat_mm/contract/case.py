@@ -66,7 +66,8 @@ class Case:
             split: its experts, as the walker sees them.
         """
         auto = getattr(transformers, self.arch.auto_class)
-        model = auto.from_pretrained(folder or self.saved, dtype=torch.float32).eval()
+        # Without gradients, as blocks are read: torch chooses another product of matrices for what will have some.
+        model = auto.from_pretrained(folder or self.saved, dtype=torch.float32).eval().requires_grad_(False)
         if split:
             self.arch.split_experts(model)
         return model
@@ -75,7 +76,13 @@ class Case:
         """Save a random model of the same kind in bfloat16, if its sizes allow of a width whose root is not exact."""
         config = copy.deepcopy(self._tiny.config)
         text = config.get_text_config(decoder=True)
-        text.hidden_size += text.hidden_size // 2
+        narrow, text.hidden_size = text.hidden_size, text.hidden_size * 3 // 2
+        for name in ("num_attention_heads", "num_key_value_heads"):  # as wide as before: rotary tables are of a width
+            setattr(text, name, getattr(text, name) * 3 // 2)
+        vision = getattr(config, "vision_config", None)
+        for name in ("out_hidden_size", "projection_dim"):  # of vision towers that end in the width of the language
+            if getattr(vision, name, None) == narrow:
+                setattr(vision, name, text.hidden_size)
         model = _built(type(self._tiny), config) or copy.deepcopy(self._tiny)
         nn.Module.to(model, torch.bfloat16).save_pretrained(self.folder / "bfloat16")
         return self.folder / "bfloat16"

@@ -11,8 +11,9 @@ from torch import Tensor
 from eqat_mm.contract.case import ANOTHER_ROUTE, Case, NotHere, difference
 from eqat_mm.contract.structure import SEES
 from eqat_mm.data.image_text.batching import Collator
-from eqat_mm.data.image_text.chat import Chat
+from eqat_mm.data.image_text.chat import IGNORED, Chat
 from eqat_mm.data.image_text.conversations import IMAGE, Conversation, Turn
+from eqat_mm.data.image_text.processors import fit_processor
 
 _SIZES = ((40, 30), (30, 50))
 """Widths and heights of the images that are shown, in pixels."""
@@ -27,6 +28,7 @@ def inputs(case: Case) -> None:
     if find_spec("PIL") is None or find_spec("torchvision") is None:
         raise NotHere("what reads images is not installed: pip install 'eqat-mm[vlm]'")
     processor, model = case.arch.processor(), case.model()
+    fit_processor(processor, model.config)
     chat, collate = Chat(processor), Collator(processor.tokenizer)
     samples = [chat.encode(_conversation(count), _images(count)) for count in (0, 1, 2)]
     together = _logits(model, collate(samples))
@@ -38,6 +40,7 @@ def inputs(case: Case) -> None:
         row = together[count][collate(samples)["attention_mask"][count].bool()][:length]
         same = torch.equal(sample["input_ids"][:length], used["input_ids"][0])
         case.require(same, f"other tokens for {count} images", "those of the processor", _DO)
+        _require_labels(case, chat, sample, count)
         for name, found in (("alone", trained), ("in a batch", row)):
             error = difference(found, expected)
             case.require(
@@ -51,15 +54,31 @@ def inputs(case: Case) -> None:
 _DO = "compare the sample of eqat_mm.data.image_text.chat.Chat.encode with what the processor returns"
 
 
+def _require_labels(case: Case, chat: Chat, sample: dict[str, Tensor], count: int) -> None:
+    """Check that the answers are what is learned, and that the tokens of images are counted as they are written."""
+    labels, conversation = sample["labels"], _conversation(count)
+    found = chat.tokenizer.decode(labels[labels != IGNORED]).split()
+    words = [word for word in found if word in " ".join(turn.text for turn in conversation.turns)]
+    case.require(words == ["w7", "w8", "w10"], f"labels {found}", "the answers w7 w8 and w10", _DO)
+    sizes = [(height, width) for width, height in _SIZES[:count]]
+    (length,) = chat.lengths([chat.text(conversation)], [sizes])
+    case.require(
+        length == len(labels), f"{length} tokens counted, {len(labels)} there, for {count} images", "all of them", _DO
+    )
+
+
 def _conversation(images: int) -> Conversation:
-    turns = (Turn("user", IMAGE * images + " w5 w6"), Turn("assistant", "w7 w8"))
+    spoken = (IMAGE * images + " w5 w6", "w7 w8", "w9", "w10")
+    turns = tuple(Turn(("user", "assistant")[place % 2], text) for place, text in enumerate(spoken))
     return Conversation("contract", turns, tuple(range(images)))  # type: ignore[arg-type]
 
 
 def _images(count: int) -> list[Any]:
     from PIL import Image
 
-    return [Image.new("RGB", size, (40, 90, 200)) for size in _SIZES[:count]]
+    draw = torch.Generator().manual_seed(4)
+    pixels = [torch.randint(0, 256, (height, width, 3), generator=draw) for width, height in _SIZES[:count]]
+    return [Image.fromarray(each.to(torch.uint8).numpy()) for each in pixels]
 
 
 def _as_used(processor: Any, images: int) -> dict[str, Tensor]:

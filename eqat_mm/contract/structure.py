@@ -73,9 +73,9 @@ def projector(case: Case) -> None:
         "set `projector`",
     )
     case.require(
-        not sees or case.arch.projector in case.arch.full_precision,
+        not sees or any(f"{case.arch.projector}.".startswith(f"{part}.") for part in case.arch.full_precision),
         f"projector {case.arch.projector!r}, which is not in `full_precision`",
-        "the projector among the parts in full precision",
+        "the projector among the parts in full precision, or inside one",
         "list it there, too",
     )
 

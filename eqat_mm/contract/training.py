@@ -105,11 +105,11 @@ def _compared(case: Case, folder: Path) -> tuple[set[str], set[str], set[str]]:
     """Return what is as it was in the files of a checkpoint, what belongs to norms of blocks, and what is changed."""
     opened, written = case.open(), WeightSource(folder)
     norms = {
-        opened.source.stored_name(f"{opened.block_name(index)}.{path}.{leaf}")
+        opened.source.published_name(f"{opened.block_name(index)}.{path}.{leaf}")
         for index, block in enumerate(opened.blocks)
         for path, leaf in _leaves(block, norms_of(block))
     }
-    before = {one.name: opened.source.read(opened_name) for opened_name, (one, *_) in opened.source.by_name.items()}
+    before = {opened.source.published_name(name): opened.source.read(name) for name in opened.source.names()}
     both = [name for name in before if name in written]
     changed = {name for name in both if not same_bytes(before[name], written.read(name))}
     return set(both) - changed, norms, changed

@@ -34,7 +34,7 @@ class _E2EQP(EndToEnd):
     def states(self) -> Amount:
         """Packed codes, step sizes with their optimizer, what is not quantized."""
         packed, sizes = codes(self.shape, self.spec), scales(self.shape, self.spec)
-        projector = self.shape.projector * ("projector" in self.config.trains)
+        projector = self.shape.projector * ("projector" in self.config.trained)
         other = self.shape.unquantized
         # the peak is where the backward begins: gradients are there if they are kept from an earlier one
         kept = sizes if self.config.accumulation > 1 or self.stage else sizes / len(self.shape.blocks)
@@ -48,7 +48,7 @@ class _E2EQP(EndToEnd):
 
     def resumable(self) -> float:
         """What is trained and AdamW's two moments of it in float32; under DeepSpeed its weights once more."""
-        projector = self.shape.projector * ("projector" in self.config.trains)
+        projector = self.shape.projector * ("projector" in self.config.trained)
         return (16 if self.stage else 12) * (scales(self.shape, self.spec) + projector)
 
     def flop(self) -> tuple[float, float]:

@@ -46,7 +46,7 @@ def text_work(samples: int, length: int) -> Work:
 def image_text_work(shape: ModelShape, samples: int, longest: int) -> Work:
     """Conversations about one image each; what is not the image counts as predicted, at most."""
     longest = max(longest, shape.image_tokens + WORDS)
-    return Work(samples, longest, shape.image_tokens + WORDS, longest - shape.image_tokens, images=1)
+    return Work(samples, longest, shape.image_tokens + WORDS, longest - shape.image_tokens, int(shape.image_tokens > 0))
 
 
 class EndToEnd:

@@ -25,7 +25,7 @@ class _LLMQAT(EndToEnd):
     @property
     def taught(self) -> bool:  # type: ignore[override]
         """Whether the loss compares with the full-precision model."""
-        return self.config.loss == "logits"
+        return self.config.loss == "kl"
 
     def states(self) -> Amount:
         """Weights, gradients and AdamW in float32, divided as DeepSpeed's stage says."""

@@ -23,11 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from eqat_kernels.cached_attention.reference import SCALE_DTYPE, unpack_rows
 from eqat_mm.errors import ConfigError
 from eqat_mm.quant.activations import fake_quantize_symmetric, quantize_symmetric
-
-SCALE_DTYPE = torch.bfloat16
-_SCALE_BYTES = SCALE_DTYPE.itemsize
 
 
 def pack_rows(states: Tensor, bits: int) -> Tensor:
@@ -48,29 +46,8 @@ def pack_rows(states: Tensor, bits: int) -> Tensor:
     if bits == 4:
         _require_pairs(unsigned.shape[-1])
         unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
-    return torch.cat([unsigned, _copy(scale.to(SCALE_DTYPE)).view(torch.uint8)], dim=-1)
-
-
-def unpack_rows(rows: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Return keys or values [..., D] in `dtype` from their rows of bytes."""
-    unsigned = rows[..., :-_SCALE_BYTES]
-    if bits == 4:
-        unsigned = _halves(unsigned)
-    # bfloat16 holds code and alpha as they are, and rounds their product once, as float32 does on its way to bfloat16
-    wide = dtype if dtype in (torch.float64, torch.bfloat16) else torch.float32
-    scale = _copy(rows[..., -_SCALE_BYTES:]).view(SCALE_DTYPE).to(wide)
-    return unsigned.to(wide).sub_(1 << (bits - 1)).mul_(scale).to(dtype)
-
-
-def _halves(packed: Tensor) -> Tensor:
-    """Return the low and the high half of every byte in turn: moved apart to the two bytes of a 16-bit number."""
-    pairs = packed.to(torch.int16, memory_format=torch.contiguous_format)
-    return pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """Copy: `contiguous` would keep odd strides of dimensions of size one and odd offsets, which `view` refuses."""
-    return tensor.clone(memory_format=torch.contiguous_format)
+    alpha = scale.to(SCALE_DTYPE).clone(memory_format=torch.contiguous_format)  # `view` refuses odd strides
+    return torch.cat([unsigned, alpha.view(torch.uint8)], dim=-1)
 
 
 def _require_pairs(channels: int) -> None:
@@ -115,22 +92,24 @@ class _Room:
 class QuantizedKVLayer(DynamicLayer):
     """Cache of one attention layer: rows of bytes, [batch, heads, tokens, bytes], in place of floats.
 
-    What attention reads is expanded anew for each token and forgotten: kept, it would take the memory that the integers
-    save. Who has that memory gives the model transformers' own cache, which then holds the same numbers as floats.
+    Attention reads the rows themselves where the model can (`quant.integer_attention`). Otherwise they are expanded
+    anew for each token and forgotten: kept, the floats would take the memory that the integers save. Who has that
+    memory gives the model transformers' own cache, which then holds the same numbers as floats.
 
     Sequences are reordered, repeated and cropped by the methods of `DynamicLayer`, which need not know what is in a
     row. A model with sliding windows keeps all its tokens here; its masks hide the old ones.
 
     Args:
         bits: 4 or 8.
+        expand: whether attention is given floats.
     """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, expand: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bits = bits
+        self.bits, self.expand = bits, expand
         self._room = _Room(), _Room()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -141,7 +120,9 @@ class QuantizedKVLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values, float [batch, heads, new tokens, D]; return those of all tokens as they were stored.
+        """Append keys and values, float [batch, heads, new tokens, D]; return those of all tokens.
+
+        As they were stored, float [batch, heads, tokens, D], or the rows of bytes.
 
         Raises:
             ConfigError: an odd D at 4 bits.
@@ -150,6 +131,8 @@ class QuantizedKVLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         self.keys = self._room[0].append(self.keys, pack_rows(key_states, self.bits))
         self.values = self._room[1].append(self.values, pack_rows(value_states, self.bits))
+        if not self.expand:
+            return self.keys, self.values
         keys, values = (unpack_rows(rows, self.bits, key_states.dtype) for rows in (self.keys, self.values))
         return keys, values
 
@@ -159,10 +142,11 @@ class QuantizedKVCache(Cache):
 
     Args:
         bits: 4 or 8.
+        expand: whether attention is given floats; false only for models whose attention `reads_integers`.
     """
 
-    def __init__(self, bits: int) -> None:
-        super().__init__(layer_class_to_replicate=partial(QuantizedKVLayer, bits))  # type: ignore[arg-type]
+    def __init__(self, bits: int, expand: bool = True) -> None:
+        super().__init__(layer_class_to_replicate=partial(QuantizedKVLayer, bits, expand))  # type: ignore[arg-type]
         self.bits = bits
 
 

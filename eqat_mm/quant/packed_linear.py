@@ -55,8 +55,8 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
         self.register_buffer("weight_zero_point", zero_words)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
-        self.weight_scale = nn.Parameter(torch.zeros(out_features, groups))
-        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.weight_scale = nn.Parameter(torch.zeros(out_features, groups, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
 
     @classmethod
     @torch.no_grad()

@@ -165,6 +165,8 @@ def _take(found: Found, path: Path, add: Callable[[], None]) -> None:
 
 def _add_run(found: Found, path: Path, fingerprint: Fingerprint) -> None:
     record, folder = read_sealed(path), path.parent
+    if record.get("command") == "export":  # the same weights as those of the run that it is made from
+        return
     if (folder / "result.json").is_file() or "eval" in path.relative_to(found.root).parts:
         _add_note(found, folder, record)
         return

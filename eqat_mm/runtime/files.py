@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +29,17 @@ def cache_folder() -> Path:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove the temporary files of `path` that killed processes have left, where nobody else is writing it."""
-    for left in path.parent.glob(f".{path.name}.*.partial"):
-        left.unlink(missing_ok=True)
+    """Remove what killed processes have left of a file or folder `path`, and in it, where nobody else is writing."""
+    for left in (*path.parent.glob(f".{path.name}.*partial"), *path.glob(UNFINISHED)):
+        remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with what is in it; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from eqat_mm.errors import ConfigError
-from eqat_mm.runtime.files import UNFINISHED
+from eqat_mm.runtime.files import remove, remove_unfinished
 from eqat_mm.runtime.progress import say
 
 RECORD, REPLACED = "run.json", ".replaced"
@@ -113,32 +112,24 @@ class Place:
         """Keep a finished run until the one that replaces it is finished, too; an unfinished one goes."""
         aside, finished = self.folder / REPLACED, self.proof.is_file()
         if finished:
-            _remove(aside)
+            remove(aside)
             aside.mkdir()
             say(f"what is replaced is kept in {aside} until the new run is finished")
         for path in self.own():
             if path.exists() and finished:
                 path.rename(aside / path.name)
             else:
-                _remove(path)
+                remove(path)
 
     def drop_progress(self) -> None:
         """Remove what is of no use when the run is finished, the one that it replaces, too."""
         for path in (self.folder / REPLACED, *self.progress()):
-            _remove(path)
+            remove(path)
 
     def sweep(self) -> None:
         """Remove the temporary files that killed processes have left."""
         for path in self.own():
-            for left in (*path.parent.glob(f".{path.name}.*partial"), *path.glob(UNFINISHED)):
-                _remove(left)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+            remove_unfinished(path)
 
 
 def _size(path: Path) -> int:

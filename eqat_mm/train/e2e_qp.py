@@ -30,6 +30,13 @@ from eqat_mm.train.watch import Watch
 STAGE = "e2e-qp"
 
 Trained = Literal["scales", "projector", "scales+projector", "lora", "lora+projector"]
+_TRAINED: dict[Trained, frozenset[Literal["scales", "projector", "lora"]]] = {
+    "scales": frozenset({"scales"}),
+    "projector": frozenset({"projector"}),
+    "scales+projector": frozenset({"scales", "projector"}),
+    "lora": frozenset({"lora"}),
+    "lora+projector": frozenset({"lora", "projector"}),
+}
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,9 @@ class E2EQPConfig(EndToEndConfig):
     `learning_rate` is that of the step sizes (paper: 2e-5 at 2 bits, 1e-5 at 3 and 4).
 
     Attributes:
-        trains: `scales` (step sizes), `projector` (of a vision-language model), `lora` (adapters on the frozen packed
-            model: the baseline), or one of these with the projector.
-        loss: `cross-entropy` (paper), or `kl` to the full-precision model's predictions.
+        trains: what is trained: `scales` (step sizes), `projector` (of a vision-language model), `lora` (adapters on
+            the frozen packed model: the baseline), or one of these with the projector.
+        loss: what is learned: `cross-entropy` (paper), or `kl` to the full-precision model's predictions.
         lr_projector: peak learning rate of the projector; null takes `learning_rate`.
         lora: adapters of `trains: lora`, with their own learning rate.
     """
@@ -50,6 +57,11 @@ class E2EQPConfig(EndToEndConfig):
     loss: Literal["cross-entropy", "kl"] = "cross-entropy"
     lr_projector: Positive | None = None
     lora: LoRA = field(default_factory=LoRA)
+
+    @property
+    def trained(self) -> frozenset[Literal["scales", "projector", "lora"]]:
+        """What `trains` names, one by one."""
+        return _TRAINED[self.trains]
 
 
 class E2EQPTrainer(EndToEndTrainer):
@@ -123,7 +135,7 @@ def run_e2e_qp(
         data_collator=collator,
         teacher=teacher,
         order=order,
-        projector=projector if "projector" in config.trains else None,
+        projector=projector if "projector" in config.trained else None,
         blank=blank,
         precision=resolve(config.precision, arguments.device),
         stage="E2E-QP",
@@ -149,14 +161,13 @@ def trainable_groups(model: nn.Module, projector: nn.Module | None, config: E2EQ
     Raises:
         ConfigError: a projector is to be trained and there is none.
     """
-    wanted = config.trains.split("+")
     groups: list[dict[str, Any]] = []
-    if "scales" in wanted:
+    if "scales" in config.trained:
         groups.append({"params": scale_parameters(model), "weight_decay": 0.0})
-    if "lora" in wanted:
+    if "lora" in config.trained:
         rate = config.lora.learning_rate
         groups.append({"params": adapter_parameters(model), "lr": rate, "weight_decay": 0.0})
-    if "projector" in wanted:
+    if "projector" in config.trained:
         if projector is None:
             raise ConfigError(
                 where="--trains",

@@ -50,19 +50,19 @@ class EndToEndConfig(Settings):
         global_batch: sequences per optimizer step of all processes together; `accumulation` then follows from it, so
             that a run is the same, and can go on, with any number of processes.
         clip_norm: largest gradient norm.
-        gradient_checkpointing: recompute activations of blocks in the backward: more time, much less memory; `auto`
-            does so on a GPU, for models of a billion weights and more.
-        precision: of matrix products; `auto` takes bfloat16 where it is faster (see `runtime.precision`).
-        deepspeed: JSON file with the settings of DeepSpeed, where a launcher started several processes; without one
-            they run as plain data parallelism, and a single process needs none.
+        gradient_checkpointing: recompute activations in the backward; more time, much less memory. `auto` does so on
+            a GPU, for models of a billion weights and more.
+        precision: of matrix products; `auto` takes bfloat16 where it is faster.
+        deepspeed: DeepSpeed's settings, `zero-2` or a JSON file, where a launcher started several processes; without
+            them these run as plain data parallelism, and a single process needs none.
         logging_steps: optimizer steps between log lines.
-        report_to: dashboard that is given the same numbers; `none`, `tensorboard` or `wandb`, which must be installed.
+        report_to: dashboard that is given the same numbers: `none`, `tensorboard` or `wandb`, which must be installed.
         save_steps: optimizer steps between checkpoints to resume from; 0 keeps none.
         held_out_steps: optimizer steps between two looks at held-out conversations, where there are any.
         held_out_kl: compare them with the full-precision model, too, which is read once for that.
         keep_best: end with the step whose loss on held-out conversations was least, instead of the last.
-        dataloader_num_workers: processes beside each training one that read and encode its next samples; by default 4
-            on a GPU, and none on a CPU, whose cores train.
+        dataloader_num_workers: processes that read samples for each one that trains; by default 4 on a GPU, and none
+            on a CPU, whose cores train.
         seed: of the order of the data.
     """
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from eqat_mm.blocks.parts import Part
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
-from eqat_mm.data.order import EpochOrder
 from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.fake_linear import fake_quant_linears, project
 from eqat_mm.runtime.progress import progress, say
@@ -259,8 +258,8 @@ class _BlockFit:
         """Batches of one epoch: shuffled within each bucket of equal calls, then among one another."""
         batches = []
         for number, bucket in enumerate(self.step.buckets(self.training)):
-            order = EpochOrder(len(bucket), self.config.batch_size, derive_seed(self.seed, "bucket", number))
-            visited = [bucket[i] for indices in order.batches(epoch) for i in indices.tolist()]
+            drawn = generator(derive_seed(self.seed, "bucket", number), "epoch order", epoch)
+            visited = [bucket[i] for i in torch.randperm(len(bucket), generator=drawn).tolist()]
             batches += dealt(visited, self.config.batch_size, self.config.lanes)
         shuffled = torch.randperm(len(batches), generator=generator(self.seed, "batches", epoch))
         return [batches[i] for i in shuffled.tolist()]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eqat_mm.data.image_text.columns import images_of
+
 Sample = Mapping[str, Tensor]
 
 
@@ -36,9 +38,9 @@ def adding_nothing(model: Any, of: Callable[[Tensor], Tensor]) -> Iterator[None]
 
 
 def through(projector: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what runs a projector alone, on features of zero."""
-    features = next(parameter for parameter in projector.parameters() if parameter.dim() == 2).shape[1]
-    return lambda embedded: projector(embedded.new_zeros(1, features)).sum()
+    """Return what reads every parameter of a projector, which is not called: what it takes is its own affair."""
+    parameters = list(projector.parameters())
+    return lambda embedded: torch.stack([each.flatten()[0].to(embedded) for each in parameters]).sum()
 
 
 def seeing(model: Any, image: Sample) -> Callable[[Tensor], Tensor]:
@@ -57,5 +59,5 @@ def blank_image(sample: Sample) -> dict[str, Tensor]:
     Args:
         sample: rows of tokens [T], and tensors of images [images, ...].
     """
-    images = {name: value for name, value in sample.items() if value.dim() > 1}
+    images = images_of(sample)
     return {name: torch.zeros_like(value) if value.is_floating_point() else value for name, value in images.items()}

@@ -23,6 +23,7 @@ from eqat_mm.blocks.attention import quantize_keys_and_values
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
+from eqat_mm.data.image_text.columns import alone
 from eqat_mm.data.image_text.style import Style
 from eqat_mm.quant.bit_widths import BitWidths
 from eqat_mm.quant.convert import to_dynamic_fake, to_dynamic_packed
@@ -50,7 +51,7 @@ class LLMQATConfig(EndToEndConfig):
     Attributes:
         bits: of weights, activations and KV cache, for example 4-8-4; 16 leaves activations or cache as they are.
         group_size: consecutive input channels of a weight that share a step size; -1 for all (paper).
-        loss: `logits` (paper) learns the full-precision model's softmax, `labels` the next token.
+        loss: what is learned: `kl` to the full-precision model's predictions (paper), or `cross-entropy`.
         smooth: strength of SmoothQuant, 0 to 1, before anything is quantized; null leaves it out.
         smooth_samples: samples of the data for the statistics of SmoothQuant.
         max_steps: optimizer steps; overrides `epochs` where it is given. 0 trains nothing: the model is rounded to
@@ -59,7 +60,7 @@ class LLMQATConfig(EndToEndConfig):
 
     bits: str = "4-8-8"
     group_size: GroupSize = -1
-    loss: Literal["logits", "labels"] = "logits"
+    loss: Literal["kl", "cross-entropy"] = "kl"
     smooth: Fraction | None = None
     smooth_samples: Count = 32
     max_steps: CountOrZero | None = None
@@ -122,14 +123,9 @@ def smooth_model(
         AdapterError: a norm that the smoothing cannot be folded into.
     """
     if config.smooth is not None:
-        batches = (_alone(sample, model.device) for sample in samples)
+        inputs = ({name: value.to(model.device) for name, value in alone(one).items()} for one in samples)
+        batches = ({name: value for name, value in each.items() if name != "labels"} for each in inputs)
         smooth(model, arch.normed_stages(model), batches, config.smooth)
-
-
-def _alone(sample: Sample, device: torch.device) -> Sample:
-    """Return the batch of one sample, without labels; tensors of images have an axis of images already."""
-    kept = {name: value.to(device) for name, value in sample.items() if name != "labels"}
-    return {name: value.unsqueeze(0) if value.dim() == 1 else value for name, value in kept.items()}
 
 
 def run_llm_qat(

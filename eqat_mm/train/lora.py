@@ -18,7 +18,7 @@ class LoRA(Settings, option="lora"):
     Attributes:
         rank: of the adapters.
         alpha: what they add is scaled by alpha / rank.
-        learning_rate: peak, of the adapters.
+        learning_rate: peak learning rate of the adapters.
     """
 
     rank: Count = 64

@@ -54,6 +54,9 @@ class EqatVLM(lmms):  # type: ignore[misc]
         template: of the conversation, see `eqat_mm.data.image_text.style`.
         images: what becomes of images that are no squares, see there.
 
+    Attributes:
+        asked: requests of `generate_until` so far, by task and number of the question.
+
     Raises:
         CheckpointError: not a usable model folder, or one without processor and chat template.
         ConfigError: unknown dtype or device, a batch size below 1, or a processor that contradicts the model.
@@ -81,14 +84,16 @@ class EqatVLM(lmms):  # type: ignore[misc]
         self.processor = _processor(folder, Style(template, images))
         self.renderer = Renderer(self.processor)
         self.model = load_for_inference(folder, self.device, self.dtype)
+        self.asked: dict[tuple[str, int], Instance] = {}
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the answer to every request, in order."""
         answers = [""] * len(requests)
+        self.asked |= {(request.args[4], request.args[3]): request for request in requests}
         batches = list(_batches(requests, self.batch_size, lambda request: request.args[1]))
         for indices in progress(batches, what="answers", total=len(batches), unit="batch"):
             batch = [requests[index] for index in indices]
-            samples = [self._sample(*request.args[:1], *request.args[2:]) for request in batch]
+            samples = [self.sample_of(request) for request in batch]
             for index, answer in zip(indices, self.generate(samples, batch[0].args[1]), strict=True):
                 answers[index] = answer
         return answers
@@ -141,6 +146,16 @@ class EqatVLM(lmms):  # type: ignore[misc]
             DataError: the tokens of an answer cannot be told from those of its prompt.
             CheckpointError: the model's predictions are not finite.
         """
+        return [self._score_row(*row) for row in self.predictions(samples, answers)]
+
+    def predictions(
+        self, samples: Sequence[tuple[str, list[Any]]], answers: Sequence[str]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each given answer of one batch the logits at its tokens [T, V], in float32, and the tokens [T].
+
+        Raises:
+            DataError: the tokens of an answer cannot be told from those of its prompt.
+        """
         whole = [
             (self._complete(prompt, answer), images) for (prompt, images), answer in zip(samples, answers, strict=True)
         ]
@@ -148,20 +163,23 @@ class EqatVLM(lmms):  # type: ignore[misc]
         inputs = self._encode(whole, padding_side="right")
         with inference(self.model):
             logits_BTV = self.model(**inputs, use_cache=False).logits
-            rows = zip(logits_BTV, inputs["input_ids"], inputs["attention_mask"], samples, strict=True)
-            return [self._score_row(logits, ids[: int(mask.sum())], sample) for logits, ids, mask, sample in rows]
+        rows = zip(logits_BTV, inputs["input_ids"], inputs["attention_mask"], samples, strict=True)
+        for logits_TV, ids_T, mask_T, sample in rows:
+            yield self._answer_of(logits_TV, ids_T[: int(mask_T.sum())], sample)
 
-    def _score_row(self, logits_TV: Tensor, ids_T: Tensor, sample: tuple[str, list[Any]]) -> tuple[float, bool]:
+    def _answer_of(self, logits_TV: Tensor, ids_T: Tensor, sample: tuple[str, list[Any]]) -> tuple[Tensor, Tensor]:
         prompt_T = self._encode([sample], "right")["input_ids"][0]
         start = len(prompt_T)
         if len(ids_T) <= start or not torch.equal(ids_T[:start], prompt_T):
             reason = "its first token reaches into the prompt, or it has none"
             raise _unclear(f"token ids {ids_T[start:].tolist()}", reason)
-        predicted_TV = logits_TV[start - 1 : len(ids_T) - 1].float()
-        loss = float(torch.nn.functional.cross_entropy(predicted_TV, ids_T[start:]))
+        return logits_TV[start - 1 : len(ids_T) - 1].float(), ids_T[start:]
+
+    def _score_row(self, predicted_TV: Tensor, answer_T: Tensor) -> tuple[float, bool]:
+        loss = float(torch.nn.functional.cross_entropy(predicted_TV, answer_T))
         if not math.isfinite(loss):
             raise not_finite(self.model, f"the loss of an answer is {loss}")
-        return loss, bool(torch.equal(predicted_TV.argmax(-1), ids_T[start:]))
+        return loss, bool(torch.equal(predicted_TV.argmax(-1), answer_T))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refuse conversations of several rounds."""
@@ -171,6 +189,10 @@ class EqatVLM(lmms):  # type: ignore[misc]
             "tasks of one question and one answer: generate_until, loglikelihood, multiple_choice",
             "choose another task",
         )
+
+    def sample_of(self, request: Instance) -> tuple[str, list[Any]]:
+        """Return the prompt and the images of a request of `generate_until`."""
+        return self._sample(*request.args[:1], *request.args[2:])
 
     def _sample(self, context: str, to_images: Any, doc_id: int, task: str, split: str) -> tuple[str, list[Any]]:
         images = list(to_images(self.task_dict[task][split][doc_id]) or ())

@@ -4,6 +4,7 @@ Every op has a readable torch `reference`, which is the specification, and one e
 picks an implementation (`dispatch.select`). Importing this package needs torch only.
 """
 
+from eqat_kernels.cached_attention import cached_attention
 from eqat_kernels.columns import compensate_columns, descend_columns
 from eqat_kernels.dequant import dequantize
 from eqat_kernels.dispatch import IMPLEMENTATIONS, select, use
@@ -14,6 +15,7 @@ from eqat_kernels.quant_linear import quant_linear
 __all__ = [
     "IMPLEMENTATIONS",
     "PackedLayout",
+    "cached_attention",
     "compensate_columns",
     "dequantize",
     "descend_columns",

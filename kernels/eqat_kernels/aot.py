@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from eqat_kernels.cached_attention import triton_impl as cached_attention
 from eqat_kernels.columns import triton_impl as columns_in_turn
 from eqat_kernels.dequant import triton_impl as dequant
 from eqat_kernels.fake_quant import triton_impl as fake_quant
@@ -101,6 +103,7 @@ def kernels() -> Iterator[Kernel]:
     """Every kernel for every bit width."""
     yield from _fake_quantize()
     yield from _columns()
+    yield from _cached_attention()
     for bits in BITS:
         yield from _elementwise(bits)
         for dtype in ("bf16", "fp32", "fp16") if bits == 4 else ("bf16", "fp32"):
@@ -124,6 +127,17 @@ def _columns() -> Iterator[Kernel]:
         for kernel in (columns_in_turn.compensate_kernel, columns_in_turn.descend_kernel):
             name = f"{kernel.__name__.removesuffix('_kernel')} {columns} columns"
             yield Kernel(name, kernel, _types("fp32"), {"R": rows, "B": width}, {})
+
+
+def _cached_attention() -> Iterator[Kernel]:
+    values = {"q": "*bf16", "out": "*fp32", "top": "*fp32", "sum": "*fp32", "k": "*u8", "v": "*u8"}
+    types = {f"{name}_ptr": kind for name, kind in values.items()} | {"scaling": "fp32"}
+    for bits in (4, 8):
+        for channels in (64, 128, 256):
+            tile = cached_attention.tile_of(8, channels, bits) | {"mask_ptr": None, "FACTOR": tl.bfloat16}
+            options = cached_attention.options(channels, bits)
+            name = f"cached_attention {bits} bits, {channels} channels"
+            yield Kernel(name, cached_attention.attend_kernel, types, tile, options)
 
 
 def _elementwise(bits: int) -> Iterator[Kernel]:

@@ -35,17 +35,19 @@ FLAGS = (
 )
 
 
-class Packed(ctypes.Structure):
+class _Structure(ctypes.Structure):
+    def data_ptr(self) -> int:
+        """Return where it lies, as tensors do."""
+        return ctypes.addressof(self)
+
+
+class Packed(_Structure):
     """`Packed` of the C source."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("words", "end", "zeros")),
         *((name, ctypes.c_int64) for name in ("columns", "groups", "row_words", "first", "last")),
     )
-
-    def data_ptr(self) -> int:
-        """Return where it lies, as tensors do."""
-        return ctypes.addressof(self)
 
 
 def packed(words: Tensor, zeros: Tensor | None, layout: PackedLayout, rows: range) -> Packed:
@@ -55,12 +57,21 @@ def packed(words: Tensor, zeros: Tensor | None, layout: PackedLayout, rows: rang
     return Packed(start, end, zero_start, layout.in_features, layout.groups, words.shape[1], rows.start, rows.stop)
 
 
+class Cache(_Structure):
+    """`Cache` of the C source."""
+
+    _fields_ = (
+        ("first", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("of_batch", "of_head", "of_token", "bytes", "half")),
+    )
+
+
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what the C source reads and writes a dense weight in: bfloat16 as it is, all else through float32."""
     return dtype if dtype is torch.bfloat16 else torch.float32
 
 
-def call(function: str, *arguments: int | Tensor | Packed | None) -> None:
+def call(function: str, *arguments: int | Tensor | _Structure | None) -> None:
     """Run a function of the library on torch's number of threads; tensors are passed as pointers, None as null."""
     numbers = [
         value if isinstance(value, int) else 0 if value is None else value.data_ptr()

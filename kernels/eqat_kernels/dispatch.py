@@ -35,6 +35,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "pack": _ALL,
     "unpack": _ALL,
     "columns": ("triton", "reference"),
+    "cached_attention": _ALL,
 }
 """Implementations of each op in order of preference."""
 

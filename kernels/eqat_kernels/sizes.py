@@ -120,6 +120,26 @@ def check_columns(tiles: dict[str, Tensor], square: Tensor, scale: Tensor, zero_
             raise _wrong(name, tensor, shape, f"float32, on {first.device}")
 
 
+def check_cached(query: Tensor, keys: Tensor, values: Tensor, bits: int) -> None:
+    """Check queries, float [B, H, Q, D], and rows of keys and values, uint8 [B, K, T, D * bits / 8 + 2], K dividing H.
+
+    Raises:
+        ValueError: as `check_packed`.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"{bits} bits: choose 4 or 8")
+    if query.dim() != 4 or not query.is_floating_point() or query.shape[-1] * bits % 8:
+        raise _wrong("queries", query, ("B", "H", "Q", "D"), "floating point, D even at 4 bits")
+    batch, heads, _, channels = query.shape
+    for name, rows in (("keys", keys), ("values", values)):
+        shape: tuple[int | str, ...] = (batch, "K", "T", channels * bits // 8 + 2)
+        fits = rows.dim() == 4 and rows.shape == keys.shape and rows.shape[0] == batch and rows.shape[3] == shape[3]
+        if not fits or not rows.shape[1] or heads % rows.shape[1] or not rows.shape[2]:
+            raise _wrong(name, rows, shape, f"uint8, K dividing {heads}")
+        if rows.dtype is not torch.uint8 or rows.stride(3) != 1 or rows.device != query.device:
+            raise _wrong(name, rows, shape, f"uint8, the bytes of a row next to each other, on {query.device}")
+
+
 def _as(tensor: Tensor, first: Tensor) -> bool:
     return tensor.dtype is torch.float32 and tensor.device == first.device
 

@@ -83,8 +83,8 @@ def test_published_names_are_those_of_the_modules(arch: Arch, folder: Path) -> N
     assert "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight" in stored
     opened = open_model(folder, arch)
     assert set(opened.source.names()) == set(opened.model.state_dict())
-    assert sorted(map(opened.source.stored_name, opened.source.names())) == sorted(stored)
-    packed = opened.source.stored_name("model.language_model.layers.1.mlp.up_proj.weight_packed")
+    assert sorted(map(opened.source.published_name, opened.source.names())) == sorted(stored)
+    packed = opened.source.published_name("model.language_model.layers.1.mlp.up_proj.weight_packed")
     assert packed == "language_model.model.layers.1.mlp.up_proj.weight_packed"
     expected = transformers.AutoModelForImageTextToText.from_pretrained(folder).state_dict()
     assert all(torch.equal(opened.source.read(name), value) for name, value in expected.items())

@@ -22,6 +22,7 @@ from eqat_mm.blocks.walker import BlockWalker, capture_front
 from eqat_mm.checkpoint.read import load
 from eqat_mm.errors import AdapterError
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.stock import stock_reader
 from eqat_mm.train.block_ap import BlockAPConfig, kept_parameters, run_block_ap
 from eqat_mm.train.fit import FitConfig
 from eqat_mm.train.rtn import run_rtn
@@ -180,7 +181,8 @@ def test_plain_transformers_reads_what_is_written(saved: Saved, tmp_path: Path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry.known_archs(), saved.arch.name, saved.arch)
         ours = load(tmp_path / "model").eval()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    with stock_reader():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     with torch.no_grad():
         found, expected = (model(saved.batches[0]["input_ids"], use_cache=False).logits for model in (ours, theirs))
     assert (found - expected).norm() < 5e-3 * expected.norm()

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from PIL import Image
 from transformers import PreTrainedModel
 
 import eqat_mm
-from eqat_mm.plan import machine
-from tests.tiny_llava import save_tiny_llava
-from tests.tiny_model import Tiny, save_tiny
+from tests.commands.conftest import memory_enough, tiny
+from tests.tiny_llava import save_conversations, save_tiny_llava
+from tests.tiny_model import Tiny
+
+__all__ = ["memory_enough", "tiny"]
 
 FEW: dict[str, Any] = {
     "calibration": {"length": 16, "count": 12},
@@ -48,28 +46,11 @@ class Seeing:
     conversations: Path
 
 
-@pytest.fixture(autouse=True)
-def memory_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = SimpleNamespace(available=2**40)
-    monkeypatch.setattr(machine, "psutil", SimpleNamespace(Process=psutil.Process, virtual_memory=lambda: free))
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return save_tiny(tmp_path_factory.mktemp("tiny"), blocks=2)
-
-
 @pytest.fixture(scope="session")
 def seeing(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Seeing:
     folder = tmp_path_factory.mktemp("seeing")
     save_tiny_llava(folder / "llava", dtype=torch.float32)
-    records = []
-    for number in range(8):
-        Image.new("RGB", (30 + number, 20), (30 * number, 90, 9)).save(folder / f"{number}.png")
-        turns = [{"from": "human", "value": f"<image>\nw{5 + number}"}, {"from": "gpt", "value": f"w{9 + number}"}]
-        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    (folder / "mix.json").write_text(json.dumps(records), encoding="utf-8")
-    return Seeing(folder / "llava", tiny.text, folder / "mix.json")
+    return Seeing(folder / "llava", tiny.text, save_conversations(folder, 8))
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def test_weights_are_read_from_the_tensors_of_single_experts(name: str, tmp_path
         path for path, _ in opened.model.named_parameters() if path.endswith(("gate_up_proj", "experts.down_proj"))
     ]
     path = "model.layers.0.mlp.experts.2.gate_proj.weight"
-    assert opened.source.stored_name(path) == STORED[name]
+    assert opened.source.published_name(path) == STORED[name]
     opened.source.materialise(opened.blocks[0], "model.layers.0.", torch.float32, torch.device("cpu"))
     assert torch.equal(opened.model.get_parameter(path), load_file(tmp_path / SINGLE)[STORED[name]])
 
@@ -133,6 +133,7 @@ def test_a_model_saved_without_its_head_is_read_too(name: str, tmp_path: Path) -
     save_file({key.removeprefix("model."): value for key, value in tensors.items()}, tmp_path / SINGLE)
     source = open_model(tmp_path, arch).source
     assert source.stored_name("model.layers.0.mlp.experts.2.gate_proj.weight") == STORED[name].removeprefix("model.")
+    assert source.published_name("model.layers.0.mlp.experts.2.gate_proj.weight") == STORED[name]
 
 
 @pytest.mark.parametrize("name", MODELS)

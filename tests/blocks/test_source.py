@@ -114,6 +114,9 @@ def test_names_are_translated_to_those_of_the_modules(tmp_path: Path) -> None:
     assert torch.equal(source.read("model.norm.weight"), model.model.norm.weight)
     assert source.stored_name("model.norm.weight") == "old.model.norm.weight"
     assert source.stored_name("model.norm.scale") == "old.model.norm.scale"
+    source.name_by(lambda stored: stored.removeprefix("old."), lambda stored: stored.replace("old.", "new."))
+    assert source.published_name("model.norm.weight") == "new.model.norm.weight"
+    assert source.published_name("model.norm.scale") == "new.model.norm.scale"
 
 
 def test_a_language_model_without_its_head_has_other_names(tmp_path: Path) -> None:
@@ -123,6 +126,8 @@ def test_a_language_model_without_its_head_has_other_names(tmp_path: Path) -> No
     opened = open_model(tmp_path, LLAMA)
     assert "model.norm.weight" in opened.source
     assert opened.source.stored_name("model.layers.0.mlp.up_proj.weight_packed") == "layers.0.mlp.up_proj.weight_packed"
+    packed = "model.layers.0.mlp.up_proj.weight_packed"
+    assert opened.source.published_name(packed) == packed
 
 
 def test_a_model_is_opened_without_weights(folder: Path) -> None:

@@ -17,6 +17,8 @@ from eqat_mm.blocks.arch import Inputs, set_submodule
 from eqat_mm.checkpoint import read_manifest
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.runtime.files import read_json
+from eqat_mm.runtime.stock import stock_reader
 from llava_adapters import arch_for
 from tests.tolerances import assert_close
 
@@ -28,9 +30,10 @@ def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def foreign(folder: Path) -> PreTrainedModel:
-    """Load as anyone does."""
+    """Load as those do who have not imported this package."""
     auto = getattr(transformers, arch_for(read_manifest(folder).arch).auto_class)
-    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
+    with stock_reader():
+        model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
     return model
 
 
@@ -41,20 +44,18 @@ def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
 def assert_read_alike(folder: Path, spec: QuantSpec, inputs: Inputs) -> None:
     """Weights must agree bit for bit, and with their linears our model must give their logits exactly.
 
-    The symmetric grid is decompressed in float32; the asymmetric one in the dtype of the scales (see
-    `eqat_mm.checkpoint.layout.quantization_config`).
+    What the configuration has dequantized while it is read is in the dtype of the scales (see
+    `eqat_mm.checkpoint.layout.quantization_config`); other folders are decompressed in float32.
     """
+    rounded = read_json(folder / "config.json")["quantization_config"].get("dequantize", False)
     ours, theirs = eqat_mm.load(folder), foreign(folder)
     their_logits = logits_of(theirs, inputs)
     assert their_logits.abs().max() > 0.5
-    if spec.symmetric:
-        assert_close(logits_of(ours, inputs), their_logits, "model")
-    else:
-        assert_close(logits_of(ours, inputs), their_logits, "model", spec.storage_dtype)
+    dtype = spec.storage_dtype if rounded else torch.float32
+    assert_close(logits_of(ours, inputs), their_logits, "model", dtype)
     linears = packed_linears(ours)
     assert len(linears) == 14
     for path, linear in linears.items():
-        dtype = torch.float32 if spec.symmetric else spec.storage_dtype
         weight = theirs.get_parameter(f"{path}.weight")
         assert torch.equal(weight, linear.dequantize(dtype).float())
         set_submodule(ours, path, theirs.get_submodule(path))

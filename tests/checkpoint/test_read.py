@@ -247,7 +247,7 @@ def test_names_without_the_prefix_of_the_base_class(tmp_path: Path, bits: int) -
     stripped = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     save_file(stripped, tmp_path / "full" / "model.safetensors", metadata={"format": "pt"})
     run_rtn(opened(), spec, tmp_path / "b", source="tiny", provenance={})
-    assert "layers.0.mlp.up_proj.weight_packed" in tensors_of(tmp_path / "b" / "model")
+    assert tensors_of(tmp_path / "a/model").keys() == tensors_of(tmp_path / "b/model").keys()
     left, right = (eqat_mm.load(tmp_path / name / "model") for name in "ab")
     assert torch.equal(logits(left), logits(right))
 

@@ -88,13 +88,21 @@ def test_quantization_config(pack: Pack) -> None:
     folder = pack(QuantSpec(3, 32))
     config = read_json(folder / "config.json")
     entry = config.pop("quantization_config")
-    assert config == read_json(folder.parent / "full" / "config.json")
+    before = read_json(folder.parent / "full" / "config.json")
+    assert config == before | {"torch_dtype": "bfloat16", "rope_theta": before["rope_parameters"]["rope_theta"]}
     weights = entry["config_groups"]["group_0"].pop("weights")
     assert entry == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "output_activations": None}},
+        "config_groups": {
+            "group_0": {
+                "format": "pack-quantized",
+                "targets": ["Linear"],
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
         "ignore": ["re:.*lm_head.*"],
         "kv_cache_scheme": None,
         "dequantize": True,

@@ -42,10 +42,10 @@ TRAINING = {
 """Settings of six optimizer steps."""
 
 
-def words_of(launcher: list[str], script: str, settings: dict[str, Any]) -> list[str]:
-    """The command line of a script of the repository under a launcher."""
+def words_of(launcher: list[str], command: str, settings: dict[str, Any]) -> list[str]:
+    """The command line of a command under a launcher."""
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return [*launcher, str(ROOT / "scripts" / script), *flags]
+    return [*launcher, "--module" if launcher is DEEPSPEED else "-m", "eqat_mm", command, *flags]
 
 
 def environment() -> dict[str, str]:

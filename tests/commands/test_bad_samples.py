@@ -142,8 +142,8 @@ def test_two_processes_put_the_same_sample_in_its_place(place: Path) -> None:
         "conversations.on_bad_sample": "skip",
         "learning_rate": 2e-3,
     }
-    said = run_well(words_of(ALONE, "e2e_qp.py", settings | {"output": place / "alone", "batch_size": 2}))
-    told = run_well(words_of(DATA_PARALLEL, "e2e_qp.py", settings | {"output": place / "two", "batch_size": 1}))
+    said = run_well(words_of(ALONE, "e2e-qp", settings | {"output": place / "alone", "batch_size": 2}))
+    told = run_well(words_of(DATA_PARALLEL, "e2e-qp", settings | {"output": place / "two", "batch_size": 1}))
     assert_close(losses(place / "two"), losses(place / "alone"), "model")
     for words in (said, told):
         assert words.count("other samples stood in for 1 that could not be used: 1 image unreadable") == 1

@@ -52,7 +52,7 @@ def command(tiny: Tiny, launcher: list[str], output: Path, **options: Any) -> li
         "precision": "float32",
         "device": "cpu",
     }
-    return words_of(launcher, "block_ap.py", settings | options)
+    return words_of(launcher, "block-ap", settings | options)
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,11 @@ def test_text_is_divided(tiny: Tiny, tmp_path: Path) -> None:
     found = []
     for launcher, name in ((ALONE, "one"), (DATA_PARALLEL, "two")):
         output = tmp_path / f"{name}.json"
-        said = run_well(words_of(launcher, "eval.py", settings | {"data.count": 7, "batch_size": 1, "output": output}))
+        said = run_well(words_of(launcher, "eval", settings | {"data.count": 7, "batch_size": 1, "output": output}))
         assert said.count("perplexity") == 1
         found.append({key: value for key, value in read_json(output).items() if key != "seconds"})
     assert found[0] == found[1]
-    done = run(words_of(DATA_PARALLEL, "eval.py", settings | {"data.count": 1}))
+    done = run(words_of(DATA_PARALLEL, "eval", settings | {"data.count": 1}))
     assert "1 windows for 2 processes" in done.stderr
 
 
@@ -50,7 +50,7 @@ def test_questions_are_divided(llava: Path, tmp_path: Path) -> None:
     settings = {"model": llava, "tasks": "easy_vqa", "limit": 5, "device": "cpu"}
     found, answers = [], []
     for launcher, name in ((ALONE, "one"), (DATA_PARALLEL, "two")):
-        run_well(words_of(launcher, "eval.py", settings | {"output": tmp_path / f"{name}.json"}))
+        run_well(words_of(launcher, "eval", settings | {"output": tmp_path / f"{name}.json"}))
         found.append(read_json(tmp_path / f"{name}.json")["tasks"])
         answers.append((tmp_path / f"{name}.answers.jsonl").read_bytes())
     assert found[0] == found[1]

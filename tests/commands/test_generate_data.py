@@ -157,11 +157,12 @@ def test_shards_write_one_file(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
 
 
 def test_processes_of_a_launcher_write_one_file(
-    tiny: Tiny, whole: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "texts.jsonl"
     flags = {"model": tiny.folder, "output": path, "count": COUNT, "length": 20, "min_tokens": 4, "device": "cpu"}
-    words = ["script", "--local_rank=0", *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
+    given = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    words = ["eqat", "--local_rank=0", "generate-data", *given]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command replaces it
     monkeypatch.setattr("eqat_mm.runtime.ending.quit_when_asked", lambda: None)  # this process goes on
@@ -171,7 +172,7 @@ def test_processes_of_a_launcher_write_one_file(
         assert not path.exists()
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(repository / "scripts" / "generate_data.py"), run_name="__main__")
+            runpy.run_module("eqat_mm", run_name="__main__")
         assert ended.value.code == 0
     assert path.read_bytes() == whole.read_bytes()
 

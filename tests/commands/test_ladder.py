@@ -122,7 +122,7 @@ def test_fresh_discards_finished_rungs(tiny: Tiny, tmp_path: Path, monkeypatch: 
     changed = replace(job_of(tiny, tmp_path), block_ap=block_ap_job(tiny, None, seed=1))
     with pytest.raises(ConfigError, match="seed"):
         ladder(changed)
-    ladder(replace(changed, fresh=True))
+    ladder(replace(changed, overwrite=True))
     assert made == [False, False, True]
 
 

@@ -1,6 +1,6 @@
 """E2E-QP as launchers start it: several processes give the result of one, and a killed one is not the end.
 
-On a tiny LLaVA with image-text data, some samples without images, as `deepspeed scripts/e2e_qp.py` on the command line.
+On a tiny LLaVA with image-text data, some samples without images, as `deepspeed --module eqat_mm e2e-qp`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def command(place: Path, name: str, launcher: list[str], *, data: str = "mixed",
         "loss": "kl",
         "learning_rate": 2e-3,
     }
-    return words_of(launcher, "e2e_qp.py", settings | options)
+    return words_of(launcher, "e2e-qp", settings | options)
 
 
 def assert_same_result(place: Path, name: str, other: str) -> None:
@@ -101,7 +101,8 @@ def test_kernels_see_the_precision_that_was_asked_for(place: Path, settings: str
     words = command(
         place, f"watched-{settings}", launcher, data="images", batch_size=4, precision="bfloat16", **options
     )
-    said = run_well([str(WATCHED) if word.endswith("e2e_qp.py") else word for word in words])
+    at = words.index("--module")
+    said = run_well([*words[:at], str(WATCHED), *words[at + 3 :]])
     assert said.count("kernels saw ['torch.bfloat16']") == 2
 
 

@@ -92,7 +92,7 @@ def test_labels_need_no_teacher(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.
         return load_model(*args)
 
     monkeypatch.setattr(module, "load_model", spy)
-    llm_qat(llm_qat_job(tiny, tmp_path / "labels", loss="labels", max_steps=2))
+    llm_qat(llm_qat_job(tiny, tmp_path / "labels", loss="cross-entropy", max_steps=2))
     assert len(loaded) == 1
     llm_qat(llm_qat_job(tiny, tmp_path / "logits", max_steps=2))
     assert len(loaded) == 3
@@ -190,8 +190,10 @@ def test_generation_stores_integers(
 
 def test_the_command_takes_bits_and_smoothing() -> None:
     job_class, _ = COMMANDS["llm-qat"].load()
-    job = parse_job("llm-qat", job_class, ["--model", "some", "--bits", "4-8-4", "--smooth", "0.5", "--loss", "labels"])
-    assert (job.bits, job.smooth, job.loss) == ("4-8-4", 0.5, "labels")
+    job = parse_job(
+        "llm-qat", job_class, ["--model", "some", "--bits", "4-8-4", "--smooth", "0.5", "--loss", "cross-entropy"]
+    )
+    assert (job.bits, job.smooth, job.loss) == ("4-8-4", 0.5, "cross-entropy")
 
 
 def test_the_tuned_recipe_is_found_by_model_and_bits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +236,7 @@ METHODS = [
     "SmoothQuant",
     "LLM-QAT, generated text",
     "LLM-QAT, real text",
-    "labels for logits, real text",
+    "cross entropy for KL, real text",
 ]
 
 
@@ -308,7 +310,7 @@ def test_other_settings_are_measured_again(tiny: Tiny, tmp_path: Path, monkeypat
     assert read_json(tmp_path / "results.json")["tokens"] == 3 * 15
     with pytest.raises(ConfigError, match="seed"):
         llm_qat_table(replace(job, train=replace(job.train, seed=1)))
-    llm_qat_table(replace(job, train=replace(job.train, seed=1), fresh=True))
+    llm_qat_table(replace(job, train=replace(job.train, seed=1), overwrite=True))
     assert len(rows) == 5
 
 

@@ -48,7 +48,7 @@ def command(place: tuple[Path, Tiny], name: str, launcher: list[str], **options:
         "data.count": 48,
         "learning_rate": 1e-3,
     }
-    return words_of(launcher, "llm_qat.py", settings | options)
+    return words_of(launcher, "llm-qat", settings | options)
 
 
 @pytest.fixture(scope="module")

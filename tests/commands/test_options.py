@@ -245,7 +245,7 @@ def test_any_recipe_makes_a_job_or_four_lines(tmp_path_factory: pytest.TempPathF
         ("block-ap", ["--fit.epochs", "-3"]),
         ("llm-qat", ["--warmup_steps", "5", "--max_steps", "4"]),
         ("generate-data", ["--count", "0"]),
-        ("demo-vlm", ["--fresh", "--processes", "0"]),
+        ("demo-vlm", ["--processes", "0"]),
     ],
 )
 def test_bad_numbers_leave_a_finished_run_as_it_is(
@@ -253,7 +253,6 @@ def test_bad_numbers_leave_a_finished_run_as_it_is(
 ) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "eqat.json").touch()
-    overwrite = [] if "--fresh" in argv else ["--overwrite"]
-    assert main([command, "--output", str(tmp_path / "run"), *overwrite, *argv]) == 2
+    assert main([command, "--output", str(tmp_path / "run"), "--overwrite", *argv]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 5
     assert (tmp_path / "run" / "model" / "eqat.json").exists()

@@ -128,7 +128,5 @@ def test_the_defaults_of_a_group_are_those_it_has_there() -> None:
     assert (found["data.part"], found["data.length"], found["data.count"]) == ("held_out", 512, 64)
     kept = {option.name: option for option in options_of(COMMANDS["e2e-qp"].load()[0])}
     assert kept["conversations"].kind == "settings"
-    assert kept["conversations.source"].own
-    assert not kept["learning_rate"].own
     assert (kept["overwrite"].kind, kept["output"].kind, kept["data.source"].kind) == ("flag", "place", "value")
     assert {option.name: option.kind for option in options_of(COMMANDS["generate"].load()[0])}["image"] == "list"

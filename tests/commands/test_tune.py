@@ -152,8 +152,18 @@ def test_a_run_does_not_overwrite_what_it_starts_from(tiny: Tiny, base: Path) ->
 @pytest.mark.parametrize(
     ("command", "device", "launched", "said"),
     [
-        ("e2e-qp", "cuda:1", False, "e2e-qp on cuda:1, one of 4 GPUs; .*deepspeed --num_gpus 4 scripts/e2e_qp.py"),
-        ("llm-qat", "cuda:0", False, "llm-qat on cuda:0, one of 4 GPUs; .*deepspeed --num_gpus 4 scripts/llm_qat.py"),
+        (
+            "e2e-qp",
+            "cuda:1",
+            False,
+            "e2e-qp on cuda:1, one of 4 GPUs; .*--num_gpus 4 --module eqat_mm e2e-qp",
+        ),
+        (
+            "llm-qat",
+            "cuda:0",
+            False,
+            "llm-qat on cuda:0, one of 4 GPUs; .*--num_gpus 4 --module eqat_mm llm-qat",
+        ),
         ("e2e-qp", "cuda:1", True, ""),
         ("e2e-qp", "cpu", False, ""),
         ("round-to-nearest", "cuda:0", False, ""),

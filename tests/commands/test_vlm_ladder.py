@@ -113,7 +113,7 @@ def test_a_second_climb_asks_nothing_again_and_keeps_the_times(job: VLMLadderJob
     ran.clear()
     assert vlm_ladder(job) == rows
     assert not any("lmms_eval" in words for words in ran)  # the others know themselves whether they are finished
-    vlm_ladder(replace(job, fresh=True))
+    vlm_ladder(replace(job, overwrite=True))
     assert sum("lmms_eval" in words for words in ran) == 9
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import main, parse_job
@@ -19,7 +18,7 @@ from eqat_mm.errors import ConfigError
 from eqat_mm.plan import machine
 from eqat_mm.runtime.files import read_json
 from tests.checkpoint.files import contents
-from tests.tiny_llava import save_tiny_llava
+from tests.tiny_llava import save_conversations, save_tiny_llava
 from tests.tiny_model import Tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*these settings are")
@@ -38,6 +37,7 @@ batch_size: 2
 accumulation: 1
 precision: float32
 """
+SPOKEN = "conversations: {template: vicuna_v1}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +52,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaVA, with conversations beside it."""
     folder = tmp_path_factory.mktemp("seeing")
     save_tiny_llava(folder / "llava", dtype=torch.float32)
-    records = []
-    for number in range(6):
-        Image.new("RGB", (30 + number, 20), (30 * number, 90, 9)).save(folder / f"{number}.png")
-        turns = [{"from": "human", "value": f"<image>\nw{5 + number}"}, {"from": "gpt", "value": f"w{9 + number}"}]
-        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    (folder / "mix.json").write_text(json.dumps(records), encoding="utf-8")
+    save_conversations(folder, 6)
     return folder / "llava"
 
 
@@ -196,9 +191,18 @@ def test_what_the_last_phase_lacks_is_told_before_the_first(
     assert not list(Path("x").glob("*/model"))
 
 
-def test_text_for_a_language_model_and_no_conversations(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words_for(tiny.folder, tiny, "--conversations", "mix.json")) == 2
-    assert "reads text only" in capsys.readouterr().err
+@pytest.mark.parametrize("share", [None, 0.5], ids=["conversations alone", "with text among them"])
+def test_a_language_model_is_tuned_on_conversations_too(tiny: Tiny, share: float | None) -> None:
+    turns = [{"from": "human", "value": "w5 w6"}, {"from": "gpt", "value": "w7 w8"}]
+    Path("mix.json").write_text(json.dumps([{"id": "0", "conversations": turns}] * 6), encoding="utf-8")
+    Path("qp.yaml").write_text(E2E_QP + SPOKEN + ("" if share is None else f"text_share: {share}\n"), encoding="utf-8")
+    assert main(words_for(tiny.folder, tiny, "--e2e_qp", "qp.yaml", "--conversations", "mix.json")) == 0
+    run = read_json(Path(f"runs/{tiny.folder.name}-w2g32/e2e-qp/run.json"))["config"]
+    assert (run["conversations"]["source"], run["text_share"]) == ("mix.json", share)
+    assert run["data"]["source"] == (None if share is None else str(tiny.text))
+
+
+def test_a_language_model_without_text_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", str(tiny.folder)]) == 2
     assert "--text" in capsys.readouterr().err
 
@@ -207,5 +211,5 @@ def test_under_a_launcher_it_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError) as raised:
         module.quantize(QuantizeJob(model="llava-1.5-7b"))
-    assert "torchrun --nproc_per_node 4 scripts/block_ap.py --model llava-1.5-7b" in raised.value.do
-    assert "deepspeed --num_gpus 4 scripts/e2e_qp.py" in raised.value.do
+    assert "torchrun --nproc_per_node 4 -m eqat_mm block-ap --model llava-1.5-7b" in raised.value.do
+    assert "deepspeed --num_gpus 4 --module eqat_mm e2e-qp" in raised.value.do

@@ -1,4 +1,4 @@
-"""`scripts/e2e_qp.py` as on a GPU, and it says which dtypes the kernels saw.
+"""`eqat e2e-qp` as on a GPU, and it says which dtypes the kernels saw.
 
 The processor answers DeepSpeed as a GPU would, and what is not trained is bfloat16.
 """

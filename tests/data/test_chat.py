@@ -141,17 +141,42 @@ def test_images_keep_their_place_among_the_text() -> None:
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        (VICUNA.replace("ASSISTANT:", "ASSISTANT: think"), "does not put the answer"),
-        (VICUNA.replace("part.text", "part.text.upper()"), "does not put the answer"),
-        (VICUNA.replace("{% if add_generation_prompt %}", "{% if false %}"), "does not put the answer"),
+        (VICUNA.replace("part.text", "part.text.upper()"), "does not write the answer"),
         ("{{ raise_exception('not today') }}", "not today"),
         (VICUNA.replace("<image>", "image"), "0 image tokens in the rendered text for 1 images"),
     ],
-    ids=["other prompt", "changed text", "no prompt", "refused", "no image"],
+    ids=["changed text", "refused", "no image"],
 )
 def test_templates_that_hide_the_answer_are_refused(template: str, problem: str) -> None:
     with pytest.raises(BadSample, match=problem):
         Chat(llava_processor(template)).encode(talk("<image> what?", "a cat"), [Image.new("RGB", (28, 28))])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written", "learned"),
+    [
+        ("[assistant]\n", "[assistant] \n", ["red cat.", "big"]),
+        ("[assistant]\n<think>\n", "[assistant]\n", ["red cat.", "big"]),
+        (
+            "[assistant]\n",
+            "[assistant]\n<think>\n\n</think>\n",
+            ["<think>\n\n</think>\nred cat.", "<think>\n\n</think>\nbig"],
+        ),
+        ("", "[assistant]\n", ["[assistant]\nred cat.", "[assistant]\nbig"]),
+    ],
+    ids=["a space less", "a thought begun", "a thought left out", "no prompt"],
+)
+def test_answers_are_found_where_the_prompt_is_another(prompt: str, written: str, learned: list[str]) -> None:
+    template = (
+        "{% for message in messages %}"
+        "{% if message.role == 'assistant' %}{{ WRITTEN }}{% else %}{{ '[user]\n' }}{% endif %}"
+        "{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ PROMPT }}{% endif %}"
+    )
+    template = template.replace("WRITTEN", repr(written)).replace("PROMPT", repr(prompt))
+    chat = Chat(llava_processor(template))
+    conversation = talk("<image>is it a red cat.", "red cat.", "is red cat. big or what", "big")
+    assert predicted(chat, chat.encode(conversation, pictures(conversation))) == [f"{each}<|end|>" for each in learned]
 
 
 def test_a_turn_of_the_system_comes_first() -> None:

@@ -66,7 +66,7 @@ def test_an_item_is_a_sample(source: Path) -> None:
         sample = data[index]
         assert sample["input_ids"].shape == sample["labels"].shape == (length,)
         assert (sample["labels"] != IGNORED).any()
-        assert set(sample) == {"input_ids", "labels", *(["pixel_values"] if images else [])}
+        assert set(sample) == {"input_ids", "attention_mask", "labels", *(["pixel_values"] if images else [])}
         if images:
             assert sample["pixel_values"].shape == (images, 3, SIDE, SIDE)
 

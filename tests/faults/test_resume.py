@@ -308,9 +308,7 @@ def test_a_run_that_was_moved_goes_on(bench: Bench, tally: Tally, killed: Callab
 
 def launched(words: list[str], processes: int) -> Any:
     launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
-    return run(
-        [sys.executable, "-m", *launcher, str(ROOT / "scripts" / f"{words[0].replace('-', '_')}.py"), *words[1:]]
-    )
+    return run([sys.executable, "-m", *launcher, "-m", "eqat_mm", *words])
 
 
 @pytest.mark.faults

@@ -126,7 +126,7 @@ def launched(launcher: list[str], tiny: Tiny, base: Path, output: Path) -> list[
         "precision": "float32",
         "device": "cpu",
     }
-    return words_of(launcher, "e2e_qp.py", settings)
+    return words_of(launcher, "e2e-qp", settings)
 
 
 @contextmanager

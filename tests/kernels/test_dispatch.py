@@ -18,6 +18,7 @@ import torch
 from eqat_kernels import (
     IMPLEMENTATIONS,
     PackedLayout,
+    cached_attention,
     compensate_columns,
     dequantize,
     dispatch,
@@ -58,6 +59,9 @@ def call(op: str, impl: str) -> torch.Tensor:
         return unpack(packed.words, 2, 32, impl=impl)
     if op == "columns":
         return compensate_columns(torch.randn(3, 4), torch.eye(4), torch.ones(3), torch.zeros(3), 3, impl=impl)
+    if op == "cached_attention":
+        rows = torch.randint(0, 64, (1, 1, 3, 18), dtype=torch.uint8)
+        return cached_attention(torch.randn(1, 2, 1, 16), rows, rows, 8, impl=impl)
     assert op == "quant_linear"
     return quant_linear(torch.randn(2, 32), packed.words, packed.scale, packed.zero_words, packed.layout, impl=impl)
 

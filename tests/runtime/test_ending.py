@@ -50,7 +50,7 @@ def test_another_process_says_what_it_meets_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_refusal_under_a_launcher() -> None:
-    done = run(words_of(DATA_PARALLEL, "e2e_qp.py", {"batch_siez": 3}))
+    done = run(words_of(DATA_PARALLEL, "e2e-qp", {"batch_siez": 3}))
     assert done.returncode == 1
     assert done.stderr.count("allowed:") == 1
     assert "--batch_siez" in done.stderr

@@ -160,7 +160,7 @@ def _e2e_qp(place: Path, arch: Arch, trains: Any) -> Case:
 
 def _llm_qat(place: Path, arch: Arch) -> Case:
     """Learns from full precision where the model sees, else from labels."""
-    settings = LLMQATConfig(**SETTINGS, bits="4-8-4", loss="logits" if arch.projector else "labels")
+    settings = LLMQATConfig(**SETTINGS, bits="4-8-4", loss="kl" if arch.projector else "cross-entropy")
 
     def full() -> PreTrainedModel:
         unset_hf_deepspeed_config()  # of an earlier run: under ZeRO-3 it scatters what is built

@@ -13,15 +13,16 @@ from PIL.Image import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eqat_demo.llava.build import PROMPT
-from eqat_demo.llava.images import Asked, Images
+from eqat_demo.llava.images import Images
+from eqat_demo.llava.packing import Asked
 from eqat_mm.runtime.progress import progress
 
 _BATCH = 64
 
 
 @torch.inference_mode()
-def generated_answers(folder: Path, images: Sequence[Image], questions: Sequence[str]) -> list[str]:
-    """Return the model's answer to each question about the image beside it, in float32, at most four tokens."""
+def generated_answers(folder: Path, images: Sequence[Image], questions: Sequence[str], longest: int = 4) -> list[str]:
+    """Return the model's answer to each question about the image beside it, in float32, at most `longest` tokens."""
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor: Any = AutoProcessor.from_pretrained(folder)
     prompts = [PROMPT.format(question=question) for question in questions]
@@ -29,23 +30,23 @@ def generated_answers(folder: Path, images: Sequence[Image], questions: Sequence
     for start in progress(range(0, len(prompts), _BATCH), what="answers"):
         part = slice(start, start + _BATCH)
         inputs = processor(images[part], prompts[part], padding=True, padding_side="left", return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        tokens = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
     return answers
 
 
-def blind_answers(train: Iterable[Asked], questions: Iterable[str]) -> list[str]:
-    """Return for each question the answer that training questions of the same words have most often."""
+def blind_answers(train: Iterable[Asked], asked: Iterable[Asked]) -> list[str]:
+    """Return for each question the answer that training questions of the same form have most often."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for each in train:
-        seen[each.question][each.answer] += 1
-    return [seen[question].most_common(1)[0][0] for question in questions]
+        seen[each.form][each.answer] += 1
+    return [seen[each.form].most_common(1)[0][0] if each.form in seen else "" for each in asked]
 
 
 def blind_accuracy() -> float:
     """The share of easy-VQA's test questions that the commonest training answer to the same words gets right."""
     train, test = (list(chain(*Images.of(part).asked)) for part in ("train", "test"))
-    return accuracy_by_type(blind_answers(train, [each.question for each in test]), test)["all"]
+    return accuracy_by_type(blind_answers(train, test), test)["all"]
 
 
 def accuracy_by_type(answers: Iterable[str], asked: Iterable[Asked]) -> dict[str, float]:

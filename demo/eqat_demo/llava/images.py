@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from eqat_demo.easy_vqa import Part, easy_vqa_folder, image_contents, parse_question, published_questions
+from eqat_demo.llava.captions import captions
+
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,18 @@ class Asked:
         return parse_question(self.question).type
 
     @property
-    def names_the_absent(self) -> bool:
-        """Whether it is a yes-no question about something that is not on the image."""
-        return (self.type, self.answer) in {("yes_no", "no"), ("yes_no_negated", "yes")}
+    def form(self) -> str:
+        """What a guess goes by: its very words."""
+        return self.question
+
+    @property
+    def weight(self) -> float:
+        """How readily it is drawn in training.
+
+        Four in five of the yes-no questions name something that is not there. They are drawn with a quarter of the
+        weight: otherwise the blind guess is a good answer for so long that the image is not looked at.
+        """
+        return 0.25 if (self.type, self.answer) in {("yes_no", "no"), ("yes_no_negated", "yes")} else 1.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,19 @@ class Images:
         """Return all images as the image processor hands them to a model: float32 (N, C, H, W)."""
         pixels: Tensor = processor(images=[read_rgb(file) for file in self.files], return_tensors="pt")["pixel_values"]
         return pixels
+
+    def batches(self, processor: Any) -> Iterator[Tensor]:
+        """Yield `pixels`, some at a time."""
+        yield from self.pixels(processor).split(_BATCH)
+
+    def images(self) -> Iterator[Image.Image]:
+        """Yield the images."""
+        return map(read_rgb, self.files)
+
+    def captions(self, model: Any, tokenizer: Any, patches: int) -> tuple[list[int], Tensor]:
+        """Return the images of which everything is known, and `language.captions` of them."""
+        known = {at: (colour, shape) for at, (colour, shape) in enumerate(self.contents) if colour and shape}
+        return list(known), captions(model, tokenizer, list(known.values()), patches)
 
 
 def read_rgb(file: Path) -> Image.Image:

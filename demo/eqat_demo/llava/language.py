@@ -1,20 +1,21 @@
 """Stages 2 and 3: a projector and a LoRA teach the language model to read the vision tower's features.
 
-Stage 2 starts the projector near words that the language model knows: it regresses the 16 patches onto the embeddings
-of " a red circle," said four times. Stage 3 trains it together with the LoRA, through the language model, on the
+Stage 2 starts the projector near words that the language model knows: it regresses the patches onto the embeddings of
+words for them. Stage 3 trains it together with the LoRA, through the language model, on the
 answers only. The LoRA covers all linears of the decoder blocks: the base model was dequantized from 4 bits, and a
 linear that nothing is added to would still lie on its 4-bit grid, too easy a case for a quantizer.
 
 The vision tower is frozen, so both stages read features computed once.
 
-Axes: N images, P patches (16), E features (128), D hidden size of the language model.
+Axes: N images, P patches, E features (128), D hidden size of the language model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -22,15 +23,14 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from eqat_demo.llava.descent import Descent
-from eqat_demo.llava.images import Asked
-from eqat_demo.llava.packing import IGNORED, Batch, Packer
+from eqat_demo.llava.descent import Descent, images_of_step
+from eqat_demo.llava.packing import IGNORED, Asked, Batch, Packer
 from eqat_mm.runtime.precision import Precision, autocast, resolve
 from eqat_mm.runtime.progress import progress, say
+from eqat_mm.runtime.seeding import generator
 
-CAPTION = (" a", " {colour}", " {shape}", ",")
 _CPU = torch.device("cpu")
 _STEPS_PER_LINE = 25
 
@@ -80,24 +80,6 @@ class Reader(nn.Module):
         return logits.float()
 
 
-def captions(
-    language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contents: Sequence[tuple[str, str]], patches: int
-) -> Tensor:
-    """Return the embeddings of `CAPTION` about each image, repeated over its patches: (N, P, D)."""
-    words: Any = language.get_input_embeddings()
-
-    def embedded(word: str) -> Tensor:
-        mean: Tensor = words.weight[tokenizer(word, add_special_tokens=False)["input_ids"]].mean(0)
-        return mean  # " teal" is two tokens
-
-    with torch.no_grad():
-        caption_of = {
-            (colour, shape): torch.stack([embedded(word.format(colour=colour, shape=shape)) for word in CAPTION])
-            for colour, shape in set(contents)
-        }
-    return torch.stack([caption_of[content] for content in contents]).repeat(1, patches // len(CAPTION), 1)
-
-
 def start_projector(projector: Any, features_NPE: Tensor, captions_NPD: Tensor, steps: int = 400) -> None:
     """Standardise the features inside `linear_1`, then regress the outputs onto the captions."""
     seen = features_NPE.flatten(0, 1)
@@ -133,9 +115,23 @@ def lora_factors(language: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def train_reader(
-    reader: Reader, packer: Packer, features_NPE: Tensor, asked_N: Sequence[Sequence[Asked]], plan: Plan
+    reader: Reader,
+    packer: Packer,
+    features_NPE: Tensor,
+    asked_N: Sequence[Sequence[Asked]],
+    plan: Plan,
+    kept: Path | None = None,
 ) -> None:
-    """Train the projector and the LoRA on the answers."""
+    """Train the projector and the LoRA on the answers.
+
+    Args:
+        reader: to be trained, with its LoRA.
+        packer: of its prompts.
+        features_NPE: of all images.
+        asked_N: questions about each.
+        plan: how long and how fast.
+        kept: file of what a stopped training goes on from.
+    """
     lora = [parameter for parameter in reader.language.parameters() if parameter.requires_grad]
     descent = Descent(
         {"params": lora, "lr": plan.lora_lr},
@@ -143,16 +139,19 @@ def train_reader(
         steps=plan.steps,
         warmup=plan.steps // 20,
         weight_decay=0.0,
+        kept=kept,
     )
     losses = []
-    for drawn in progress(_draws(len(features_NPE), plan), what="language", total=plan.steps):
-        batch = packer.batch([draw_questions(asked_N[image], plan.questions) for image in drawn.tolist()])
+    for step in descent.steps("language"):
+        drawn = images_of_step(len(features_NPE), step, plan.images)
+        batch = packer.batch([draw_questions(asked_N[image], plan.questions, step) for image in drawn.tolist()])
         chosen = batch.targets != IGNORED
         loss = functional.cross_entropy(reader(features_NPE[drawn], batch, chosen), batch.targets[chosen])
         descent.step(loss)
         losses.append(loss.item())
-        if len(losses) % _STEPS_PER_LINE == 0:
-            say(f"language step {len(losses)}: loss {sum(losses[-_STEPS_PER_LINE:]) / _STEPS_PER_LINE:.4f}")
+        if (step + 1) % _STEPS_PER_LINE == 0:
+            last = losses[-_STEPS_PER_LINE:]
+            say(f"language step {step + 1}: loss {sum(last) / len(last):.4f}")
 
 
 @torch.no_grad()
@@ -170,19 +169,7 @@ def quick_accuracy(
     return right / total
 
 
-def draw_questions(asked: Sequence[Asked], count: int) -> list[Asked]:
-    """Draw questions about an image, none twice.
-
-    Four in five of the yes-no questions name something that is not there. They are drawn with a quarter of the weight:
-    otherwise the blind guess is a good answer for so long that the image is not looked at.
-    """
-    weights = torch.tensor([0.25 if each.names_the_absent else 1.0 for each in asked])
-    return [asked[index] for index in torch.multinomial(weights, min(count, len(asked))).tolist()]
-
-
-def _draws(count: int, plan: Plan) -> Iterator[Tensor]:
-    """Yield the images of each step; every image comes once before any comes again."""
-    left = plan.steps
-    while left:
-        yield from (order := torch.randperm(count).split(plan.images)[:left])
-        left -= len(order)
+def draw_questions(asked: Sequence[Asked], count: int, seed: int = 0) -> list[Asked]:
+    """Draw questions about an image by their weights, none twice."""
+    weights, draw = torch.tensor([each.weight for each in asked]), generator(seed, "questions", asked[0].question)
+    return [asked[index] for index in torch.multinomial(weights, min(count, len(asked)), generator=draw).tolist()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +18,33 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from eqat_demo.llava.build import IMAGE_TOKEN, PROMPT
-from eqat_demo.llava.images import Asked
 
 IGNORED = -100
 _PREFIX, _PADDING = 0, -1
+
+
+class Asked(Protocol):
+    """A question with its answer, and how readily it is drawn in training."""
+
+    @property
+    def question(self) -> str:
+        """As the model is asked."""
+
+    @property
+    def answer(self) -> str:
+        """In full."""
+
+    @property
+    def type(self) -> str:
+        """Under which its score is reported."""
+
+    @property
+    def form(self) -> str:
+        """What decides which answers can be expected."""
+
+    @property
+    def weight(self) -> float:
+        """Beside those of the other questions about its image."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +73,7 @@ class Packer:
 
     Args:
         tokenizer: one that knows `IMAGE_TOKEN`.
-        patches: image tokens a image takes.
+        patches: image tokens an image takes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, patches: int) -> None:

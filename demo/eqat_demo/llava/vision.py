@@ -8,7 +8,8 @@ Axes: N images, P patches (16), E features (128), H and W rows and columns of pi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,7 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from eqat_demo.easy_vqa import COLOURS, SHAPES
-from eqat_demo.llava.descent import Descent
-from eqat_mm.runtime.progress import progress
+from eqat_demo.llava.descent import Descent, images_of_step
 
 _IMAGE_SIZE, _PATCH_SIZE = 64, 16
 CONFIG = CLIPVisionConfig(
@@ -30,8 +30,10 @@ CONFIG = CLIPVisionConfig(
 )
 _FEATURE_LAYER = -2
 _UNKNOWN = -100
-_EPOCHS = 40
-_BATCH = 64
+BATCH = 64
+STEPS = 40 * -(-4000 // BATCH)
+"""Forty times through the images."""
+
 _LR = 1.5e-3
 _WARMUP_STEPS = 150
 
@@ -77,15 +79,22 @@ def labels_of(contents: Sequence[tuple[str | None, str | None]]) -> Tensor:
 
 
 def train_vision_tower(
-    pixels_NCHW: Tensor, labels_N2: Tensor, epochs: int = _EPOCHS
+    pixels_NCHW: Tensor, labels_N2: Tensor, steps: int = STEPS, kept: Path | None = None
 ) -> tuple[CLIPVisionModel, Classifiers]:
-    """Train a tower from scratch; return it with the classifiers on top of it."""
-    tower, classifiers = _fresh_tower(), Classifiers(CONFIG)
-    steps = epochs * -(-len(labels_N2) // _BATCH)
+    """Train a tower from scratch; return it with the classifiers on top of it.
+
+    Args:
+        pixels_NCHW: the images.
+        labels_N2: their colours and shapes.
+        steps: of 64 images each.
+        kept: file of what a stopped training goes on from.
+    """
+    tower, classifiers = fresh_tower(CONFIG), Classifiers(CONFIG)
     parameters = [*tower.parameters(), *classifiers.parameters()]
-    descent = Descent({"params": parameters, "lr": _LR}, steps=steps, warmup=_WARMUP_STEPS)
+    descent = Descent({"params": parameters, "lr": _LR}, steps=steps, warmup=_WARMUP_STEPS, kept=kept)
     shifted = ShiftedImages(pixels_NCHW)
-    for batch in progress(_batches(len(labels_N2), epochs), what="vision tower", total=steps):
+    for step in descent.steps("vision tower"):
+        batch = images_of_step(len(labels_N2), step, BATCH)
         descent.step(classifiers.loss(patch_features(tower, shifted.draw(batch)), labels_N2[batch]))
     return tower, classifiers
 
@@ -97,9 +106,9 @@ def patch_features(tower: CLIPVisionModel, pixels_NCHW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def all_features(tower: CLIPVisionModel, pixels_NCHW: Tensor) -> Tensor:
-    """Return `patch_features` of many images, a batch at a time."""
-    return torch.cat([patch_features(tower, batch) for batch in pixels_NCHW.split(_BATCH)])
+def all_features(tower: CLIPVisionModel, batches: Iterable[Tensor]) -> Tensor:
+    """Return `patch_features` of many images, a batch [B, C, H, W] at a time."""
+    return torch.cat([patch_features(tower, batch) for batch in batches])
 
 
 class ShiftedImages:
@@ -139,19 +148,14 @@ def _free_edges(occupied_NL: Tensor) -> Tensor:
     return torch.stack([before, after], dim=1)
 
 
-def _fresh_tower() -> CLIPVisionModel:
+def fresh_tower(config: CLIPVisionConfig) -> CLIPVisionModel:
     """Return a tower with Xavier initialisation; CLIP's own is so small that training from scratch stalls."""
-    tower = CLIPVisionModel(CONFIG)
+    tower = CLIPVisionModel(config)
     for module in tower.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-    nn.init.xavier_uniform_(tower.embeddings.patch_embedding.weight.view(CONFIG.hidden_size, -1))
+    nn.init.xavier_uniform_(tower.embeddings.patch_embedding.weight.view(config.hidden_size, -1))
     return tower
-
-
-def _batches(count: int, epochs: int) -> Iterator[Tensor]:
-    for _ in range(epochs):
-        yield from torch.randperm(count).split(_BATCH)
 
 
 def _split(logits: Tensor) -> tuple[Tensor, Tensor]:

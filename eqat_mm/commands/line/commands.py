@@ -76,7 +76,14 @@ COMMANDS: dict[str, Command] = {
         "verbs.report:ReportJob:report",
         "one page about a run, or all runs of a model: ladder, losses, grids, provenance",
     ),
-    "verify": Command("verbs.verify:VerifyJob:verify", "check every file of a packed checkpoint against its hash"),
+    "export": Command(
+        "verbs.export:ExportJob:export", "write a packed checkpoint as the files of another engine, such as llama.cpp"
+    ),
+    "verify": Command(
+        "verbs.verify:VerifyJob:verify",
+        "check a packed checkpoint, or an export of one: files, every weight, what was not to change, logits",
+    ),
+    "adapter": Command("verbs.adapter:AdapterJob:adapter", "tasks as small files of step sizes: save, apply, list"),
     "check-adapter": Command(
         "verbs.check_adapter:CheckAdapterJob:check_adapter",
         "try an adapter on a tiny model of its kind: what it declares, trains and writes",

@@ -32,6 +32,7 @@ ALIASES: dict[str, Alias] = {
     "eval_data_path": Alias(("conversations.held_out_source", "data.source")),
     "eval_steps": Alias(("held_out_steps",)),
     "gradient_accumulation_steps": Alias(("accumulation",)),
+    "fresh": Alias(("overwrite",), _TRUE),
     "group_size": Alias(("quant.group_size",)),
     "image_aspect_ratio": Alias(("conversations.images",), {"pad": "pad", "square": "crop"}),
     "image_folder": Alias(("conversations.image_folder", "images")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from eqat_mm.commands.line.outline import Option
 
 _WIDEST = 120
 _NAMES = 34
+_CLAUSE = re.compile("[;:] ")
 _FEW = 16
 """Options that are all shown at once."""
 
@@ -28,23 +30,45 @@ text conversations plan group_size block_ap e2e_qp
 BASIC = frozenset(_BASIC.split())
 """Options that most runs name, in whatever command has them."""
 
+_TOPICS = {
+    "": "model run adapter shell prompt image quantized output",
+    "what is trained": "trains loss bits group_size smooth smooth_samples text_share text_only",
+    "steps and rates": """learning_rate lr_projector lr_floor warmup_steps epochs max_steps batch_size accumulation
+        global_batch clip_norm seed""",
+    "the machine": """device precision dtype cuda_graph batch_tokens spool stream_dtype commit gradient_checkpointing
+        deepspeed dataloader_num_workers""",
+    "what is kept and told": """save_steps held_out_steps held_out_kl keep_best logging_steps report_to overwrite
+        recipe_for""",
+}
+"""Titles of `--help-all` for options that stand alone, with their names in order."""
+
 
 def brief_help_of(command: str, about: str, options: Sequence[Option], settings: Mapping[str, Any], line: str) -> str:
     """Return the help of a command on one screen: see `help_of`."""
     all_of_them = [option for option in options if option.kind != "settings"]
     shown = all_of_them if len(all_of_them) <= _FEW else [option for option in all_of_them if option.name in BASIC]
-    rows = [_row(option, settings) for option in sorted(shown, key=lambda option: "." in option.name)]
+    by_topic = [option for topic in _TOPICS for option in _about(topic, shown)]
+    nested = [option for option in shown if "." in option.name]
+    names = max(len(option.name) for option in shown) + len("  --  ")
+    rows = [_row(option, settings, names) for option in (*by_topic, *nested)]
     left = len(all_of_them) - len(shown)
     more = [f"`eqat {command} --help-all` has all of this in full" + (f", and {left} more." if left else ".")]
     return "\n".join([*_head(command, about, options, line), "", *rows, *_foot(command), *more])
 
 
-def _row(option: Option, settings: Mapping[str, Any]) -> str:
-    """Return one line: name, the beginning of what it does, its default."""
-    name = f"  --{option.name} ".ljust(_NAMES)
-    default = f"  [{textwrap.shorten(_default_of(option, settings), _NAMES, placeholder=' ...')}]"
-    first, room = option.does.partition(". ")[0].rstrip("."), max(20, _width() - len(name) - len(default))
-    return name + textwrap.shorten(first, room, placeholder=" ...") + default
+def _row(option: Option, settings: Mapping[str, Any], names: int) -> str:
+    """Return one line: name, the beginning of what it does, its default unless that is nothing."""
+    name, given = f"  --{option.name}".ljust(names), _default_of(option, settings)
+    default = "" if given in ("none", "empty") else f"  [{textwrap.shorten(given, _NAMES, placeholder=' ...')}]"
+    return name + _begun(option.does, max(20, _width() - len(name) - len(default))) + default
+
+
+def _begun(words: str, room: int) -> str:
+    """Return the first sentence, or as much of it as there is room for: whole clauses, if one fits, else words."""
+    first = words.partition(". ")[0].rstrip(".")
+    clauses = [first[: found.start()] for found in _CLAUSE.finditer(first)]
+    whole = [clause for clause in (*clauses, first) if len(clause) <= room and clause.count("`") % 2 == 0]
+    return max(whole, key=len) if whole else textwrap.shorten(first, room, placeholder=" ...")
 
 
 def help_of(command: str, about: str, options: Sequence[Option], settings: Mapping[str, Any], line: str) -> str:
@@ -57,14 +81,20 @@ def help_of(command: str, about: str, options: Sequence[Option], settings: Mappi
         settings: of the recipe that it would take, nested: they stand for the defaults.
         line: what is said of that recipe; empty without one.
     """
-    own = [option for option in options if option.own and "." not in option.name and option.kind != "settings"]
-    shared = [option for option in options if not option.own and "." not in option.name and option.kind != "settings"]
-    parts = [_part("", own, settings)]
+    by_topic = {topic: _about(topic, options) for topic in _TOPICS}
+    parts = [_part(topic and f"{topic}:", rows, settings) for topic, rows in by_topic.items() if rows]
     for group in (option for option in options if option.kind == "settings"):
         inner = [each for each in options if each.name.rpartition(".")[0] == group.name and each.kind != "settings"]
         parts.append(_part(f"--{group.name}: {_lowered(group.does)}", inner, settings))
-    parts += [_part("training:", shared, settings)] if shared else []
     return "\n".join([*_head(command, about, options, line), *parts, *_foot(command)])
+
+
+def _about(topic: str, options: Sequence[Option]) -> list[Option]:
+    """Return the options of a topic that stand alone, in its order; those of none come behind the first."""
+    alone = {option.name: option for option in options if "." not in option.name and option.kind != "settings"}
+    listed = {name for names in _TOPICS.values() for name in names.split()}
+    others = [] if topic else [option for name, option in alone.items() if name not in listed]
+    return [alone[name] for name in _TOPICS[topic].split() if name in alone] + others
 
 
 def _head(command: str, about: str, options: Sequence[Option], line: str) -> list[str]:

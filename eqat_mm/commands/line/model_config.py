@@ -33,6 +33,12 @@ def config_of(model: str) -> dict[str, Any] | None:
     return shipped_config(model) or _of_repository(ALIASES.get(model, model))
 
 
+def sees(*models: str) -> bool:
+    """Whether a model takes images, by the first configuration that there is of what may be called by these names."""
+    config = next((found for model in models if (found := config_of(model))), {})
+    return "vision_config" in config
+
+
 def _of_only_run(folder: Path) -> list[Path]:
     found = list(folder.glob(f"[!.]*/model/{_CONFIG}"))
     return found if len(found) == 1 else []

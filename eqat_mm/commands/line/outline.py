@@ -34,7 +34,6 @@ class Option:
         does: what it does, as a sentence.
         default: of the dataclass, as JSON has it.
         required: it has no default.
-        own: it is of the command itself, not of what the command shares with others.
     """
 
     name: str
@@ -43,29 +42,26 @@ class Option:
     does: str
     default: Any
     required: bool
-    own: bool
 
 
-def options_of(kind: type[Settings], under: str = "", default: Any = None, own: bool = True) -> Iterator[Option]:
-    """Yield the options of a job, its own first; those of a group behind the group.
+def options_of(kind: type[Settings], under: str = "", default: Any = None) -> Iterator[Option]:
+    """Yield the options of a job, those that commands declare first; those of a group behind the group.
 
     Args:
         kind: dataclass of settings.
         under: what their names come after, `fit.`.
         default: instance with their defaults; None takes those of the fields.
-        own: they are of the command itself.
     """
     hints, does, commands = hints_of(kind), _described(kind), _of_commands(kind)
     for field in sorted(fields(kind), key=lambda field: field.name not in commands):
         hint = hints[field.name]
         value = _default(field) if default is None else getattr(default, field.name)
-        mine = own and field.name in commands
         shown = None if value is MISSING or isinstance(value, Settings) else _plain(value)
         name, words = under + field.name, does.get(field.name, "")
-        yield Option(name, _kind_of(hint), allowed_by(hint), words, shown, value is MISSING, mine)
+        yield Option(name, _kind_of(hint), allowed_by(hint), words, shown, value is MISSING)
         nested = settings_in(hint)
         if nested is not None:
-            yield from options_of(nested, f"{name}.", value if isinstance(value, Settings) else None, mine)
+            yield from options_of(nested, f"{name}.", value if isinstance(value, Settings) else None)
 
 
 def _of_commands(kind: type[Settings]) -> set[str]:
@@ -108,7 +104,8 @@ def _sentence(name: str, words: str) -> str:
     """Return words that begin with their verb or `of` as a sentence."""
     if words.startswith("of "):
         words = f"{name.replace('_', ' ')} {words}"
-    return words[:1].upper() + words[1:] if words.partition(" ")[0].replace("-", "").isalpha() else words
+    first = words.partition(" ")[0].rstrip(",;").replace("-", "")
+    return words[:1].upper() + words[1:] if first.isalpha() else words
 
 
 # What is kept.

@@ -43,10 +43,6 @@ class Recipe:
     family: str
     settings: Mapping[str, Any]
 
-    def is_for(self, command: str) -> bool:
-        """Whether it holds settings of this command."""
-        return self.stage == command or self.stage.endswith(f"-{command}")
-
 
 def recipe_names() -> list[str]:
     """Return the names of all recipes, each with the group size it takes by itself."""

@@ -69,9 +69,10 @@ def _setting(settings: Any, name: str) -> Any:
 def typed(command: str, options: Sequence[Option], argv: Sequence[str]) -> Typed:
     """Spell out what users may abbreviate, and tell recipes from flags.
 
-    A first word without dashes is the model, or the run, adapter or shell where there is no model; `--overwrite` means
-    `--overwrite true`. Dashes stand for underscores. A name that other training scripts use is taken where it means the
-    same. What is given again of several (`--image`), or behind it, is one more.
+    A first word without dashes is the model, or the run, adapter, shell or action where there is no model; words behind
+    an action are its paths. `--overwrite` means `--overwrite true`. Dashes stand for underscores. A name that other
+    training scripts use is taken where it means the same. What is given again of several (`--image`), or behind it, is
+    one more.
 
     Args:
         command: its name.
@@ -82,9 +83,11 @@ def typed(command: str, options: Sequence[Option], argv: Sequence[str]) -> Typed
         ConfigError: a flag that is none, text that is none, or an unreadable recipe.
     """
     known = {option.name: option for option in options}
-    first = next((name for name in ("model", "run", "adapter", "shell") if name in known), None)
+    first = next((name for name in ("model", "run", "adapter", "shell", "action") if name in known), None)
     if argv and not argv[0].startswith("-") and first is not None:
-        argv = [f"--{first}", *argv]
+        behind = [*argv[1:]]
+        paths = ["--paths"] if "paths" in known and behind and not behind[0].startswith("-") else []
+        argv = [f"--{first}", argv[0], *paths, *behind]
     configs: list[Recipe | Path] = []
     flags: list[str] = []
     words = iter(_spelled(command, known, argv))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from eqat_mm.commands.line.model_config import config_of
+from eqat_mm.commands.line.model_config import sees
 from eqat_mm.data.image_text.samples import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import ConfigError
@@ -23,10 +23,10 @@ class EndToEndJob(EndToEndConfig):
         output: run folder; the checkpoint is `OUTPUT/model`.
         data: text to train on; for text that the model wrote itself, its file and `part: all`.
         conversations: conversations to train on instead, about images where the model sees.
-        text_share: share of windows of `data` among the samples, where both are to be learned from; there are then as
-            many as that takes, whatever `data.count` says.
+        text_share: share of text among the samples, where `data` and `conversations` are both learned from; there are
+            then as many windows as that takes, whatever `data.count` says.
         text_only: train a vision-language model on text alone, whatever conversations a recipe names.
-        device: cpu, cuda, cuda:N, or auto.
+        device: what to compute on: cpu, cuda, cuda:N, or auto.
         overwrite: discard a run that is already in the output folder.
         recipe_for: models that these settings were tuned for (set by recipes).
     """
@@ -86,7 +86,7 @@ class EndToEndJob(EndToEndConfig):
         return job
 
     def _require_named(self, models: tuple[str, ...]) -> None:
-        if self.conversations is None and _sees(models):
+        if self.conversations is None and sees(*models):
             raise ConfigError(
                 where="--conversations.source",
                 given=f"none, for {self.model}, a vision-language model",
@@ -107,8 +107,3 @@ class EndToEndJob(EndToEndConfig):
                 allowed="one of them, or both and the share of text among the samples",
                 do="mix them with --text_share 0.1, or take one of them: --data.source null, or --text_only",
             )
-
-
-def _sees(models: tuple[str, ...]) -> bool:
-    config = next((found for model in models if (found := config_of(model))), {})
-    return "vision_config" in config

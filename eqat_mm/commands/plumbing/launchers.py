@@ -27,8 +27,8 @@ from eqat_mm.train.watch import Watch
 
 Job = TypeVar("Job", bound=EndToEndConfig)
 
-_SCRIPTS = {"e2e-qp": "scripts/e2e_qp.py", "llm-qat": "scripts/llm_qat.py"}
-"""What a launcher starts for a command that trains."""
+_OF_LAUNCHERS = ("e2e-qp", "llm-qat")
+"""Commands that train on all GPUs where a launcher starts them."""
 
 
 def free_port() -> int:
@@ -99,9 +99,9 @@ def _samples_per_step(arguments: transformers.TrainingArguments) -> int:
 
 def say_which_gpu(command: str, device: torch.device) -> None:
     """Say on which of several GPUs a process trains that no launcher started, and how to use all of them."""
-    gpus = torch.cuda.device_count() if device.type == "cuda" and command in _SCRIPTS and not launched() else 1
+    gpus = torch.cuda.device_count() if device.type == "cuda" and command in _OF_LAUNCHERS and not launched() else 1
     if gpus > 1:
-        words = f"deepspeed --num_gpus {gpus} {_SCRIPTS[command]} --deepspeed zero-2"
+        words = f"deepspeed --num_gpus {gpus} --module eqat_mm {command} --deepspeed zero-2"
         say(f"{command} on {device}, one of {gpus} GPUs; on all of them, with the same options: {words}")
 
 

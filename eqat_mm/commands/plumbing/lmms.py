@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
+from eqat_mm.commands.plumbing.answers import Answers, compared, measure_likelihoods, records_of
 from eqat_mm.data.image_text.style import Style
 from eqat_mm.errors import ConfigError
-from eqat_mm.runtime.files import write_jsonl
 from eqat_mm.runtime.plugins import plugged_folders
 from eqat_mm.runtime.precision import Precision
 
 SCORE = "exact_match"
 """Metric that is reported as the accuracy; with a suffix it is that of one type of question."""
+
+_COMPARED = {"nll": ".4f", "kl": ".4f", "flips": ".1%"}
 
 SUITES = {"llava-1.5": ("mme", "pope", "gqa", "textvqa_val", "scienceqa_img", "mmbench_en_dev_static")}
 """Names for several tasks: those of the LLaVA-1.5 paper that no outside service scores."""
@@ -48,6 +50,8 @@ def evaluate_tasks(
     dtype: torch.dtype | Precision = "auto",
     output: Path | None = None,
     style: Style | None = None,
+    likelihood: bool = False,
+    reference: Answers | None = None,
 ) -> dict[str, Any]:
     """Answer the questions of tasks and score the answers.
 
@@ -60,14 +64,17 @@ def evaluate_tasks(
         dtype: of what is not quantized; `auto` as in `unquantized_dtype`.
         output: a JSON file beside which the answers are written, and files that tasks write themselves (submissions).
         style: how the model is addressed; what it was trained with by default.
+        likelihood: measure how likely the right answers are, too; in one process.
+        reference: what another model answered, to compare with.
 
     Returns:
         In the first of several processes, which divide the questions (nothing in the others):
         `tasks`: for each by name, `accuracy` and `by_type` where it is measured by exact match (from 0 to 1),
-        `questions` (how many were answered) and `metrics` (all of lmms-eval's); `seconds` for everything.
+        `questions` (how many were answered), `metrics` (all of lmms-eval's), and what `answers.compared` finds;
+        `answers`, one by one; `seconds` for everything.
 
     Raises:
-        ConfigError: lmms-eval is not installed, no such task, a limit below 1.
+        ConfigError: lmms-eval is not installed, no such task, a limit below 1, a reference that was asked others.
         CheckpointError: the folder is not a vision-language model.
     """
     names = task_names(tasks)
@@ -81,13 +88,15 @@ def evaluate_tasks(
     manager, style = _task_manager(names), style or Style()
     options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, **vars(style)}
     started = time.perf_counter()
+    model = EqatVLM(str(folder), device=str(device), **options)
+    network = model.model if likelihood else None  # lmms-eval lets go of it when the answers are there
     found = simple_evaluate(
-        model=EqatVLM(str(folder), device=str(device), **options),
+        model=model,
         tasks=list(names),
         task_manager=manager,
         limit=limit,
         bootstrap_iters=0,
-        log_samples=output is not None,
+        log_samples=True,
         distributed_executor_backend="torchrun",  # it asks the process group that is there
         cli_args=argparse.Namespace(
             output_path=None if output is None else str(output.parent), process_with_media=False
@@ -95,31 +104,18 @@ def evaluate_tasks(
     )
     if found is None:
         return {}
+    answers = Answers(records_of(found["samples"], SCORE))
+    if network is not None:
+        model.model = network
+        measure_likelihoods(model, answers, reference)
     if output is not None:
-        write_jsonl(answers_of(output), _answers(found["samples"]))
+        answers.write(output)
     questions = found["n-samples"]
-    rows = {name: task_row(row, questions.get(name)) for name, row in found["results"].items()}
-    return {"tasks": rows, "seconds": time.perf_counter() - started}
-
-
-def answers_of(output: Path) -> Path:
-    """Return the file beside a result in which the answers are."""
-    return output.with_name(f"{output.stem}.answers.jsonl")
-
-
-def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return one record for each question, in their order, of what lmms-eval logs."""
-    return [
-        {
-            "task": task,
-            "question": sample["doc_id"],
-            "asked": str(sample["arguments"][0]),
-            "right": str(sample["target"]),
-            "answer": sample["filtered_resps"],
-        }
-        for task, logged in samples.items()
-        for sample in sorted(logged, key=lambda sample: sample["doc_id"])
-    ]
+    rows = {
+        name: task_row(row, questions.get(name)) | compared(name, answers, reference)
+        for name, row in found["results"].items()
+    }
+    return {"tasks": rows, "answers": answers, "seconds": time.perf_counter() - started}
 
 
 def task_row(metrics: Mapping[str, Any], questions: Mapping[str, int] | None) -> dict[str, Any]:
@@ -150,6 +146,7 @@ def task_line(name: str, row: Mapping[str, Any]) -> str:
     else:
         types = ", ".join(f"{kind} {value:.1%}" for kind, value in row["by_type"].items())
         said = f"accuracy {row['accuracy']:.1%}" + (f" ({types})" if types else "")
+    said += "".join(f", {what} {row[what]:{form}}" for what, form in _COMPARED.items() if what in row)
     return f"{name}: {said}" + ("" if row["questions"] is None else f" on {row['questions']:,} questions")
 
 

@@ -39,7 +39,7 @@ class LadderJob(Settings):
         batch_size: windows per forward of the evaluation.
         precision: of the matrix products of the evaluation.
         output: folder of all runs and of results.json.
-        fresh: discard finished rungs in the output folder.
+        overwrite: discard finished rungs in the output folder.
     """
 
     block_ap: BlockAPJob = field(default_factory=lambda: BlockAPJob(model=_MODEL))
@@ -49,7 +49,7 @@ class LadderJob(Settings):
     batch_size: Count = 4
     precision: Precision = "auto"
     output: Path | None = None
-    fresh: bool = False
+    overwrite: bool = False
 
 
 def ladder(job: LadderJob) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ def ladder(job: LadderJob) -> list[dict[str, Any]]:
     require_single_process("demo")
     model, spec = job.block_ap.model, job.block_ap.quant
     rungs = _rungs(job)
-    root, overwrite = rungs.root, job.fresh
+    root, overwrite = rungs.root, job.overwrite
     rungs.add("full precision", lambda: model_folder(model))
     rounded = rungs.add(
         "round-to-nearest",
@@ -87,4 +87,4 @@ def _rungs(job: LadderJob) -> Rungs:
     bench = Bench(folder, windows, job.batch_size, job.precision, best_device(job.block_ap.device))
     made_by = provenance("demo", settings(job), job.block_ap.seed)
     root = job.output or default_output(model, spec)
-    return Rungs(bench, root, "demo", model, spec, made_by, anew=job.fresh)
+    return Rungs(bench, root, "demo", model, spec, made_by, anew=job.overwrite)

@@ -53,7 +53,7 @@ class LLMQATTableJob(Settings):
         precision: of the matrix products of the evaluation.
         output: folder of all runs and of results.json.
         quick: two settings, a few steps and windows: whether everything works, not how well.
-        fresh: discard finished rows in the output folder.
+        overwrite: discard finished rows in the output folder.
     """
 
     train: LLMQATJob = field(default_factory=lambda: LLMQATJob(model="smollm2-135m"))
@@ -65,7 +65,7 @@ class LLMQATTableJob(Settings):
     precision: Precision = "float32"
     output: Path | None = None
     quick: bool = False
-    fresh: bool = False
+    overwrite: bool = False
 
     def check_together(self) -> None:
         """Check every setting W-A-KV, and that text is trained on."""
@@ -109,7 +109,7 @@ def _quick(job: LLMQATTableJob) -> LLMQATTableJob:
 def _methods(job: LLMQATTableJob, widths: BitWidths) -> Iterator[tuple[str, LLMQATJob]]:
     """Yield the rows of one setting: what each is called, and its run."""
     folder = _root(job) / widths.name
-    train = replace(job.train, bits=widths.name, loss="logits", smooth=None, text_only=True)
+    train = replace(job.train, bits=widths.name, loss="kl", smooth=None, text_only=True)
     rounded = replace(train, max_steps=0)
     yield "round-to-nearest", replace(rounded, output=folder / "rtn")
     yield "SmoothQuant", replace(rounded, output=folder / "smooth", smooth=job.smooth)
@@ -117,7 +117,7 @@ def _methods(job: LLMQATTableJob, widths: BitWidths) -> Iterator[tuple[str, LLMQ
         text = replace(train.data, source=str(job.generated), part="all")
         yield "LLM-QAT, generated text", replace(train, output=folder / "generated", data=text)
     yield "LLM-QAT, real text", replace(train, output=folder / "real")
-    yield "labels for logits, real text", replace(train, output=folder / "labels", loss="labels")
+    yield "cross entropy for KL, real text", replace(train, output=folder / "labels", loss="cross-entropy")
 
 
 def _root(job: LLMQATTableJob) -> Path:
@@ -134,7 +134,7 @@ class _Rows:
         device = best_device(job.train.device)
         windows = text_windows(load_tokenizer(self.full), job.data)
         self.bench = Bench(self.full, windows, job.batch_size, job.precision, device)
-        self.table = Table(_root(job), "llm-qat-table", self._results, table, anew=job.fresh)
+        self.table = Table(_root(job), "llm-qat-table", self._results, table, anew=job.overwrite)
         self.digests: dict[TextWindows, str] = {}
 
     def add(self, bits: str, method: str, run: LLMQATJob | None) -> None:
@@ -159,7 +159,7 @@ class _Rows:
         return self.digests[data]
 
     def _made(self, run: LLMQATJob | None) -> dict[str, Any]:
-        model = self.full if run is None else llm_qat(replace(run, overwrite=self.job.fresh))
+        model = self.full if run is None else llm_qat(replace(run, overwrite=self.job.overwrite))
         return self.bench.row(model) | {"seconds": round(seconds_of(model), 1)}
 
 

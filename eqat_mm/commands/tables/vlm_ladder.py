@@ -54,7 +54,7 @@ class VLMLadderJob(Settings):
         questions_full_precision: the same for the full-precision model.
         batch_size: questions per forward.
         output: folder of all runs and of results.json.
-        fresh: discard finished rungs in the output folder.
+        overwrite: discard finished rungs in the output folder.
     """
 
     model: str = "demo-llava"
@@ -66,7 +66,7 @@ class VLMLadderJob(Settings):
     questions_full_precision: Count | None = 500
     batch_size: Count = 32
     output: Path = Path("runs/demo-vlm")
-    fresh: bool = False
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def vlm_ladder(job: VLMLadderJob) -> list[dict[str, Any]]:
         "demo-vlm",
         lambda rows: head | {"rows": rows} | made_by,
         lambda rows: table(rows, blind),
-        anew=job.fresh,
+        anew=job.overwrite,
     )
     for rung in rungs(job, folder):
         say(f"== {rung.stage}, {rung.bits} bits")
@@ -132,7 +132,7 @@ def _root(job: VLMLadderJob, bits: Bits) -> Path:
 def _rung(job: VLMLadderJob, bits: Bits, stage: str, launcher: list[str], name: str, *more: str) -> Rung:
     folder = _root(job, bits) / name
     flags = ["--model", job.model, "--quant.bits", str(bits), "--quant.group_size", str(job.group_size)]
-    anew = ["--overwrite", "true"] if job.fresh else []
+    anew = ["--overwrite", "true"] if job.overwrite else []
     return Rung(stage, bits, [*launcher, *flags, "--output", str(folder), *more, *anew], folder / "model")
 
 

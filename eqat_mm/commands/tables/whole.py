@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.commands.line.model_config import config_of
+from eqat_mm.commands.line.model_config import sees
 from eqat_mm.commands.line.resolved import job_of, words_of
 from eqat_mm.commands.plumbing.models import model_folder, require_weights
 from eqat_mm.commands.plumbing.preflight import require_fits, work_of
@@ -52,7 +52,7 @@ class QuantizeJob(Settings):
         bits: of a weight.
         group_size: weights that share a step size; null takes the recipe's, or 64.
         text: text to fit the blocks on, and to tune a language model on; a side of it is held out to judge by.
-        conversations: conversations about images to tune a vision-language model on, in LLaVA's format.
+        conversations: conversations to tune the model on, in LLaVA's format; about images where it sees.
         images: folder that the image paths in conversations are relative to.
         plan: print the plan, and end.
         block_ap: recipe or YAML file with other settings of `eqat block-ap`.
@@ -60,7 +60,7 @@ class QuantizeJob(Settings):
         data: held-out text that judges; its source is `text` by default.
         batch_size: windows per forward of the evaluation.
         output: folder of all runs. Default: runs/MODEL-SPEC.
-        device: cpu, cuda, cuda:N, or auto.
+        device: what to compute on: cpu, cuda, cuda:N, or auto.
         overwrite: discard what is there already, and begin anew.
     """
 
@@ -89,12 +89,14 @@ class _Phases:
         fit: Block-AP.
         tuned: E2E-QP; None where it is left out.
         data: held-out text.
+        sees: whether the model takes images.
     """
 
     root: Path
     fit: BlockAPJob
     tuned: E2EQPJob | None
     data: TextWindows
+    sees: bool
 
     @property
     def fitted(self) -> Path:
@@ -145,26 +147,26 @@ def _phases(job: QuantizeJob) -> _Phases:
     if data.source is None:
         same = ("source", "text_field", "held_out_fraction", "split_seed")
         data = replace(data, **{name: getattr(fit.calibration, name) for name in same})
-    sees = "vision_config" in (config_of(job.model) or {})
-    if not sees and job.conversations is not None:
-        given, do = f"{job.conversations}, for {job.model}, which reads text only", "leave --conversations out"
-        raise ConfigError("--conversations", given, "with a vision-language model", do)
-    if sees and job.conversations is None and job.e2e_qp is None:
-        return _Phases(root, fit, None, data)
-    tuned = job_of("e2e-qp", E2EQPJob, _e2e_qp_words(job, fit, sees))
-    return _Phases(root, fit, tuned.with_data_decided(str(root), tuned.model), data)
+    with_images = sees(job.model)
+    left_out = with_images and job.conversations is None and job.e2e_qp is None
+    return _Phases(root, fit, None if left_out else _tuned(job, fit, root, with_images), data, with_images)
+
+
+def _tuned(job: QuantizeJob, fit: BlockAPJob, root: Path, with_images: bool) -> E2EQPJob:
+    """Return E2E-QP as its command takes it; conversations stand for the text, unless both are to be mixed."""
+    base = None if job.output is None else job.output / "block-ap" / "model"
+    given = {"quantized": base, "data.source": None if with_images else fit.calibration.source}
+    given |= {"conversations.source": job.conversations, "conversations.image_folder": job.images}
+    words = _words(_common(job, job.e2e_qp, "e2e-qp"), {"quant": settings(fit.quant)}, given)
+    tuned = job_of("e2e-qp", E2EQPJob, words)
+    if job.conversations is not None and tuned.text_share is None:
+        tuned = replace(tuned, data=replace(tuned.data, source=None))
+    return tuned.with_data_decided(str(root), tuned.model)
 
 
 def _block_ap_words(job: QuantizeJob) -> list[str]:
     spec = {"quant.bits": job.bits, "quant.group_size": job.group_size}
     return _words(_common(job, job.block_ap, "block-ap"), spec, {"calibration.source": job.text})
-
-
-def _e2e_qp_words(job: QuantizeJob, fit: BlockAPJob, sees: bool) -> list[str]:
-    base = None if job.output is None else job.output / "block-ap" / "model"
-    given = {"quantized": base, "data.source": None if sees else fit.calibration.source}
-    given |= {"conversations.source": job.conversations, "conversations.image_folder": job.images}
-    return _words(_common(job, job.e2e_qp, "e2e-qp"), {"quant": settings(fit.quant)}, given)
 
 
 def _common(job: QuantizeJob, config: str | None, folder: str) -> dict[str, Any]:
@@ -225,12 +227,14 @@ def _again(job: QuantizeJob) -> str:
 
 def _closing(job: QuantizeJob, phases: _Phases, made: Path) -> str:
     """Say where the model is and what to do with it."""
-    where, sees = shlex.quote(str(made)), phases.tuned is None or phases.tuned.conversations is not None
+    where = shlex.quote(str(made))
     lines = [f"the model: {made}", "next:"]
     if phases.tuned is None:
         lines.append(f"  {_again(job)}")
-    lines.append(f"  eqat chat {where}" if sees else f'  eqat generate {where} --prompt "The capital of France is"')
-    if sees:
+    if not phases.sees:
+        lines.append(f'  eqat generate {where} --prompt "The capital of France is"')
+    else:
+        lines.append(f"  eqat chat {where}")
         lines.append(f"  eqat eval {where} --tasks mme --reference {shlex.quote(job.model)}")
     return "\n".join([*lines, f"  python: model = eqat_mm.load({str(made)!r})"])
 
@@ -246,7 +250,7 @@ def _require_single_process(job: QuantizeJob) -> None:
             where="eqat quantize: WORLD_SIZE",
             given=f"{processes()} processes",
             allowed="one: each phase has a launcher of its own",
-            do=f"torchrun --nproc_per_node {processes()} scripts/block_ap.py --model {job.model} ..., then deepspeed "
-            f"--num_gpus {processes()} scripts/e2e_qp.py --model {job.model} ..., then eqat quantize, which takes what "
-            "they made and evaluates it",
+            do=f"torchrun --nproc_per_node {processes()} -m eqat_mm block-ap --model {job.model} ..., then deepspeed "
+            f"--num_gpus {processes()} --module eqat_mm e2e-qp --model {job.model} ..., then eqat quantize, which "
+            "takes what they made and evaluates it",
         )

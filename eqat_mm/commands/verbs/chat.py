@@ -7,66 +7,38 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from eqat_eval.dialogue import Dialogue
-from eqat_eval.graphed_decode import CudaGraph
 from eqat_eval.prompts import encode_prompt
 from eqat_mm.checkpoint.folders import load_tokenizer, takes_images
 from eqat_mm.checkpoint.speaker import load_speaker
 from eqat_mm.commands.plumbing.models import load_model, model_folder, require_weights
+from eqat_mm.commands.plumbing.speaking import Speaking
 from eqat_mm.commands.verbs.generate import ANSWER, text_only
 from eqat_mm.data.image_text.addresses import image_at
-from eqat_mm.data.image_text.style import AUTO, ImageShape, Style, require_template
 from eqat_mm.errors import DataError, EqatError
 from eqat_mm.runtime.device import best_device
-from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import complain, say
-from eqat_mm.runtime.settings import Count, PositiveOrZero, Seed, Settings, Within
+from eqat_mm.runtime.settings import Count
 from eqat_mm.runtime.signals import Stopped
 
 _HELP = "/image PATH shows an image, /reset begins anew, /quit ends; all else is said to the model"
 
 
 @dataclass(frozen=True)
-class ChatJob(Settings):
+class ChatJob(Speaking):
     """Talk with a model: one message a line, from the keyboard or a pipe.
 
     Attributes:
         model: packed checkpoint, model folder, alias or hub repository.
         quantized: packed checkpoint to talk with in place of `model`.
-        system: what the system says first, in place of the chat template's own words.
-        allow_network: let `/image` fetch http(s) addresses.
-        template: chat template of a vision-language model: `auto` (the one that the model was trained with),
-            `vicuna_v1`, `model` (the one in its folder), or the path of a .jinja file.
-        images: what becomes of images that are no squares: `pad`, `crop`, `model` (what its folder says), or `auto`
-            (what the model was trained with).
         max_new_tokens: most tokens of an answer.
-        temperature: 0 is greedy.
-        top_p: nucleus of the sampling.
-        seed: of the sampling.
-        dtype: of what is not quantized, and of matrix products; `auto` takes bfloat16 on a GPU, float32 on a CPU.
-        device: cpu, cuda, cuda:N, or auto.
-        cuda_graph: replay decode steps from a CUDA graph; `auto` does so on a GPU and says where it cannot.
     """
 
     model: str
     quantized: Path | None = None
-    system: str | None = None
-    allow_network: bool = False
-    template: str = AUTO
-    images: ImageShape = AUTO
     max_new_tokens: Count = ANSWER
-    temperature: PositiveOrZero = 0.0
-    top_p: Annotated[float, Within(0, 1, without=(0,))] = 1.0
-    seed: Seed = 0
-    dtype: Precision = "auto"
-    device: str = "auto"
-    cuda_graph: CudaGraph = "auto"
-
-    def check_together(self) -> None:
-        """Check that the template is there, before anything is read."""
-        require_template(self.template, "--template")
 
 
 def chat(job: ChatJob) -> None:
@@ -78,12 +50,10 @@ def chat(job: ChatJob) -> None:
     folder = model_folder(str(job.quantized or job.model))
     require_weights(folder)
     sees = takes_images(folder)
-    speaker: Any = load_speaker(folder, Style(job.template, job.images)) if sees else load_tokenizer(folder)
+    speaker: Any = load_speaker(folder, job.style) if sees else load_tokenizer(folder)
     encode_prompt(speaker, "Hello", chat=True, system=job.system)  # refused before the model is read
     model = load_model(folder, best_device(job.device), job.dtype)
-    sampling: dict[str, Any] = {"temperature": job.temperature, "top_p": job.top_p, "seed": job.seed}
-    more: dict[str, Any] = {"system": job.system, "cuda_graph": job.cuda_graph}
-    dialogue = Dialogue(model, speaker, job.max_new_tokens, **sampling, **more)
+    dialogue = Dialogue(model, speaker, job.max_new_tokens, **job.decoding)
     say(f"talking with {folder}: {_HELP}")
     talk(dialogue, _lines(), sees=sees, allow_network=job.allow_network)
 

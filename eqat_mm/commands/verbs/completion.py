@@ -88,7 +88,7 @@ def _values(command: str, options: list[Option]) -> Iterator[str]:
     for option in _settable(options):
         if words := _choices(option):
             yield _case(f"'{command} __{option.name}'", words)
-        if option.name in ("model", "shell"):
+        if option.name in ("model", "shell", "action"):
             yield _case(f"'{command} {command.replace('-', '_')}'", words)
 
 

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eqat_eval.multiple_choice import read_items
 from eqat_eval.perplexity import PerplexityResult, ReferenceOutputs, evaluate_perplexity
 from eqat_mm.blocks.source import WeightSource
 from eqat_mm.checkpoint.adapters import adapter_bits
 from eqat_mm.checkpoint.folders import is_packed, load_tokenizer
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
+from eqat_mm.commands.plumbing.answers import Answers
 from eqat_mm.commands.plumbing.lmms import evaluate_tasks, task_line
 from eqat_mm.commands.plumbing.models import load_model, model_folder, require_weights
 from eqat_mm.commands.plumbing.runs import model_fingerprint
+from eqat_mm.commands.plumbing.task_files import Asking, evaluate_task_file, task_file_line
 from eqat_mm.data.image_text.style import AUTO, ImageShape, Style, require_template
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.data.text.windows import digest_of, text_windows
@@ -41,11 +44,15 @@ class EvalJob(Settings):
 
     Attributes:
         model: packed checkpoint, model folder, alias or hub repository.
-        reference: full-precision model to compare the predictions with; with `tasks` it answers the same questions.
+        reference: full-precision model to compare the predictions with; with `tasks` it answers the same questions, or
+            is the .json file that `output` kept of it with `likelihood`.
         data: held-out text.
         tasks: tasks of lmms-eval, separated by commas, instead of held-out text: easy_vqa, mme, scienceqa_img, ...;
             llava-1.5 stands for those of its paper.
-        limit: questions of each task to answer, the first ones; all by default.
+        task_file: questions with several answers to choose from, instead of held-out text: a file in the format of
+            the public ones of PIQA, ARC and WinoGrande.
+        likelihood: of tasks: also how likely the right answers are, and with a reference how far from its predictions.
+        limit: questions of each task, or of the file, to answer, the first ones; all by default.
         template: of the prompts of tasks: `auto` (the one that the model was trained with), `vicuna_v1`, `model` (the
             one in its folder), or the path of a .jinja file.
         images: of tasks, those that are no squares: `pad`, `crop`, `model` (what its folder says), or `auto` (what the
@@ -53,7 +60,7 @@ class EvalJob(Settings):
         batch_size: windows, or questions of tasks, per forward.
         dtype: of what is not quantized, and of matrix products; `auto` takes bfloat16 on a GPU, float32 on a CPU.
         precision: of matrix products alone; float32 is float32 throughout, `auto` takes bfloat16 where it is faster.
-        device: cpu, cuda, cuda:N, or auto.
+        device: what to compute on: cpu, cuda, cuda:N, or auto.
         output: JSON file for the result; the answers to tasks are listed beside it.
     """
 
@@ -61,6 +68,8 @@ class EvalJob(Settings):
     reference: str | None = None
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
     tasks: str | None = None
+    task_file: Path | None = None
+    likelihood: bool = False
     limit: Count | None = None
     template: str = AUTO
     images: ImageShape = AUTO
@@ -96,22 +105,52 @@ def evaluate(job: EvalJob) -> dict[str, Any]:
 
 
 def _measure(job: EvalJob, folder: Path, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    if job.task_file is not None:
+        return _task_file(job, job.task_file, folder, device, ranks)
     if job.tasks is None:
         return _perplexity(job, folder, device, ranks)
-    result = _tasks(job, folder, device, job.output)
-    if job.reference is not None:
-        beside = None if job.output is None else job.output.with_name(f"{job.output.stem}.reference.json")
-        found = _tasks(job, model_folder(job.reference), device, beside)
-        result["reference"] = {"model": job.reference, **found}
-    return result
+    if job.likelihood and ranks.world > 1:
+        one = "one process"
+        raise ConfigError("--likelihood", f"{ranks.world} processes", one, "evaluate likelihoods in a run of their own")
+    return _tasks_beside(job, folder, device)
 
 
-def _tasks(job: EvalJob, folder: Path, device: torch.device, output: Path | None) -> dict[str, Any]:
+def _task_file(job: EvalJob, path: Path, folder: Path, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    products, dtype = arithmetic(job.precision, job.dtype, device)
+    reference = None if job.reference is None else model_folder(job.reference)
+    with _products(products, dtype, device):
+        found = evaluate_task_file(folder, reference, path, job.limit, Asking(job.batch_size, device, dtype, ranks))
+    return found | {"precision": products}
+
+
+def _tasks_beside(job: EvalJob, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Ask the reference, where there is one, and then the model."""
+    beside: dict[str, Any] = {}
+    reference = None
+    if job.reference is not None and _is_result(job.reference):
+        reference = Answers.read(Path(job.reference))
+    elif job.reference is not None:
+        output = None if job.output is None else job.output.with_name(f"{job.output.stem}.reference.json")
+        found = _tasks(job, model_folder(job.reference), device, output)
+        reference = found.pop("answers", None)
+        beside = {"reference": {"model": job.reference, **found}}
+    result = _tasks(job, folder, device, job.output, reference)
+    result.pop("answers", None)
+    return result | beside
+
+
+def _tasks(
+    job: EvalJob, folder: Path, device: torch.device, output: Path | None, reference: Answers | None = None
+) -> dict[str, Any]:
     products, dtype = arithmetic(job.precision, job.dtype, device)
     asked: dict[str, Any] = {"limit": job.limit, "batch_size": job.batch_size, "output": output}
-    asked["style"] = Style(job.template, job.images)
+    asked |= {"style": Style(job.template, job.images), "likelihood": job.likelihood, "reference": reference}
     with _products(products, dtype, device):
         return evaluate_tasks(folder, str(job.tasks), device=device, dtype=dtype, **asked) | {"precision": products}
+
+
+def _is_result(reference: str) -> bool:
+    return reference.endswith(".json") and not Path(reference).is_dir()
 
 
 def _products(precision: Decided, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
@@ -121,14 +160,22 @@ def _products(precision: Decided, dtype: torch.dtype, device: torch.device) -> A
 
 def _check_choice(job: EvalJob) -> None:
     """Refuse options of the measurement that was not chosen, and held-out text without a name."""
-    if job.tasks is None and job.limit is not None:
+    if job.tasks is not None and job.task_file is not None:
+        raise ConfigError("--task_file", "--tasks, too", "one of them", "evaluate them in two runs")
+    if job.tasks is None and job.task_file is None and job.limit is not None:
         raise ConfigError("--limit", "no --tasks", "a limit for tasks", "for held-out text, set --data.count")
+    if job.tasks is None and job.likelihood:
+        raise ConfigError("--likelihood", "no --tasks", "with questions of tasks", "leave it out, or name --tasks")
     for name in ("template", "images"):
         if job.tasks is None and getattr(job, name) != AUTO:
             raise ConfigError(f"--{name}", "no --tasks", "with questions about images", "leave it out, or name --tasks")
-    if job.tasks is not None and job.reference is not None:
+    if job.tasks is not None and job.reference is not None and not _is_result(job.reference):
         require_weights(model_folder(job.reference))
-    if job.tasks is None:
+    if job.task_file is not None:
+        read_items(job.task_file, job.limit)
+        if job.reference is not None:
+            require_weights(model_folder(job.reference))
+    elif job.tasks is None:
         job.data.require_source("--data.source")
 
 
@@ -240,6 +287,8 @@ def bits_per_weight(folder: Path) -> float | None:
 
 
 def _line(result: dict[str, Any]) -> str:
+    if "task_file" in result:
+        return f"{result['model']}: {task_file_line(result)}"
     if "tasks" in result:
         rows = ", ".join(task_line(name, row) for name, row in result["tasks"].items())
         beside = f"\n{_line(result['reference'])}" if "reference" in result else ""

@@ -55,7 +55,7 @@ class GenerateDataJob(Settings):
         min_tokens: a text that the model ends before so many tokens is degenerate.
         max_repeated: a text is degenerate, it loops, if more than this share of its 4-grams occurred in it before.
         drop_degenerate: leave degenerate texts out of the file; they are counted either way.
-        device: cpu, cuda, cuda:N, or auto.
+        device: what to compute on: cpu, cuda, cuda:N, or auto.
         overwrite: discard what is already in the output.
     """
 

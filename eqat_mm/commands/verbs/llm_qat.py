@@ -39,7 +39,7 @@ class LLMQATJob(LLMQATConfig, EndToEndJob):
     Attributes:
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-BITS/llm-qat; rtn in place of llm-qat
             where nothing is trained.
-        adapter: architecture, where config.json does not decide it.
+        adapter: name of the architecture, where config.json does not decide it.
     """
 
     # What is nested is declared again: jsonargparse looks for such types in this module.
@@ -140,7 +140,7 @@ def _models(
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedModel | None]:
     """Return the model that becomes the student, and the teacher where the loss asks for one."""
     with whole_models(arguments):
-        taught = job.trains and job.loss == "logits"
+        taught = job.trains and job.loss == "kl"
         kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
         teacher = load_model(opened.folder, arguments.device, kept) if taught else None
         student = load_model(opened.folder, arguments.device, "float32")

@@ -49,7 +49,7 @@ class PlanJob(BlockAPConfig):
         conversations: number of conversations about images, of a vision-language model.
         llm_qat: settings of LLM-QAT.
         evaluation: held-out text.
-        adapter: architecture, where config.json does not decide it.
+        adapter: name of the architecture, where config.json does not decide it.
         json: print JSON, with every term of every number.
         recipe_for: models that these settings were tuned for (set by recipes).
     """

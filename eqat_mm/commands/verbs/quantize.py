@@ -36,15 +36,15 @@ from llava_adapters import arch_of_folder
 
 @dataclass(frozen=True)
 class BlockAPJob(BlockAPConfig):
-    """Block-AP of a model, in one process or in those of a launcher (torchrun scripts/block_ap.py).
+    """Block-AP of a model, in one process or in those of a launcher (torchrun -m eqat_mm block-ap).
 
     Attributes:
         model: model folder, alias (`eqat assets`) or hub repository.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/block-ap. On several machines, a
             folder that all of them see.
         calibration: text that the blocks are fitted on.
-        adapter: architecture, where config.json does not decide it.
-        device: cpu, cuda, cuda:N, or auto. Of several processes on GPUs each takes its own.
+        adapter: name of the architecture, where config.json does not decide it.
+        device: what to compute on: cpu, cuda, cuda:N, or auto. Of several processes on GPUs each takes its own.
         overwrite: discard a run that is already in the output folder.
         recipe_for: models that these settings were tuned for (set by recipes).
     """
@@ -66,7 +66,7 @@ class RTNJob(Settings):
         model: model folder, alias or hub repository.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/rtn.
         quant: bits, group size, symmetry.
-        adapter: architecture, where config.json does not decide it.
+        adapter: name of the architecture, where config.json does not decide it.
         overwrite: discard a checkpoint that is already in the output folder.
     """
 

@@ -29,7 +29,7 @@ class ReportJob(Settings):
             first question, and so on, from the beginning again.
         max_new_tokens: most tokens of an answer.
         dtype: of what is not quantized; `auto` takes bfloat16 on a GPU, float32 on a CPU.
-        device: cpu, cuda, cuda:N, or auto, to answer questions on.
+        device: what to answer questions on: cpu, cuda, cuda:N, or auto.
     """
 
     run: Path = field(kw_only=True)

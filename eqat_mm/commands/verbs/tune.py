@@ -44,7 +44,7 @@ class E2EQPJob(E2EQPConfig, EndToEndJob):
     """E2E-QP of a packed model.
 
     Attributes:
-        model: the full-precision model it was made from: names the default folders, teaches with `loss: kl`.
+        model: the full-precision model; it names the default folders, and teaches with `loss: kl`.
         quant: finds the default Block-AP run of `model`; the checkpoint itself knows its spec.
         quantized: packed checkpoint to start from. Default: runs/MODEL-SPEC/block-ap/model.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/e2e-qp; lora or
@@ -75,7 +75,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     _require_block_ap(base, job)
     warn_without_recipe(job.model, job.recipe_for, STAGE)
     require_startable(job, Place.within(folder))
-    if _adapts(job):
+    if "lora" in job.trained:
         require_peft(f"--trains {job.trains}")
     inputs: dict[str, Path | str] = {"quantized": base}
     job.require_judged()
@@ -106,7 +106,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
 
 def stage_of(job: E2EQPConfig) -> str:
     """Return the name of what a job makes, and of its default folder: `e2e-qp`, or what else it trains."""
-    return STAGE if "scales" in job.trains else job.trains.partition("+")[0]
+    return STAGE if "scales" in job.trained else "lora" if "lora" in job.trained else "projector"
 
 
 def _trained(
@@ -122,7 +122,7 @@ def _trained(
             held_out.record(judge, arguments.device, resolve(job.precision, arguments.device))
             del judge
         model = load(base, dtype=kept, device=arguments.device, verify=False)
-    if _adapts(job):
+    if "lora" in job.trained:
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
     projector = arch_for(read_manifest(base).arch, f"{base}: the adapter that made it").find_projector(model)
     given: dict[str, Any] = {"blank": samples.blank(), "collator": samples.collator, "order": samples.order}
@@ -135,10 +135,6 @@ def _heaviest(job: E2EQPJob) -> TextWindows | ImageTextData:
     if job.conversations is None or job.text_share is None:
         return job.conversations or job.data
     return replace(job.conversations, max_length=max(job.conversations.max_length, job.data.length))
-
-
-def _adapts(job: E2EQPJob) -> bool:
-    return "lora" in job.trains.split("+")
 
 
 def _require_block_ap(base: Path, job: E2EQPJob) -> None:

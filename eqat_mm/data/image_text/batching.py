@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from eqat_mm.data.image_text.chat import IGNORED
+from eqat_mm.data.image_text.columns import images_of, rows_of
 from eqat_mm.errors import DataError
 from eqat_mm.runtime.seeding import generator
 
@@ -111,27 +112,40 @@ class Collator:
         """Return one batch.
 
         Args:
-            samples: rows of tokens, [T_i]: `input_ids`, `labels` where they are to be learned, and others; what is no
-                row belongs to images, [images_i, ...].
+            samples: rows of tokens, [T_i, ...]: `input_ids`, `labels` where they are to be learned, and others; what is
+                no row belongs to images, [images_i, ...].
 
         Returns:
-            Rows [samples, T], `attention_mask` among them. Other tensors [images, ...], where any sample has them:
-            those of all samples in order, their second axis (LLaVA-NeXT's tiles) filled up with zeros.
+            Rows [samples, T, ...], `attention_mask` among them; one that a sample lacks, as windows of text lack kinds
+            of tokens, is zero there. Other tensors [images, ...], where any sample has them: those of all samples in
+            order. Axes that differ (tiles, height, width) are filled up with zeros.
         """
         samples = [{"attention_mask": torch.ones_like(sample["input_ids"])} | sample for sample in samples]
-        names = dict.fromkeys(name for sample in samples for name in sample)
-        return {name: self._together(name, [sample[name] for sample in samples if name in sample]) for name in names}
+        rows = [rows_of(sample) for sample in samples]
+        names = dict.fromkeys(name for row in rows for name in row)
+        others = [images_of(sample) for sample in samples]
+        batch = {name: self._stacked(name, rows) for name in names}
+        return batch | {
+            name: torch.cat(_filled_up([other[name] for other in others if name in other], first=1))
+            for name in dict.fromkeys(name for other in others for name in other)
+        }
 
-    def _together(self, name: str, tensors: list[Tensor]) -> Tensor:
-        if tensors[0].dim() > 1:
-            return _joined(tensors)
-        fill = self._fill.get(name, 0)
-        return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=self._side)
+    def _stacked(self, name: str, rows: list[dict[str, Tensor]]) -> Tensor:
+        """Return the rows of one name together, [samples, T, ...]."""
+        like, fill = next(row[name] for row in rows if name in row), self._fill.get(name, 0)
+        lacking = (like.new_full((len(row["input_ids"]), *like.shape[1:]), fill) for row in rows)
+        found = _filled_up([row.get(name, other) for row, other in zip(rows, lacking, strict=True)], first=1)
+        return pad_sequence(found, batch_first=True, padding_value=fill, padding_side=self._side)
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    most = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([functional.pad(t, (*(0, 0) * (t.dim() - 2), 0, most - t.shape[1])) for t in tensors])
+def _filled_up(tensors: list[Tensor], first: int) -> list[Tensor]:
+    """Return tensors whose axes from `first` on are as long as the longest, with zeros behind what they hold."""
+    most = [max(sizes) for sizes in zip(*(tensor.shape[first:] for tensor in tensors), strict=True)]
+    missing = [
+        [number for whole, own in zip(most, tensor.shape[first:], strict=True) for number in (whole - own, 0)][::-1]
+        for tensor in tensors
+    ]
+    return [functional.pad(tensor, pads) for tensor, pads in zip(tensors, missing, strict=True)]
 
 
 def _shuffled(indices: list[int], draw: torch.Generator) -> Iterator[int]:

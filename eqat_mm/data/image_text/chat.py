@@ -3,9 +3,11 @@
 Labels are the tokens the model has to write itself: behind each of its turns' prompts, through the answer, and the end
 of the turn. The template is not asked which tokens these are. Many have no marks for it, and LLaVA-1.5's marks take in
 the space behind an answer, which the tokenizer joins with the next speaker's name. Instead the template renders the
-conversation up to each answer, as it does for generation. Each such prompt must be the beginning of the whole text, and
-the answer must follow it word for word, white space at its ends apart; then the answer's place in the text is known,
-and the tokens' offsets give the rest.
+conversation up to each answer, as it does for generation. Where that prompt is the beginning of the whole text, labels
+begin behind it. Some templates write something else before an answer that was given than before one that is to come
+(LLaVA-OneVision's a space more); there labels begin with the answer, whose place is found by rendering the conversation
+with other words in place of the answers. The answer itself must be there word for word, white space at its ends apart.
+The tokens' offsets give the rest.
 
 The end of a turn is the special token that follows the answer, as in most templates. Where none does (LLaVA-1.5's), the
 end-of-sequence token is the *label* of the token behind the answer: the model learns to stop, and what it reads is what
@@ -24,8 +26,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from eqat_mm.data.image_text.columns import OFFSETS, REPLACED
 from eqat_mm.data.image_text.conversations import IMAGE, Conversation, Turn
+from eqat_mm.data.image_text.image_tokens import ImageTokens, Size, places_of
 from eqat_mm.data.image_text.problems import BadSample
+from eqat_mm.data.image_text.processors import tokens_of_images
 from eqat_mm.data.image_text.prompt import Renderer
 from eqat_mm.data.image_text.text_speaker import TextSpeaker
 from eqat_mm.errors import ConfigError
@@ -33,11 +38,11 @@ from eqat_mm.errors import ConfigError
 _STAND_IN = "\uf8f5"
 """For `<image>` where it is text, while the template works on it."""
 
+_ANSWER = "\uf8f6{}\uf8f7"
+"""For the answers, while their places are looked for."""
+
 IGNORED = -100
 """Label of a token that is not predicted."""
-
-Size = tuple[int, int]
-"""Height and width of an image in pixels."""
 
 
 class Chat:
@@ -46,6 +51,9 @@ class Chat:
     Args:
         processor: a transformers processor with a tokenizer, an image processor and a chat template, or a
             `TextSpeaker`.
+
+    Attributes:
+        of_images: the tokens that stand for images, or parts of them, int64 [n].
 
     Raises:
         ConfigError: one of these is missing, or the tokenizer has no character offsets or no end-of-sequence token.
@@ -58,7 +66,8 @@ class Chat:
         self._sees = not isinstance(processor, TextSpeaker)
         self._renderer = Renderer(processor if self._sees else self.tokenizer)
         self._ends = _turn_ends(processor)
-        self._counts: dict[Size, int] = {}
+        self._image_tokens = ImageTokens(processor, self._renderer)
+        self.of_images = torch.tensor(tokens_of_images(processor))
 
     def text(self, conversation: Conversation) -> str:
         """Return a conversation as its model's text, with one image token per image.
@@ -78,22 +87,64 @@ class Chat:
         return text
 
     def answers(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
-        """Find the answers in a conversation's text: for each where its prompt ends and where it ends itself.
+        """Find the answers in a conversation's text: for each where the model begins to write and where it ends.
 
         Raises:
-            BadSample: the template does not put each answer, as it is, behind the prompt for generation.
+            BadSample: the template does not write each answer as it is.
         """
         found = []
-        for position, (role, said) in enumerate(conversation.turns):
+        starts: list[int | None] = []
+        for place, (role, said) in enumerate(conversation.turns):
             if role == "assistant":
                 answer = said.strip()
-                before = replace(conversation, turns=conversation.turns[:position])
-                prompt = self._rendered(before, answering=True)
-                start = len(text) - len(text[len(prompt) :].lstrip())
-                if not text.startswith(prompt) or not text.startswith(answer, start):
-                    raise BadSample(f"the chat template does not put the answer {answer!r:.60} behind its prompt")
-                found.append((len(prompt), start + len(answer)))
+                prompt = self._rendered(replace(conversation, turns=conversation.turns[:place]), answering=True)
+                begin = len(prompt) if text.startswith(prompt) else None
+                start = None if begin is None else _skipping_space(text, begin)
+                if start is None or not text.startswith(answer, start):
+                    starts = starts or self._starts(conversation, text)
+                    start = starts[place]
+                if start is None:
+                    raise BadSample(f"the chat template does not write the answer {answer!r:.60} as it is")
+                found.append((start if begin is None else min(begin, start), start + len(answer)))
         return found
+
+    def _starts(self, conversation: Conversation, text: str) -> list[int | None]:
+        """Return where each turn of the assistant begins in a text, None where it is not there word for word."""
+        turns = [
+            turn if turn.role != "assistant" else Turn(turn.role, _ANSWER.format(place))
+            for place, turn in enumerate(conversation.turns)
+        ]
+        rest, at = self._rendered(replace(conversation, turns=tuple(turns))), 0
+        starts: list[int | None] = [None] * len(turns)
+        for place, (role, said) in enumerate(conversation.turns):
+            if role == "assistant":
+                before, there, rest = rest.partition(_ANSWER.format(place))
+                at = _skipping_space(text, at)
+                start = _skipping_space(text, at + len(before.strip()))
+                if not there or not text.startswith(before.strip(), at) or not text.startswith(said.strip(), start):
+                    break
+                starts[place] = start
+                at = start + len(said.strip())
+        return starts
+
+    def shown(self, text: str, sizes: Sequence[Size]) -> tuple[str, int]:
+        """Return a text with what the processor writes for its images, and the tokens that this leaves out.
+
+        Args:
+            text: with one image token for each image, or the beginning of such a text.
+            sizes: of all images.
+
+        Raises:
+            ConfigError: the processor does not say what it writes.
+        """
+        if not sizes:
+            return text, 0
+        token, images = self.processor.image_token, self._image_tokens.of(sizes)
+        before, *behind = text.split(token)
+        more = sum(image.more for image, _ in zip(images, behind, strict=False))
+        if all(image.text == token for image in images):
+            return text, more
+        return before + "".join(image.text + part for image, part in zip(images, behind, strict=False)), more
 
     def lengths(self, texts: Sequence[str], sizes: Sequence[Sequence[Size]]) -> list[int]:
         """Return the number of tokens of each text.
@@ -102,9 +153,9 @@ class Chat:
             texts: with one image token per image.
             sizes: of the images of each text.
         """
-        ids = self._renderer.ids(texts)
-        images = [sum(self._image_tokens(size) - 1 for size in each) for each in sizes]
-        counts = [len(row) + more for row, more in zip(ids, images, strict=True)]
+        shown = [self.shown(text, each) for text, each in zip(texts, sizes, strict=True)]
+        ids = self._renderer.ids([text for text, _ in shown])
+        counts = [len(row) + more for row, (_, more) in zip(ids, shown, strict=True)]
         for at, text in enumerate(texts):
             if not sizes[at] and self.processor.image_token in text:
                 counts[at] = len(self._as_text(text)[0])
@@ -118,8 +169,8 @@ class Chat:
             images: its images, in mode RGB.
 
         Returns:
-            `input_ids` and `labels`, int64 [T], and for images what the model's forward takes, first axis images:
-            `pixel_values`, and for LLaVA-NeXT `image_sizes`.
+            `labels`, int64 [T], and all that the processor gives the model: rows of tokens [T, ...] (`input_ids`,
+            `attention_mask`, with some models kinds of tokens), and what belongs to the images; see `columns`.
 
         Raises:
             BadSample: as for `text` and `answers`.
@@ -128,19 +179,11 @@ class Chat:
         if is_written(conversation) or not self._sees:
             ids, offsets = self._as_text(text)
             return {"input_ids": ids, "labels": self._labels(ids, offsets, self.answers(conversation, text))}
-        more = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        inputs = self._renderer.inputs(text, images, **more)
-        ids, offsets, expanded = (inputs[name] for name in ("input_ids", "offset_mapping", "text_replacement_offsets"))
+        inputs = self._renderer.inputs(text, images, return_offsets_mapping=True, return_text_replacement_offsets=True)
+        expanded = places_of(inputs, self.processor) if images else []
         answers = [(_moved(start, expanded), _moved(end, expanded)) for start, end in self.answers(conversation, text)]
-        names = self.processor.image_processor.model_input_names if images else ()
-        sample = {"input_ids": ids, "labels": self._labels(ids, offsets, answers)}
-        return sample | {name: inputs[name] for name in names}
-
-    def _image_tokens(self, size: Size) -> int:
-        if size not in self._counts:
-            counted = self.processor._get_num_multimodal_tokens(image_sizes=[size])
-            self._counts[size] = counted["num_image_tokens"][0]
-        return self._counts[size]
+        labels = self._labels(inputs["input_ids"], inputs[OFFSETS], answers)
+        return {name: value for name, value in inputs.items() if name not in (OFFSETS, REPLACED)} | {"labels": labels}
 
     def _as_text(self, text: str) -> tuple[Tensor, Tensor]:
         """Return ids, int64 [T], and offsets, int64 [T, 2], of a text in which the image token is words of a user's.
@@ -204,11 +247,16 @@ def is_written(conversation: Conversation) -> bool:
     return not conversation.images and any(IMAGE in turn.text for turn in conversation.turns)
 
 
+def _skipping_space(text: str, at: int) -> int:
+    """Return the first place from `at` on that is no white space."""
+    return len(text) - len(text[at:].lstrip())
+
+
 def _turn_ends(processor: Any) -> set[int]:
     """Return the special tokens that can end a turn: those that stand for no image, no word and no beginning."""
     tokenizer = processor.tokenizer
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    others = {processor.image_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
+    others = {*tokens_of_images(processor), tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
     return (special | set(tokenizer.all_special_ids)) - others
 
 

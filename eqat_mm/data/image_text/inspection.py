@@ -162,7 +162,7 @@ class Inspector:
         with refusals():
             text = self._chat.text(conversation)
             start = self._chat.answers(replace(conversation, turns=conversation.turns[: first + 1]), text)[0][0]
-        asked = self._length_of(text[:start], images[: text[:start].count(token)])
+        asked = self._length_of(text[:start], images)
         shown = self._length_of(text[: text.rfind(token) + len(token)], images) if images else 0
         if asked + 1 >= self._max_length or shown > self._max_length:
             raise TooLong(f"{problem}; cut, no answer is left, or no whole image")

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 from transformers import ProcessorMixin
 
+from eqat_mm.data.image_text.columns import REPLACED, is_row, taken_apart
 from eqat_mm.data.image_text.conversations import IMAGE, Turn
 from eqat_mm.data.text.vocabulary import start_of
 from eqat_mm.errors import ConfigError, DataError
@@ -29,9 +30,6 @@ _BEFORE, _BEHIND = "text before", "text behind"
 """What is asked of a template to find out where it writes images."""
 
 _IMAGE = {"type": "image"}
-_REPLACED = "text_replacement_offsets"
-"""What a processor says of its image tokens, in dictionaries."""
-
 _PATIENCE = 10.0
 """Seconds that a template may take, a program of the model's whose loops need not end; they take milliseconds."""
 
@@ -101,7 +99,7 @@ class Renderer:
         return [[*self.missing_start(text), *row] for text, row in zip(texts, found["input_ids"], strict=True)]
 
     def inputs(self, text: str, images: Sequence[Any] = (), **options: bool) -> dict[str, Any]:
-        """Return what the model's forward takes, of one text.
+        """Return what the model's forward takes, of one text: all that the processor makes of it.
 
         Args:
             text: with one image token for each image.
@@ -109,19 +107,26 @@ class Renderer:
             options: more that the processor is to return (`return_offsets_mapping`, ...).
 
         Returns:
-            Rows of tokens, first axis T (`input_ids`, `attention_mask`, ...), and what belongs to images, first axis
-            images.
+            Rows of tokens, first axis T (`input_ids`, `attention_mask`, ...), and what belongs to images; see
+            `columns`.
 
         Raises:
             DataError: the text is not Unicode, or has more or fewer image tokens than there are images.
+            ConfigError: the processor returns what is no tensor.
         """
         if not self._sees:
             ids = torch.tensor(self.ids([text])[0], dtype=torch.int64)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         require_unicode(text)
-        found = dict(self._processed(text, images, add_special_tokens=False, **options))
-        rows = {name: value for name, value in found.items() if name not in self._of_images}
-        return found | {name: self._row(name, value, text) for name, value in rows.items()}
+        found = self._processed(text, images, add_special_tokens=False, **options)
+        parts = taken_apart(found, type(self._speaker).__name__)
+        tokens, start = len(parts["input_ids"]), torch.tensor(self.missing_start(text), dtype=torch.int64)
+        if not len(start):
+            return parts
+        return {
+            name: _behind(start, name, value) if name != REPLACED and is_row(name, value, tokens) else value
+            for name, value in parts.items()
+        }
 
     def _processed(self, text: str, images: Sequence[Any], **settings: Any) -> Any:
         """Return what the processor makes: tensors of images, lists of tokens, which it is slow to make tensors of."""
@@ -136,20 +141,6 @@ class Renderer:
                 f"one token {self.image_token} for each of {len(images)} images",
                 "mend chat_template.jinja or the tokenizer beside the weights: one of them loses images or adds some",
             ) from error
-
-    def _row(self, name: str, value: Any, text: str) -> Any:
-        """Return one of the processor's rows of tokens with what is missing in front of it."""
-        if name == _REPLACED:
-            return value[0]
-        row, start = np.asarray(value[0], np.int64), np.asarray(self.missing_start(text), np.int64)
-        if name != "input_ids":
-            start = np.full((len(start), *row.shape[1:]), int(name == "attention_mask"))
-        return torch.from_numpy(np.concatenate([start, row]))
-
-    @property
-    def _of_images(self) -> Sequence[str]:
-        names: Sequence[str] = self._speaker.image_processor.model_input_names
-        return names
 
     def missing_start(self, text: str) -> tuple[int, ...]:
         """Return what the tokenizer puts before a text, unless it is there already."""
@@ -212,6 +203,13 @@ class Renderer:
                 "mend chat_template.jinja beside the weights, or take that of the published model",
             ) from error
         return text
+
+
+def _behind(start: Tensor, name: str, row: Tensor) -> Tensor:
+    """Return a row of tokens with what is missing in front of it: ids, ones in the mask, zeros in any other."""
+    if name != "input_ids":
+        start = torch.full((len(start), *row.shape[1:]), int(name == "attention_mask"))
+    return torch.cat([start.to(row.dtype), row])
 
 
 def _pieces(pieces: list[str]) -> list[str]:

@@ -13,8 +13,9 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from eqat_mm.data.image_text.chat import Chat, Size
+from eqat_mm.data.image_text.chat import Chat, is_written
 from eqat_mm.data.image_text.conversations import IMAGE, Conversation, Turn
+from eqat_mm.data.image_text.image_tokens import Size
 from eqat_mm.data.image_text.problems import BadSample, Inexact
 
 _TRIED = 4
@@ -66,14 +67,14 @@ class QuickLengths(ExactLengths):
     def __init__(self, chat: Chat, samples: Sequence[Conversation]) -> None:
         super().__init__(chat)
         self._outline = lru_cache(maxsize=_MOST_OUTLINES)(self._asked)
-        self._image_gain = lru_cache(maxsize=_MOST_WORDS)(self._gain)
         self._words: dict[str, int] = {}
         added = sorted(chat.tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, added))})" if added else "(?!)")
         texts = [self.text(sample) for sample in samples]
         if texts != [chat.text(sample) for sample in samples]:
             raise Inexact("the template")
-        self._lead, self._more = self._fitting(texts)
+        plain = [at for at, sample in enumerate(samples) if not is_written(sample)]
+        self._lead, self._more = self._fitting([texts[at] for at in plain], [len(samples[at].images) for at in plain])
 
     def text(self, conversation: Conversation) -> str:
         """Return a conversation as its model's text.
@@ -99,9 +100,9 @@ class QuickLengths(ExactLengths):
         Raises:
             Inexact: these differ.
         """
-        images = [sum(map(self._image_gain, each)) for each in sizes]
-        counts = self._counted(texts, self._lead)
-        found = [count + self._more + more for count, more in zip(counts, images, strict=True)]
+        shown = [*map(self.chat.shown, texts, sizes)]
+        counts = self._counted([text for text, _ in shown], self._lead)
+        found = [count + self._more + more for count, (_, more) in zip(counts, shown, strict=True)]
         for at, text in enumerate(texts):
             if not sizes[at] and self.chat.processor.image_token in text:  # where it is no token, but words
                 found[at] = self.chat.lengths([text], [()])[0]
@@ -110,10 +111,6 @@ class QuickLengths(ExactLengths):
         if known != [found[at] for at in tried]:
             raise Inexact("the tokenizer")
         return found
-
-    def _gain(self, size: Size) -> int:
-        """Return how many tokens more than one an image is."""
-        return self.chat.lengths([""], [[size]])[0] - self.chat.lengths([""], [()])[0]
 
     def _asked(self, shape: _Shape, images: int) -> list[str] | str | None:
         """Return what the template writes around the words of an outline, why it refuses, or None for no such thing."""
@@ -137,11 +134,12 @@ class QuickLengths(ExactLengths):
             found.append(before)
         return [*found, rest]
 
-    def _fitting(self, texts: list[str]) -> tuple[str, int]:
+    def _fitting(self, texts: Sequence[str], images: Sequence[int]) -> tuple[str, int]:
         """Return what stands before a word that follows another, and the tokens that every text has besides."""
-        images = [text.count(self.chat.processor.image_token) for text in texts]
-        known = self.chat.lengths(texts, [[_SIZE] * count for count in images])
-        known = [length - count * self._image_gain(_SIZE) for length, count in zip(known, images, strict=True)]
+        sizes = [[_SIZE] * count for count in images]
+        shown = [*map(self.chat.shown, texts, sizes)]
+        known = [whole - more for whole, (_, more) in zip(self.chat.lengths(texts, sizes), shown, strict=True)]
+        texts = [text for text, _ in shown]
         for lead in ("", " "):
             self._words.clear()
             more = {whole - counted for whole, counted in zip(known, self._counted(texts, lead), strict=True)}

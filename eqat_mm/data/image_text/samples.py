@@ -29,10 +29,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from eqat_mm.data.image_text.chat import IGNORED, Chat
+from eqat_mm.data.image_text.columns import rows_of
 from eqat_mm.data.image_text.conversations import MENDED, Records
 from eqat_mm.data.image_text.images import read_image
 from eqat_mm.data.image_text.index import Array, Index
@@ -67,23 +69,24 @@ class ImageTextData(Settings, option="conversations"):
     """Which conversations about images, and how they are checked and ordered.
 
     Attributes:
-        source: LLaVA's format, .json or .jsonl, hf:NAME[:CONFIG[:SPLIT]] or a name of `eqat assets` (see
-            `eqat_mm.data.image_text.record_sources`).
+        source: conversations in LLaVA's format: a .json or .jsonl file, `hf:NAME[:CONFIG[:SPLIT]]`, or a name of
+            `eqat assets`.
         image_folder: what the records' image paths are relative to. Default: the folder of the source file.
         count: number of records, drawn at random; None takes all.
         template: of the conversation: `auto` (the one that the model was trained with), `vicuna_v1`, `model` (the one
             in its folder), or the path of a .jinja file. The checkpoint keeps it.
         images: what becomes of images that are no squares: `pad`, `crop`, `model` (what its folder says), or `auto`
             (what the model was trained with). The checkpoint keeps it.
-        max_length: most tokens of a sample, those of its images counted.
+        max_length: most tokens of a sample; those of its images count.
         too_long: what becomes of longer ones: `truncate` cuts them, as LLaVA does; one of which no answer, or only a
             part of an image, would be left is a bad sample. `skip` leaves them out, `error` stops before training.
         check: how images are checked before training: `header`, or `decode`, which takes as long as reading them all.
-        on_bad_sample: `error` stops before training, `skip` leaves bad samples out and says how many.
+        on_bad_sample: what a bad sample does: `error` stops before training, `skip` leaves such samples out and says
+            how many.
         max_skipped: largest share of the samples that `skip` may leave out; up to ten may always be.
         text_warmup_steps: optimizer steps at the beginning over which the share of samples without images falls from
             all to none; after that, samples come as they are drawn. 0: no warm-up.
-        held_out: samples, drawn at random, that a model is not trained on but judged by.
+        held_out: number of samples to judge the model by; drawn at random, and not trained on.
         held_out_source: other conversations to judge it by instead, in the same format, with the same image folder.
         seed: which records are drawn, and their order.
     """
@@ -147,7 +150,7 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
         return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return `input_ids` and `labels`, int64 [T], and the tensors of the images, first axis images.
+        """Return `input_ids`, `labels` and other rows of tokens, [T, ...], and the tensors of the images.
 
         Raises:
             DataError: the sample cannot be used after all, and no other may stand in for it.
@@ -185,14 +188,14 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
 
     def _cut(self, sample: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the first `max_length` tokens of a sample, if all its images and a part of an answer are in them."""
-        length, most, image = len(sample["input_ids"]), self._config.max_length, self._chat.processor.image_token_id
+        length, most = len(sample["input_ids"]), self._config.max_length
         if length <= most:
             return sample
-        if (sample["input_ids"][most:] == image).any():
+        if torch.isin(sample["input_ids"][most:], self._chat.of_images).any():
             raise TooLong(f"{length:,} tokens, and the end of an image behind max_length ({most:,})")
         if (sample["labels"][:most] == IGNORED).all():
             raise TooLong(f"{length:,} tokens, and no answer before max_length ({most:,})")
-        return sample | {name: sample[name][:most] for name in ("input_ids", "labels")}
+        return sample | {name: row[:most] for name, row in rows_of(sample).items()}
 
     def as_before(self, kept: Kept) -> ImageTextDataset | None:
         """Return these samples in the order of an earlier time, whose own are found by what they say.

@@ -51,7 +51,3 @@ class TextSpeaker:
     @chat_template.setter
     def chat_template(self, template: str) -> None:
         self.tokenizer.chat_template = template
-
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any]) -> dict[str, list[int]]:
-        """Return what stands for images: the text itself."""
-        return {"num_image_tokens": [1] * len(image_sizes)}

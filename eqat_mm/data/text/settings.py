@@ -33,8 +33,9 @@ class TextWindows(Settings, option="data"):
     """Which text, and how it is cut.
 
     Args:
-        source: where the documents come from (see `eqat_mm.data.text.documents`), or several such places with weights,
-            `[{path: texts/, weight: 3}, {path: code.jsonl.gz}]`; there is no text by default.
+        source: a file (.txt, .jsonl, .json, .parquet; .gz, .zst), a folder of such files, `hf:NAME[:CONFIG[:SPLIT]]`,
+            or a name of `eqat assets`; or several of these with weights, `[{path: texts/, weight: 3}, {path:
+            code.jsonl.gz}]`. There is no text by default.
         text_field: field or column that holds the text, where there are records.
         part: `train` or `held_out` side of the split by document, or `all` of them.
         length: tokens in a window.

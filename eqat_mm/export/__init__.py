@@ -1,0 +1,1 @@
+"""A packed checkpoint in the formats of other engines, without a weight that differs unless somebody asks for it."""
