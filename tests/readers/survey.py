@@ -1,4 +1,4 @@
-"""What every reader makes of every kind of folder: `python -m tests.readers.survey [READER ...]`.
+"""What every reader makes of every kind of folder: `python -m tests.readers.survey [WORD ...]`.
 
 A case is a model, a spec and a reader. The folder is made by the commands, the reader answers from its own process,
 and its answer is compared with ours in float32. What was seen goes into `docs/readers.json`, and from there into
@@ -234,9 +234,9 @@ def _perplexity(logprobs: Tensor, ids: Tensor) -> float:
 
 
 def main(wanted: list[str]) -> None:
-    """Ask readers, all or those with one of these words in their names, and write what was seen."""
+    """Ask about all cases, or about those that have all of these words in model, spec and reader; write what was seen."""
     for model, spec, name in cases():
-        if not wanted or any(word in name for word in wanted):
+        if all(word in (model, spec) or word in name for word in wanted):
             one = seen(model, spec, name)
             print(f"{model} {spec} {name}: {table.cell(one)} {one}", flush=True)
             table.keep(one)
