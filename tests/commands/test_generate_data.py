@@ -161,12 +161,8 @@ def test_processes_of_a_launcher_write_one_file(
 ) -> None:
     path = tmp_path / "texts.jsonl"
     flags = {"model": tiny.folder, "output": path, "count": COUNT, "length": 20, "min_tokens": 4, "device": "cpu"}
-    words = [
-        "eqat",
-        "--local_rank=0",
-        "generate-data",
-        *(word for key, value in flags.items() for word in (f"--{key}", str(value))),
-    ]
+    given = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    words = ["eqat", "--local_rank=0", "generate-data", *given]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command replaces it
     monkeypatch.setattr("eqat_mm.runtime.ending.quit_when_asked", lambda: None)  # this process goes on
