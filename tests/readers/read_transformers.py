@@ -1,0 +1,48 @@
+"""Logits and greedy tokens of a folder from transformers, and what it saves, read again: FOLDER INPUTS OUTPUTS [save].
+
+INPUTS and OUTPUTS are safetensors files: `input_ids` [B, T], and `pixel_values` and the like where there are images;
+`logits` float32 [B, T, V], `generated`, the first row and what follows it, and with `save` `reloaded`, the largest
+difference of the logits of the first row after save and load. eqat_mm is out of reach of this process.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+for name in ("eqat_mm", "eqat_kernels", "llava_adapters"):
+    sys.modules[name] = None  # type: ignore[assignment]
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+NEW = 8
+
+
+@torch.no_grad()
+def main(folder: str, inputs: str, outputs: str, *save: str) -> None:
+    torch.set_num_threads(1)
+    given = load_file(inputs)
+    images = {name: value for name, value in given.items() if name != "input_ids"}
+    rows = [{"input_ids": row[None]} | images for row in given["input_ids"]]
+    model = loaded(folder)
+    logits = torch.cat([model(**row).logits.float() for row in rows])
+    prompt = rows[0]["input_ids"] if images else rows[0]["input_ids"][:, :24]
+    written = model.generate(input_ids=prompt, **images, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    found = {"logits": logits, "generated": written[0].clone()}
+    if save:
+        model.save_pretrained(f"{outputs}.saved")
+        again = loaded(f"{outputs}.saved")(**rows[0]).logits.float()
+        found["reloaded"] = (again - logits[:1]).abs().max().reshape(1)
+    save_file(found, outputs)
+
+
+def loaded(folder: str) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    return getattr(transformers, auto).from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
