@@ -234,7 +234,7 @@ def _perplexity(logprobs: Tensor, ids: Tensor) -> float:
 
 
 def main(wanted: list[str]) -> None:
-    """Ask about all cases, or about those that have all of these words in model, spec and reader; write what was seen."""
+    """Ask about all cases, or those with all of these words in model, spec and reader, and write what was seen."""
     for model, spec, name in cases():
         if all(word in (model, spec) or word in name for word in wanted):
             one = seen(model, spec, name)
