@@ -27,6 +27,12 @@ CASES = [
     ("gguf", "llama", QuantSpec(3, 32, symmetric=True)),
     ("gguf", "llama", QuantSpec(2, 32)),
     ("gguf", "llava", QuantSpec(4, 32, symmetric=True)),
+    ("mlx", "llama", QuantSpec(3, 32)),
+    ("mlx", "llava", QuantSpec(2, 64, symmetric=True)),
+    ("onnx", "llama", QuantSpec(2, 32)),
+    ("onnx", "llama", QuantSpec(4, 64, symmetric=True)),
+    ("gptq", "llama", QuantSpec(3, 64)),
+    ("gptq", "llama", QuantSpec(4, -1, symmetric=True)),
 ]
 
 
