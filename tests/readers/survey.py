@@ -44,7 +44,7 @@ SPECS = {
     f"w{bits}g64{'sym' * symmetric}": QuantSpec(bits, 64, symmetric)
     for bits, symmetric in itertools.product((2, 3, 4), (False, True))
 }
-TEXT = TextWindows("demo-wikipedia", part="held_out", length=128, count=4)
+TEXT = TextWindows("demo-wikipedia", part="held_out", length=128, count=2)
 QUESTION = "What shape is in the image?"
 PROMPT, NEW = 24, 8
 SAVED = ("w4g64", "w2g64sym")
