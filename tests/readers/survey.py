@@ -44,7 +44,7 @@ SPECS = {
     f"w{bits}g64{'sym' * symmetric}": QuantSpec(bits, 64, symmetric)
     for bits, symmetric in itertools.product((2, 3, 4), (False, True))
 }
-TEXT = TextWindows("demo-wikipedia", part="held_out", length=128, count=4)
+TEXT = TextWindows("demo-wikipedia", part="held_out", length=128, count=2)
 QUESTION = "What shape is in the image?"
 PROMPT, NEW = 24, 8
 SAVED = ("w4g64", "w2g64sym")
@@ -234,7 +234,7 @@ def _perplexity(logprobs: Tensor, ids: Tensor) -> float:
 
 
 def main(wanted: list[str]) -> None:
-    """Ask about all cases, or about those that have all of these words in model, spec and reader; write what was seen."""
+    """Ask about all cases, or those with all of these words in model, spec and reader, and write what was seen."""
     for model, spec, name in cases():
         if all(word in (model, spec) or word in name for word in wanted):
             one = seen(model, spec, name)

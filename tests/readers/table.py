@@ -30,7 +30,8 @@ class Seen:
         perplexity: of its predictions.
         ours: of ours.
         written: of eight tokens that it writes those before the first that we do not.
-        reloaded: largest difference of logits after it saved and loaded the model, by the largest logit.
+        reloaded: largest difference of logits after it saved and loaded the model, by the largest logit; negative where
+            it could not save it.
     """
 
     model: str
@@ -52,9 +53,11 @@ class Seen:
 
 def reason_in(lines: Sequence[str]) -> str:
     """Return the line of an error that says why, shortened."""
-    errors = [line for line in lines if "Error" in line.split(":")[0] and not line.startswith("File")]
-    found = (errors or list(lines) or [""])[-1]
-    return " ".join(found.split())[:160]
+    errors = [place for place, line in enumerate(lines) if "Error" in line.split(":")[0] and " File" not in f" {line}"]
+    first = errors[-1] if errors else max(len(lines) - 1, 0)
+    return " ".join(
+        " ".join(lines[first : first + 2 if lines[first:] and lines[first].endswith(":") else first + 1]).split()
+    )[:160]
 
 
 def read() -> list[Seen]:
@@ -104,8 +107,8 @@ def cell(one: Seen, reasons: Sequence[str] = ()) -> str:
         said.append(f"perplexity {one.perplexity / one.ours - 1:+.2%}")
     if one.written is not None and one.written < 8:
         said.append(f"{one.written} of 8 tokens")
-    if one.reloaded is not None and not one.reloaded < 1e-3:
-        said.append("not after saving")
+    if one.reloaded is not None and not 0 <= one.reloaded < 1e-3:
+        said.append("does not save it" if one.reloaded < 0 else "another one after saving")
     return ", ".join(said) or "the same 8 tokens"
 
 

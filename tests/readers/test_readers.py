@@ -25,4 +25,5 @@ def test_a_reader_makes_of_a_folder_what_the_table_says(case: tuple[str, str, st
         assert one.written >= survey.NEW // 2, one
     if known.reloaded is not None:
         assert one.reloaded is not None
+        assert (one.reloaded < 0) == (known.reloaded < 0), one
         assert one.reloaded < 1e-3, one
