@@ -38,7 +38,7 @@ class ExportJob(Settings):
 
     Attributes:
         model: packed checkpoint, or the run that made it, or a hub repository.
-        to: gguf (llama.cpp, Ollama).
+        to: gguf (llama.cpp, Ollama), mlx (mlx-lm, mlx-vlm), onnx (onnxruntime-genai) or gptq (gptqmodel, transformers).
         output: run folder; the exported model is `OUTPUT/model`. Default: beside the run, with the format in its name.
         lossy: export also what the format cannot hold exactly; says how many weights differ, and the KL on text.
         data: text that this KL is measured on.
