@@ -36,7 +36,5 @@ def tiny() -> Any:
     )
 
 
-ARCH = replace(
-    LLAVA_NEXT, name="llava_next_video", model_types=("llava_next_video",), tiny=tiny, processor=processor
-)
+ARCH = replace(LLAVA_NEXT, name="llava_next_video", model_types=("llava_next_video",), tiny=tiny, processor=processor)
 """The declaration; see docs/adding_a_model.md."""

@@ -35,7 +35,5 @@ def tiny() -> Any:
     )
 
 
-ARCH = replace(
-    LLAVA_NEXT, name="llava_onevision", model_types=("llava_onevision",), tiny=tiny, processor=processor
-)
+ARCH = replace(LLAVA_NEXT, name="llava_onevision", model_types=("llava_onevision",), tiny=tiny, processor=processor)
 """The declaration; see docs/adding_a_model.md."""

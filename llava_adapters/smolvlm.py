@@ -23,12 +23,8 @@ def processor() -> Any:
     if not is_num2words_available():
         return idefics3()
     images, videos = transformers.SmolVLMImageProcessor(**SIZE), transformers.SmolVLMVideoProcessor(**SIZE)
-    return transformers.SmolVLMProcessor(
-        images, tokenizer(), videos, image_seq_len=4, chat_template=CHAT_TEMPLATE
-    )
+    return transformers.SmolVLMProcessor(images, tokenizer(), videos, image_seq_len=4, chat_template=CHAT_TEMPLATE)
 
 
-ARCH = replace(
-    IDEFICS3, name="smolvlm", model_types=("smolvlm",), tiny=lambda: tiny("smolvlm"), processor=processor
-)
+ARCH = replace(IDEFICS3, name="smolvlm", model_types=("smolvlm",), tiny=lambda: tiny("smolvlm"), processor=processor)
 """The declaration; see docs/adding_a_model.md."""

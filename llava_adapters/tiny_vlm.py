@@ -71,9 +71,7 @@ def tiny_vlm(
             "pillow and torchvision",
             "pip install 'eqat-mm[vlm]'",
         )
-    config = transformers.AutoConfig.for_model(
-        model_type, text_config=dict(text), vision_config=dict(vision), **fields
-    )
+    config = transformers.AutoConfig.for_model(model_type, text_config=dict(text), vision_config=dict(vision), **fields)
     return random_model(transformers.AutoModelForImageTextToText, config), [
         *image_batches(processor, image),
         *text_batches(),

@@ -60,7 +60,9 @@ def logits_check(
 def _compared(what: str, ours: Tensor, theirs: Tensor) -> tuple[float, bool, str]:
     error = float((theirs - ours).abs().max() / ours.abs().max())
     agree = float((theirs.argmax(-1) == ours.argmax(-1)).float().mean())
-    kl = float(torch.nn.functional.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="sum"))
+    kl = float(
+        torch.nn.functional.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="sum")
+    )
     kl /= ours.shape[:-1].numel()
     line = f"on {what} they differ by {error:.1e} of the largest, KL {kl:.1e}, top-1 agreement {agree:.1%}"
     return error if np.isfinite(error) else np.inf, bool(np.isfinite(kl)), line

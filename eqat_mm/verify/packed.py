@@ -79,7 +79,9 @@ def tensor_checks(one: Opened) -> list[Check]:
     right = {
         "shapes": f"{len(one.linears)} linears as {spec.name} has them",
         "codes": f"{spec.bits} bits each, the same to {reader}, nothing in the bits left over",
-        "zero points": "none stored, in the middle" if spec.symmetric else f"within {spec.bits} bits, the same to {reader}",
+        "zero points": "none stored, in the middle"
+        if spec.symmetric
+        else f"within {spec.bits} bits, the same to {reader}",
         "step sizes": f"finite, at least {smallest_step(spec.storage_dtype):.2g} from zero"
         + ("" if spec.symmetric else ", positive"),
     }
@@ -112,10 +114,14 @@ def _misfits(one: Opened, linear: str) -> Iterator[str]:
     rows, columns = stored.get("weight", (0, 0)) if whole else slabs[f"{linear}.weight_shape"].stored().tolist()
     groups = 1 if spec.group_size == -1 else columns // spec.group_size
     wanted = {"weight_scale": (rows, groups)}
-    wanted |= {"weight": (rows, columns)} if whole else {
-        "weight_packed": (rows, -(-columns * spec.bits // 32)),
-        "weight_shape": (2,),
-    }
+    wanted |= (
+        {"weight": (rows, columns)}
+        if whole
+        else {
+            "weight_packed": (rows, -(-columns * spec.bits // 32)),
+            "weight_shape": (2,),
+        }
+    )
     wanted |= {} if spec.symmetric else {"weight_zero_point": (-(-rows * spec.bits // 32), groups)}
     if spec.group_size != -1 and columns % spec.group_size:
         yield f"{columns} inputs in groups of {spec.group_size}"

@@ -157,7 +157,11 @@ def test_templates_that_hide_the_answer_are_refused(template: str, problem: str)
     [
         ("[assistant]\n", "[assistant] \n", ["red cat.", "big"]),
         ("[assistant]\n<think>\n", "[assistant]\n", ["red cat.", "big"]),
-        ("[assistant]\n", "[assistant]\n<think>\n\n</think>\n", ["<think>\n\n</think>\nred cat.", "<think>\n\n</think>\nbig"]),
+        (
+            "[assistant]\n",
+            "[assistant]\n<think>\n\n</think>\n",
+            ["<think>\n\n</think>\nred cat.", "<think>\n\n</think>\nbig"],
+        ),
         ("", "[assistant]\n", ["[assistant]\nred cat.", "[assistant]\nbig"]),
     ],
     ids=["a space less", "a thought begun", "a thought left out", "no prompt"],

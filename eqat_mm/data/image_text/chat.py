@@ -179,9 +179,7 @@ class Chat:
         if is_written(conversation) or not self._sees:
             ids, offsets = self._as_text(text)
             return {"input_ids": ids, "labels": self._labels(ids, offsets, self.answers(conversation, text))}
-        inputs = self._renderer.inputs(
-            text, images, return_offsets_mapping=True, return_text_replacement_offsets=True
-        )
+        inputs = self._renderer.inputs(text, images, return_offsets_mapping=True, return_text_replacement_offsets=True)
         expanded = places_of(inputs, self.processor) if images else []
         answers = [(_moved(start, expanded), _moved(end, expanded)) for start, end in self.answers(conversation, text)]
         labels = self._labels(inputs["input_ids"], inputs[OFFSETS], answers)
