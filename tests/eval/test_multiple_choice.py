@@ -33,9 +33,14 @@ def test_both_forms_are_read(tmp_path: Path) -> None:
 
 
 def test_a_query_that_ends_for_an_answer_stays(tmp_path: Path) -> None:
-    queries = ["Question: Why?\nAnswer: ", "The sun is"]
+    queries = ["Question: Why?\nAnswer: ", "The sun is", "Passage: One.\nQuestion: is it?\n", "A Question: no"]
     file = written(tmp_path / "file.jsonl", *({"query": each, "choices": ["a", "b"], "gold": 1} for each in queries))
-    assert [item.options[0][0] for item in read_items(file)] == ["Question: Why?\nAnswer:", "The sun is"]
+    assert [item.options[0][0] for item in read_items(file)] == [
+        "Question: Why?\nAnswer:",
+        "The sun is",
+        "Passage: One.\nQuestion: is it?\nAnswer:",
+        "A Question: no",
+    ]
     assert len(read_items(file, limit=1)) == 1
 
 
