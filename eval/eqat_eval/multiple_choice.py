@@ -6,8 +6,8 @@ first) and WinoGrande (the second) are:
     {"query": "Question: ...", "choices": ["...", "..."], "gold": 1}
     {"context_options": ["... because Ann", "... because Eve"], "continuation": "was late.", "gold": 0}
 
-A query with a line that begins with "Question:" is followed by one that begins with "Answer:", unless it ends with one; a
-choice follows behind a space.
+A query with a line that begins with "Question:" is followed by one that begins with "Answer:", unless it ends with one;
+a choice follows behind a space.
 
 With l_k the log-likelihood of ending k behind its beginning, summed over its tokens (in nats):
 
