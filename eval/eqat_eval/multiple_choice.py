@@ -71,6 +71,7 @@ class Choices:
     accuracy: float
     accuracy_norm: float
     margin: float
+    reference_accuracy: float | None
     flips: float | None
     margin_change: float | None
 
@@ -203,6 +204,7 @@ def summary(
         accuracy=_mean([each.right for each in own]),
         accuracy_norm=_mean([each.right_norm for each in own]),
         margin=_mean([each.margin for each in own]),
+        reference_accuracy=None if theirs is None else _mean([each.right for each in theirs]),
         flips=None if pairs is None else _mean([a.right != b.right for a, b in pairs]),
         margin_change=None if pairs is None else _mean([abs(a.margin - b.margin) for a, b in pairs]),
     )

@@ -92,7 +92,7 @@ def test_flips_count_both_ways_and_margins_are_compared() -> None:
     own, theirs = [[-3.0, -4.0], [-4.0, -6.0, -5.0]], [[-4.0, -3.5], [-7.0, -6.0, -8.0]]
     found = summary(ITEMS, own, theirs)
     assert found.flips == 1.0  # one became right, one wrong: accuracy is the same
-    assert summary(ITEMS, theirs).accuracy == found.accuracy
+    assert summary(ITEMS, theirs).accuracy == found.accuracy == found.reference_accuracy
     assert found.margin_change == pytest.approx((abs(1 + 0.5) + abs(-2 - 1)) / 2)
     assert summary(ITEMS, own, own).flips == summary(ITEMS, own, own).margin_change == 0.0
 
