@@ -77,6 +77,7 @@ class Tried:
 def tried(arch: Arch, folder: Path) -> dict[str, str]:
     """Return what became of every column, for one adapter."""
     one = Tried(arch, folder, arch.processor is not None, {})
+    alone = ("--text_only", "true") if arch.auto_class == "AutoModelForImageTextToText" else ()
     model, text, made = _saved(arch, folder), folder / "text.jsonl", folder / "block-ap"
     text.write_text("\n".join(json.dumps({"text": each}) for each in _documents()), encoding="utf-8")
     source = ("--data.source", str(text), *TEXT)
@@ -86,7 +87,6 @@ def tried(arch: Arch, folder: Path) -> dict[str, str]:
     one.attempt("block-ap", lambda: eqat(["block-ap", str(model), "--output", str(made), *SPEC, *calibration, *fit]))
     packed = made / "model"
     tune = ["e2e-qp", str(model), "--quantized", str(packed), *SPEC, *TRAINED]
-    alone = ("--text_only", "true") if one.sees else ()
     one.attempt("e2e-qp: text", lambda: eqat([*tune, "--output", str(folder / "e2e"), *source, *alone]))
     for kind in SHOWN if one.sees else ():
         file = _conversations(folder, kind)
@@ -201,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, wrong = [], 0
     for name in options.names or known_archs():
         with contextlib.ExitStack() as stack:
-            place = options.folder / name if options.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            place = (
+                options.folder / name if options.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            )
             place.mkdir(parents=True, exist_ok=True)
             found = tried(arch_for(name), place)
         rows.append(row(name, found))
