@@ -40,10 +40,14 @@ test: setup  ## the default tests: offline, no GPU, a few minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
 test-all: setup  ## the default and the slow tests (offline, no GPU)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network and not faults"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network and not faults and not readers"
 
 test-faults: setup  ## kills, full disks and damaged files by the hundred: tens of minutes, and a table at the end
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/faults
+
+test-readers: setup  ## other engines over our folders: makes their environments (5 GB), and the table in docs/formats.md
+	$(BIN)/python -m tests.readers.environments
+	$(BIN)/python -m pytest -q -n 0 -m readers tests/readers
 
 test-gpu: setup  ## the tests that need a CUDA device
 	HF_HUB_OFFLINE=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n auto -m gpu

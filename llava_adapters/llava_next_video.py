@@ -29,7 +29,7 @@ def processor() -> Any:
 
 def tiny() -> Any:
     """Return a tiny model and its batches."""
-    ids = {"image_token_index": 96, "video_token_index": 95}
+    ids: dict[str, Any] = {"image_token_index": 96, "video_token_index": 95}
     vision = tiny_vision_config().to_dict()
     return tiny_vlm(
         "llava_next_video", processor(), text=text_config("llama"), vision=vision, image_grid_pinpoints=TILES, **ids

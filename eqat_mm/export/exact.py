@@ -35,9 +35,8 @@ class Change:
     @property
     def words(self) -> str:
         """Say how many."""
-        return (
-            f"{self.weights:,} of {self.total:,} weights ({self.weights / self.total:.3%}), in {self.tensors} linears"
-        )
+        share = self.weights / self.total
+        return f"{self.weights:,} of {self.total:,} weights in {self.tensors} linears ({share:.3%})"
 
 
 def change_of(model: PackedModel, form: Format) -> Change:

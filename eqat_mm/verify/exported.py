@@ -119,7 +119,7 @@ class _Compared:
             judged(
                 "others",
                 wrong["others"],
-                f"{len(self.others)} tensors that are not quantized, as near as {form} holds them",
+                f"{len(self.others)} not quantized, each as near as {form} holds it",
             ),
         ]
 
