@@ -34,7 +34,7 @@ demo-vlm: setup  ## the same for a small LLaVA: two DeepSpeed processes, scored 
 	@$(BIN)/eqat demo-vlm
 
 demo-serve: setup  ## vLLM for CPUs, in an environment of its own, answers questions about images from the demo LLaVA
-	@$(BIN)/python demo/serve.py
+	@$(BIN)/python scripts/demo_serve.py
 
 test: setup  ## the default tests: offline, no GPU, a few minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
