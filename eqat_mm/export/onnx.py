@@ -90,12 +90,13 @@ def blocks(weight: PackedWeight, block: int) -> Tensors:
         block: size of the blocks, which divides the weight's groups.
 
     Returns:
-        `qweight`, uint8 [O, I N / 8], the packed words as bytes; `scales`, [O, B]; on the asymmetric grid `qzeros`,
-        uint8 [O, ceil(B N / 8)], packed along a row. Without them zero points are 2^(N-1).
+        `qweight`, uint8 [O, I N / 8], the packed words as bytes; `scales`, [O, B]; `qzeros`, uint8 [O, ceil(B N / 8)],
+        packed along a row. The builder wants them on the symmetric grid, too.
     """
-    tensors = {"qweight": weight.words().view(torch.uint8), "scales": repeated(weight.scale(), weight, block)}
-    if not weight.spec.symmetric:
-        words = pack(repeated(weight.zero_points(), weight, block), weight.spec.bits)
-        count = -(-(weight.in_features // block) * weight.spec.bits // 8)
-        tensors["qzeros"] = words.view(torch.uint8)[:, :count].contiguous()
-    return tensors
+    words = pack(repeated(weight.zero_points(), weight, block), weight.spec.bits)
+    count = -(-(weight.in_features // block) * weight.spec.bits // 8)
+    return {
+        "qweight": weight.words().view(torch.uint8),
+        "scales": repeated(weight.scale(), weight, block),
+        "qzeros": words.view(torch.uint8)[:, :count].contiguous(),
+    }

@@ -1,7 +1,8 @@
 """Logits and greedy tokens of an exported folder from mlx-lm, and for a LLaVA from mlx-vlm: FOLDER INPUTS OUTPUTS.
 
 INPUTS and OUTPUTS are safetensors files: `input_ids` [B, T], and `pixel_values` where there are images; `logits`
-float32 [B, T, V] and `generated`, the first row and what follows it. eqat_mm is out of reach of this process.
+float32 [B, T, V] and `generated`, the first row and what follows it. Everything is computed in float32, which holds the
+numbers of the folder, so that no rounding of activations hides a difference. eqat_mm is out of reach of this process.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ def _lm(folder: Path) -> Any:
     from mlx_lm.utils import load_model
 
     model, _ = load_model(folder)
-    return lambda row: model(row).astype(mx.float32)
+    model.set_dtype(mx.float32)
+    return model
 
 
 def _vlm(folder: Path, given: dict[str, Any]) -> Any:
     from mlx_vlm.utils import load_model
 
     model = load_model(folder)
-    return lambda row: model(row, given.get("pixel_values"), None).logits.astype(mx.float32)
+    model.set_dtype(mx.float32)
+    return lambda row: model(row, given.get("pixel_values"), None).logits
 
 
 if __name__ == "__main__":
