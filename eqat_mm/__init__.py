@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from eqat_mm.api.training import RoundStepSizes, train_only
     from eqat_mm.checkpoint.read import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EqatError",
     "Evaluation",

@@ -24,7 +24,7 @@ def processor() -> Any:
 
 def tiny() -> Any:
     """Return a tiny model and its batches."""
-    ids = {"image_token_id": 96, "boi_token_index": 95, "eoi_token_index": 94, "mm_tokens_per_image": 4}
+    ids: dict[str, Any] = {"image_token_id": 96, "boi_token_index": 95, "eoi_token_index": 94, "mm_tokens_per_image": 4}
     text = text_config("gemma3_text", **FIELDS)
     return tiny_vlm("gemma3", processor(), text=text, vision=SIGLIP, image=IMAGE, **ids, tie_word_embeddings=False)
 

@@ -31,7 +31,7 @@ def processor() -> Any:
 
 def tiny() -> Any:
     """Return a tiny model and its batches."""
-    fields = {"image_token_id": 96, "image_seq_length": 4, "tie_word_embeddings": False}
+    fields: dict[str, Any] = {"image_token_id": 96, "image_seq_length": 4, "tie_word_embeddings": False}
     vision = VISION | {"model_type": "internvl_vision"}
     return tiny_vlm("internvl", processor(), text=text_config("qwen2"), vision=vision, image=IMAGE, **fields)
 

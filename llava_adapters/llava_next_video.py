@@ -29,14 +29,12 @@ def processor() -> Any:
 
 def tiny() -> Any:
     """Return a tiny model and its batches."""
-    ids = {"image_token_index": 96, "video_token_index": 95}
+    ids: dict[str, Any] = {"image_token_index": 96, "video_token_index": 95}
     vision = tiny_vision_config().to_dict()
     return tiny_vlm(
         "llava_next_video", processor(), text=text_config("llama"), vision=vision, image_grid_pinpoints=TILES, **ids
     )
 
 
-ARCH = replace(
-    LLAVA_NEXT, name="llava_next_video", model_types=("llava_next_video",), tiny=tiny, processor=processor
-)
+ARCH = replace(LLAVA_NEXT, name="llava_next_video", model_types=("llava_next_video",), tiny=tiny, processor=processor)
 """The declaration; see docs/adding_a_model.md."""

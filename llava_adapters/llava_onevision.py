@@ -28,14 +28,12 @@ def processor() -> Any:
 
 def tiny() -> Any:
     """Return a tiny model and its batches."""
-    ids = {"image_token_index": 96, "video_token_index": 95}
+    ids: dict[str, Any] = {"image_token_index": 96, "video_token_index": 95}
     vision = SIGLIP | {"patch_size": 8}
     return tiny_vlm(
         "llava_onevision", processor(), text=text_config("qwen2"), vision=vision, image_grid_pinpoints=TILES, **ids
     )
 
 
-ARCH = replace(
-    LLAVA_NEXT, name="llava_onevision", model_types=("llava_onevision",), tiny=tiny, processor=processor
-)
+ARCH = replace(LLAVA_NEXT, name="llava_onevision", model_types=("llava_onevision",), tiny=tiny, processor=processor)
 """The declaration; see docs/adding_a_model.md."""

@@ -30,14 +30,18 @@ def processor(merged: int = 2) -> Any:
 
 def tiny() -> Any:
     """Return a tiny model and its batches."""
-    fields = {"image_token_index": 96, "spatial_merge_size": 2, "tie_word_embeddings": False}
+    fields: dict[str, Any] = {"image_token_index": 96, "spatial_merge_size": 2, "tie_word_embeddings": False}
     text = text_config("mistral", head_dim=16)
     return tiny_vlm("mistral3", processor(), text=text, vision=PIXTRAL, image=IMAGE, **fields)
 
 
 def tiny_pixtral() -> Any:
     """Return a tiny model in the layout of Pixtral-12B, which is a LLaVA's, and its batches."""
-    fields = {"image_token_index": 96, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    fields: dict[str, Any] = {
+        "image_token_index": 96,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
     text = text_config("mistral", head_dim=16, max_position_embeddings=256)
     return tiny_vlm("llava", processor(1), text=text, vision=PIXTRAL, image=IMAGE, **fields)
 

@@ -28,9 +28,7 @@ def chat_template(image: str) -> str:
     return CHAT_TEMPLATE.replace("<image>", image)
 
 
-def word_tokenizer(
-    special: Mapping[int, str] | None = None, **named: str
-) -> transformers.PreTrainedTokenizerFast:
+def word_tokenizer(special: Mapping[int, str] | None = None, **named: str) -> transformers.PreTrainedTokenizerFast:
     """Return a tokenizer of 97 words.
 
     Args:

@@ -71,9 +71,7 @@ def tiny_vlm(
             "pillow and torchvision",
             "pip install 'eqat-mm[vlm]'",
         )
-    config = transformers.AutoConfig.for_model(
-        model_type, text_config=dict(text), vision_config=dict(vision), **fields
-    )
+    config = transformers.AutoConfig.for_model(model_type, text_config=dict(text), vision_config=dict(vision), **fields)
     return random_model(transformers.AutoModelForImageTextToText, config), [
         *image_batches(processor, image),
         *text_batches(),
@@ -82,7 +80,7 @@ def tiny_vlm(
 
 def image_batches(processor: Any, image: str = "<image>") -> list[Inputs]:
     """Return batches of a processor's inputs, as `tiny_vlm` has them."""
-    shown = (noise(SIZES[:2]), noise(SIZES[2:]), [])
+    shown: tuple[list[Any], ...] = (noise(SIZES[:2]), noise(SIZES[2:]), [])
     ragged = [_sample(processor, image, images, 3) for images in shown]
     longest = max(len(sample["input_ids"]) for sample in ragged)
     even = [
@@ -107,4 +105,4 @@ def _sample(processor: Any, image: str, images: Sequence[Any], words: int) -> In
     draw = torch.Generator().manual_seed(words)
     ids = torch.randint(2, VOCABULARY // 2, (words,), generator=draw)
     text = " ".join([*(f"w{number + 2} {image}" for number in range(len(images))), *(f"w{token}" for token in ids)])
-    return Renderer(processor).inputs(text, images)
+    return Renderer(processor if images else processor.tokenizer).inputs(text, images)

@@ -13,7 +13,7 @@ from llava_adapters.tiny_vlm import text_config, tiny_vlm
 
 def tiny() -> Any:
     """Return a tiny model and its batches."""
-    fields = {"image_token_index": 96, "vision_feature_layer": [-1, -2], "image_seq_length": 4}
+    fields: dict[str, Any] = {"image_token_index": 96, "vision_feature_layer": [-1, -2], "image_seq_length": 4}
     vision = tiny_vision_config().to_dict()
     return tiny_vlm("vipllava", tiny_processor(), text=text_config("llama"), vision=vision, **fields)
 

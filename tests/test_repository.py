@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+import eqat_mm
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "eqat_mm": ROOT / "eqat_mm",
@@ -141,14 +143,28 @@ def test_file_map_is_read_as_a_tree() -> None:
     assert paths_in_file_map(text) == {"a/", "a/b/", "a/b/c.py", "a/d.py", "e.md"}
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/files.md"])
+ROOMS = "|".join(sorted(path.name for path in (ROOT / "eqat_mm").iterdir() if path.is_dir()))
+FOLDERS = (ROOT, ROOT / "docs")
+DOCUMENTS = sorted(name_of(path) for folder in FOLDERS for path in folder.glob("*.md"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_named_in_the_documents_exist(document: str) -> None:
-    if not (ROOT / document).exists():
-        pytest.skip(f"no {document}")
     text, beside = (ROOT / document).read_text(encoding="utf-8"), (ROOT / document).parent
     named = {name.rstrip("/") for name in paths_named_in(text) | paths_in_file_map(text)}
-    missing = [name for name in named if not list(ROOT.glob(name)) and not (beside / name).exists()]
+    missing = {
+        name for name in named if "NAME" not in name and not list(ROOT.glob(name)) and not (beside / name).exists()
+    }
+    modules = re.findall(rf"`((?:{ROOMS})/[\w/]+\.py)`", text)
+    missing |= {name for name in modules if not any((ROOT / top / name).exists() for top in ("eqat_mm", "tests"))}
     assert not missing, f"{document} names what does not exist: {sorted(missing)}"
+
+
+def test_the_version_is_the_same_wherever_it_is_said() -> None:
+    changes, citation = ((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "CITATION.cff"))
+    assert re.findall(r"^## \[(.*?)\]", changes, re.M)[0] == eqat_mm.__version__
+    assert re.findall(r"^version: (.*)$", citation, re.M) == [eqat_mm.__version__]
+    assert tomllib.loads((ROOT / "demo" / "pyproject.toml").read_text())["project"]["version"] == eqat_mm.__version__
 
 
 def test_every_module_is_in_the_file_map() -> None:

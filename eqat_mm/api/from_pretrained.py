@@ -1,7 +1,7 @@
 """Our folders through transformers' own `from_pretrained`: packed modules in place of dense linears.
 
-Importing this module registers that, and `import eqat_mm` imports it as soon as transformers has its quantizers; so nothing
-that needs models is imported here before it is asked for. Folders of others are read as ever.
+Importing this module registers that, and `import eqat_mm` imports it as soon as transformers has its quantizers; so
+nothing that needs models is imported here before it is asked for. Folders of others are read as ever.
 """
 
 from __future__ import annotations

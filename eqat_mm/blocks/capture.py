@@ -36,7 +36,7 @@ from eqat_mm.errors import AdapterError
 
 
 @dataclass(frozen=True)
-class Sample:
+class CapturedSample:
     """One forward of the model up to its blocks.
 
     Attributes:
@@ -67,13 +67,13 @@ class TensorPool:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Inputs]) -> Iterator[Sample]:
+def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Inputs]) -> Iterator[CapturedSample]:
     """Run `model` on each batch up to its blocks and record every block's call.
 
     Args:
         model: its parts before the blocks hold weights; the blocks may be on the meta device.
         blocks: the decoder blocks of `model`.
-        batches: keyword arguments of the model's forward; one `Sample` is made of each.
+        batches: keyword arguments of the model's forward; one `CapturedSample` is made of each.
 
     Yields:
         One sample per batch, on the CPU.
@@ -181,7 +181,7 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
-def _require_unchanged(sample: Sample, blocks: nn.ModuleList) -> None:
+def _require_unchanged(sample: CapturedSample, blocks: nn.ModuleList) -> None:
     for index, (block, call) in enumerate(zip(blocks, sample.calls, strict=True)):
         recorder: Any = block.forward
         tried: _Tried | None = recorder.tried
@@ -208,7 +208,7 @@ def _unreached(called: int, count: int) -> AdapterError:
     )
 
 
-def _sample(recorded: list[_Recorded], pool: TensorPool) -> Sample:
+def _sample(recorded: list[_Recorded], pool: TensorPool) -> CapturedSample:
     hidden = recorded[0].hidden.detach().cpu()
     interned: dict[int, Any] = {}  # blocks mostly get the same objects: each is looked at once
 
@@ -221,4 +221,4 @@ def _sample(recorded: list[_Recorded], pool: TensorPool) -> Sample:
     for one, shared in zip(recorded, shared_arguments([one.arguments for one in recorded]), strict=True):
         args, kwargs, added = pytree.tree_map(intern, one[1:])
         calls.append(BlockCall(args, kwargs, hidden.shape[0], added, shared))
-    return Sample(hidden, tuple(calls))
+    return CapturedSample(hidden, tuple(calls))

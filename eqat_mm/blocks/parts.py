@@ -32,7 +32,7 @@ class Sort:
 
 
 @dataclass(frozen=True)
-class Part:
+class Portion:
     """This rank's part of a batch.
 
     Attributes:
@@ -48,7 +48,7 @@ class Part:
     tokens: list[int]
 
     @classmethod
-    def of(cls, batch: list[int], sorts: Sequence[Sort], ranks: Ranks) -> Part:
+    def of(cls, batch: list[int], sorts: Sequence[Sort], ranks: Ranks) -> Portion:
         """Return this rank's part of `batch`."""
         if ranks.world == 1:
             return cls(ranks, batch, batch, [sum(sorts[sample].tokens for sample in batch)])

@@ -17,12 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from eqat_mm.blocks.arch import Inputs
-from eqat_mm.blocks.arch import Part as ModelPart
+from eqat_mm.blocks.arch import Inputs, Part
 from eqat_mm.blocks.calls import BlockCall, collate, map_tensors
-from eqat_mm.blocks.capture import Sample, capture
+from eqat_mm.blocks.capture import CapturedSample, capture
 from eqat_mm.blocks.feed import Copies, feed_for
-from eqat_mm.blocks.parts import Part, Sort, sorts_of
+from eqat_mm.blocks.parts import Portion, Sort, sorts_of
 from eqat_mm.blocks.shared import changed_objects, changes_shared, look_at, named_arguments
 from eqat_mm.blocks.source import OpenModel, release
 from eqat_mm.blocks.spool import FP, QUANTIZED, Stream, stream_path
@@ -98,7 +97,7 @@ class BlockWalker:
     def __init__(
         self,
         opened: OpenModel,
-        samples: Iterable[Sample],
+        samples: Iterable[CapturedSample],
         *,
         device: torch.device,
         precision: Literal["float32", "bfloat16"] = "float32",
@@ -179,12 +178,12 @@ class BlockWalker:
 
     def parts(
         self, step: BlockStep, streams: Sequence[Stream], order: Iterable[list[int]]
-    ) -> Iterator[tuple[Part, tuple[Tensor, ...]]]:
+    ) -> Iterator[tuple[Portion, tuple[Tensor, ...]]]:
         """Yield this rank's part of each batch, and per stream its samples together, float32 on the device.
 
         Where it has none of a batch, tensors of no element stand for them.
         """
-        parts = [Part.of(batch, step.sorts, self.ranks) for batch in order]
+        parts = [Portion.of(batch, step.sorts, self.ranks) for batch in order]
         fed = self.feed.batches(streams, [part.mine for part in parts if part.mine])
         nothing = (torch.empty(0, 1, 1, device=self.device),) * len(streams)
         for part in parts:
@@ -209,7 +208,7 @@ class BlockWalker:
         return None if self._spool is None else stream_path(self._spool, name, passed)
 
 
-def capture_front(opened: OpenModel, batches: Iterable[Inputs], dtype: torch.dtype) -> Iterator[Sample]:
+def capture_front(opened: OpenModel, batches: Iterable[Inputs], dtype: torch.dtype) -> Iterator[CapturedSample]:
     """Capture the calls of every batch; what stands before the blocks is read when a forward first comes to it.
 
     A part that no batch passes through is therefore never read: the output head, and the vision tower where all
@@ -237,7 +236,7 @@ def _read_when_called(opened: OpenModel, dtype: torch.dtype) -> Iterator[None]:
         release(opened.model)
 
 
-def _reader(opened: OpenModel, part: ModelPart, dtype: torch.dtype) -> Callable[[nn.Module, Any], None]:
+def _reader(opened: OpenModel, part: Part, dtype: torch.dtype) -> Callable[[nn.Module, Any], None]:
     prefix, unread = f"{part.path}." if part.path else "", [part]
 
     def read(module: nn.Module, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""A packed checkpoint read by transformers' `from_pretrained`: what is done to the model before and behind the weights."""
+"""A packed checkpoint read by transformers' `from_pretrained`: what is done before and behind its weights."""
 
 from __future__ import annotations
 

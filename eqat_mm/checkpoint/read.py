@@ -6,6 +6,7 @@ of their tensors is compared with it before anything is read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from eqat_mm.blocks.config import CONFIG
 from eqat_mm.blocks.source import OpenModel, release
 from eqat_mm.checkpoint.adapters import load_adapters, teach_peft
 from eqat_mm.checkpoint.build import empty_packed, insert_packed, require_described, skeleton
+from eqat_mm.checkpoint.devices import DeviceMap, Devices, main_device
 from eqat_mm.checkpoint.layout import BYTES, SCALE_SUFFIX, format_of
 from eqat_mm.checkpoint.manifest import ADAPTER, checkpoint_folder, read_manifest
 from eqat_mm.checkpoint.match import needless, require_match, wanted_tensors
@@ -39,6 +41,7 @@ def load(
     *,
     dtype: torch.dtype | Precision = "auto",
     device: str | torch.device = "cpu",
+    device_map: DeviceMap | None = None,
     verify: bool = True,
 ) -> PreTrainedModel:
     """Return the packed model in `folder`.
@@ -52,14 +55,15 @@ def load(
         folder: written by Block-AP, E2E-QP or LLM-QAT, the folder of such a run, or a folder with one run in it.
         dtype: of the unquantized parts; `auto` is bfloat16 on a GPU that computes in it, float32 on a CPU.
         device: to load to.
+        device_map: in place of `device`, for a model on several: `auto`, or path of a module -> device.
         verify: check the SHA-256 of every file first.
 
     Raises:
         CheckpointError: not a checkpoint, unfinished, truncated or altered; or its files contradict each other.
-        ConfigError: it has adapters, and `peft` is not installed; no such dtype; or `EQAT_KERNELS` names kernels that
-            cannot run on this device.
+        ConfigError: it has adapters, and `peft` is not installed; no such dtype, no such device; or `EQAT_KERNELS` names
+            kernels that cannot run on this device.
     """
-    folder, device = checkpoint_folder(Path(folder)), torch.device(device)
+    folder, device = checkpoint_folder(Path(folder)), main_device(device, device_map)
     dtype = unquantized_dtype(dtype, device)
     require_kernels(device)
     manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
@@ -78,13 +82,14 @@ def load(
     headers = {name: header for name, header in headers.items() if name not in ignored}
     missing = {name for name in wanted if name not in headers}
     require_match(wanted, headers, str(folder), spare=_given_by_ties(model, missing))
-    _fill(model, source, missing | ignored, dtype, device)
+    devices = Devices(model, {"": device} if device_map is None else device_map, dtype)
+    _fill(model, source, missing | ignored, dtype, devices.of)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     teach_peft()
     if manifest.has_adapters:
         load_adapters(model, folder / ADAPTER)
     freeze_all_but_step_sizes(model)
-    nn.Module.to(model, device)
+    devices.spread(model)
     model.eval()
     return as_packed(model, Origin.of(model, folder, manifest, raw, shards, published))
 
@@ -118,7 +123,7 @@ def load_block(
     source = PackedSource(shard.parent, lambda part: stored.get(part, part), [shard])
     headers = {part: header for part, header in source.shards()[shard.name].values()}
     require_match(wanted_tensors(block), headers, str(shard))
-    _fill(block, source, set(), torch.float32, device)
+    _fill(block, source, set(), torch.float32, lambda _: device)
     block.requires_grad_(False)
 
 
@@ -131,7 +136,13 @@ def _given_by_ties(model: PreTrainedModel, missing: set[str]) -> set[str]:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, source: PackedSource, leave: set[str], dtype: torch.dtype, device: torch.device) -> None:
+def _fill(
+    model: nn.Module,
+    source: PackedSource,
+    leave: set[str],
+    dtype: torch.dtype,
+    device_of: Callable[[str], torch.device],
+) -> None:
     """Give every tensor of a module its stored value, but those to `leave`; packed linears compute in float32.
 
     Raises:
@@ -146,7 +157,7 @@ def _fill(model: nn.Module, source: PackedSource, leave: set[str], dtype: torch.
             value = source.read(name)
             if isinstance(module, PackedLinear) and leaf == "weight_shape":
                 _require_shape(name, value, module, str(source.folder))
-            value = value.to(device, kept if value.is_floating_point() else value.dtype)
+            value = value.to(device_of(name), kept if value.is_floating_point() else value.dtype)
             setattr(
                 module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
             )

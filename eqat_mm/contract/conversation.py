@@ -69,7 +69,7 @@ def _require_labels(case: Case, chat: Chat, sample: dict[str, Tensor], count: in
 
 def _conversation(images: int) -> Conversation:
     spoken = (IMAGE * images + " w5 w6", "w7 w8", "w9", "w10")
-    turns = tuple(Turn(("user", "assistant")[place % 2], text) for place, text in enumerate(spoken))  # type: ignore[arg-type]
+    turns = tuple(Turn(("user", "assistant")[place % 2], text) for place, text in enumerate(spoken))
     return Conversation("contract", turns, tuple(range(images)))  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eqat_mm.blocks.arch import Arch, Stage
-from eqat_mm.blocks.capture import Sample
+from eqat_mm.blocks.capture import CapturedSample
 from eqat_mm.blocks.walker import BlockWalker, capture_front
 from eqat_mm.contract.case import ANOTHER_ROUTE, CPU, Call, Case, NotHere, calls_of, difference
 from eqat_mm.quant.smooth import smooth
@@ -55,7 +55,7 @@ def one_block_in_memory(case: Case) -> None:
     """Weights of one block are in memory at a time, and none while calls are recorded."""
     opened = case.open()
 
-    def samples() -> Iterator[Sample]:
+    def samples() -> Iterator[CapturedSample]:
         for sample in capture_front(opened, case.batches, torch.float32):
             inside = [name for name in _in_memory(opened.model) if name.startswith(f"{case.arch.blocks}.")]
             case.require(not inside, f"{inside[:2]} in memory during the capture", "no block", _CHAIN)

@@ -43,7 +43,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """What the page says of one stage.
 
     Attributes:
@@ -103,19 +103,19 @@ def write_report(found: Found, output: Path, answers: Sequence[Answers] | None =
     Raises:
         CheckpointError: a file of a checkpoint is missing or damaged.
     """
-    parts = [_part(stage, key) for key, stage in enumerate(found.stages)]
+    parts = [_section(stage, key) for key, stage in enumerate(found.stages)]
     write_text(output, _environment().get_template("page.html.jinja").render(_context(found, parts, answers)))
 
 
-def _part(stage: Stage, key: int) -> Part:
+def _section(stage: Stage, key: int) -> Section:
     if stage.manifest is None:
-        return Part(stage, key, [], None, [])
+        return Section(stage, key, [], None, [])
     layers = layers_of(stage.model)
     bits = stage.manifest.spec["bits"]
-    return Part(stage, key, layers, bits_per_weight(stage.model, layers), list(linears(stage.model, bits)))
+    return Section(stage, key, layers, bits_per_weight(stage.model, layers), list(linears(stage.model, bits)))
 
 
-def _context(found: Found, parts: list[Part], answers: Sequence[Answers] | None) -> dict[str, Any]:
+def _context(found: Found, parts: list[Section], answers: Sequence[Answers] | None) -> dict[str, Any]:
     rows = rungs(found, {part.stage.name: part.bits for part in parts})
     last = next((part for part in reversed(parts) if part.layers), None)
     return {
@@ -143,18 +143,18 @@ def _context(found: Found, parts: list[Part], answers: Sequence[Answers] | None)
     }
 
 
-def _is(part: Part, *commands: str) -> bool:
+def _is(part: Section, *commands: str) -> bool:
     return part.stage.command in commands
 
 
-def _drawn(part: Part, name: str, drawn: Any) -> dict[str, Any]:
+def _drawn(part: Section, name: str, drawn: Any) -> dict[str, Any]:
     alt = {"blocks": "Loss and relative error of each block.", "steps": "Loss and learning rate along the steps."}[name]
     held_out = any("held_out_loss" in record for record in part.stage.metrics)
     svg = Markup(chart(f"{name}{part.key}", drawn, alt))
     return {"part": part, "chart": svg, "held_out": held_out, "totals": totals(part.stage)}
 
 
-def _usage(parts: list[Part]) -> list[Markup]:
+def _usage(parts: list[Section]) -> list[Markup]:
     alts = (
         "Along the blocks: share of weights at the ends of the codes, and of zero points at the ends of their range.",
         "Along the blocks: median step size with its spread, and information in a code.",

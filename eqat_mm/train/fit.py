@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eqat_mm.blocks.parts import Part
+from eqat_mm.blocks.parts import Portion
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.fake_linear import fake_quant_linears, project
@@ -193,7 +193,7 @@ class _BlockFit:
         values: list[float] = self.ranks.sum_(torch.stack(losses)).tolist()
         return sum(values) / len(values)
 
-    def _step(self, optimizer: torch.optim.Optimizer, part: Part, hidden: Tensor, target: Tensor) -> Tensor:
+    def _step(self, optimizer: torch.optim.Optimizer, part: Portion, hidden: Tensor, target: Tensor) -> Tensor:
         """One optimizer step; return its loss, NaN if that or a gradient was not finite and nothing was changed.
 
         Nothing here waits for the device.
@@ -226,11 +226,11 @@ class _BlockFit:
             self.ranks.sum_all_([*gradients, loss])
         return loss
 
-    def _parts(self, order: Iterable[list[int]]) -> Iterator[tuple[Part, tuple[Tensor, ...]]]:
+    def _parts(self, order: Iterable[list[int]]) -> Iterator[tuple[Portion, tuple[Tensor, ...]]]:
         """Yield this rank's part of each batch with its inputs and targets."""
         return self.walker.parts(self.step, [self.step.quantized, self.step.fp], order)
 
-    def _loss(self, part: Part, hidden: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, part: Portion, hidden: Tensor, target: Tensor) -> Tensor:
         """Return what this rank adds to the mean loss of a batch."""
         kind = self.config.loss
         if self.ranks.world == 1:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from eqat_mm.blocks.arch import Arch, Round
 from eqat_mm.blocks.calls import BlockCall
 from eqat_mm.blocks.experts import SplitExperts
-from eqat_mm.blocks.parts import Part
+from eqat_mm.blocks.parts import Portion
 from eqat_mm.blocks.walker import BlockStep, BlockWalker
 from eqat_mm.quant.gptq import damp
 from eqat_mm.train.losses import token_weights
@@ -135,7 +135,7 @@ def collect(
 
 
 def _pair(
-    of_fp: dict[str, Tensor], of_q: dict[str, Tensor], path: str, behind: str | None, share: Part
+    of_fp: dict[str, Tensor], of_q: dict[str, Tensor], path: str, behind: str | None, share: Portion
 ) -> tuple[Tensor, Tensor]:
     """Return the inputs of a stage, [T, I], and what they or its output lack, [T, .]; weighted where sums are known."""
     if behind is None:

@@ -43,7 +43,7 @@ def tried(name: str, look: Callable[[], Check | Iterable[Check]]) -> list[Check]
     try:
         found = look()
         return [found] if isinstance(found, Check) else list(found)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - readers and libraries raise what they like over a damaged file
         said = getattr(error, "given", None) or f"{type(error).__name__}: {error}"
         where = f"{error.where}: " if hasattr(error, "where") else ""
         return [Check(name, False, " ".join(f"{where}{said}".split())[:300])]

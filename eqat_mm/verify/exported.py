@@ -116,7 +116,11 @@ class _Compared:
         share = f", {differ:,} of {total:,} weights with other values" if lossy else ", every weight the same"
         return [
             judged("weights", wrong["weights"], f"{len(self.linears)} linears, read by {form}{share}"),
-            judged("others", wrong["others"], f"{len(self.others)} tensors that are not quantized, as near as {form} holds them"),
+            judged(
+                "others",
+                wrong["others"],
+                f"{len(self.others)} not quantized, each as near as {form} holds it",
+            ),
         ]
 
     def _ours(self, name: str) -> tuple[Array | None, str]:

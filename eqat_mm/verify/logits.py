@@ -23,7 +23,7 @@ from eqat_mm.verify.packed import Opened
 from eqat_mm.verify.slabs import Array
 
 TEXT = (
-    "The river rises in the hills above the town and reaches the sea after ninety miles. In spring, when the snow melts,"
+    "The river rises in the hills above the town and reaches the sea after ninety miles. In spring, when snow melts,"
     " it floods the lower meadows, and for a week or two the road to the mill is under water. The people of the valley"
     " have learned to live with it: their houses stand on the higher bank, and the boats are kept in the barns."
 )
@@ -60,8 +60,8 @@ def logits_check(
 def _compared(what: str, ours: Tensor, theirs: Tensor) -> tuple[float, bool, str]:
     error = float((theirs - ours).abs().max() / ours.abs().max())
     agree = float((theirs.argmax(-1) == ours.argmax(-1)).float().mean())
-    kl = float(torch.nn.functional.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="sum"))
-    kl /= ours.shape[:-1].numel()
+    found, expected = (logits.flatten(0, -2).log_softmax(-1) for logits in (theirs, ours))
+    kl = float(torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean"))
     line = f"on {what} they differ by {error:.1e} of the largest, KL {kl:.1e}, top-1 agreement {agree:.1%}"
     return error if np.isfinite(error) else np.inf, bool(np.isfinite(kl)), line
 
@@ -107,7 +107,8 @@ def _dense(source: Opened, manifest: Manifest, weights: Iterable[tuple[str, Arra
             state[name] = torch.from_numpy(source.slabs[names[name]].numbers())
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights(missing_keys=wanted - state.keys(), recompute_mapping=False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def in_model(source: Opened, manifest: Manifest) -> Callable[[str], str]:

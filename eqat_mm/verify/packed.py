@@ -75,11 +75,12 @@ def tensor_checks(one: Opened) -> list[Check]:
     for linear in progress(one.linears, what="unpack", total=len(one.linears), unit="linear"):
         for name, said in _wrong(one, linear):
             wrong[name].append(f"{linear}: {said}")
-    spec, reader = one.spec, "numpy" if _library() is None else "numpy and compressed-tensors"
+    spec, readers = one.spec, "numpy" if _library() is None else "numpy and compressed-tensors"
+    within = f"within {spec.bits} bits, the same to {readers}"
     right = {
         "shapes": f"{len(one.linears)} linears as {spec.name} has them",
-        "codes": f"{spec.bits} bits each, the same to {reader}, nothing in the bits left over",
-        "zero points": "none stored, in the middle" if spec.symmetric else f"within {spec.bits} bits, the same to {reader}",
+        "codes": f"{spec.bits} bits each, the same to {readers}, nothing in the bits left over",
+        "zero points": "none stored, in the middle" if spec.symmetric else within,
         "step sizes": f"finite, at least {smallest_step(spec.storage_dtype):.2g} from zero"
         + ("" if spec.symmetric else ", positive"),
     }
@@ -111,17 +112,22 @@ def _misfits(one: Opened, linear: str) -> Iterator[str]:
     whole = "weight_packed" not in stored
     rows, columns = stored.get("weight", (0, 0)) if whole else slabs[f"{linear}.weight_shape"].stored().tolist()
     groups = 1 if spec.group_size == -1 else columns // spec.group_size
-    wanted = {"weight_scale": (rows, groups)}
-    wanted |= {"weight": (rows, columns)} if whole else {
-        "weight_packed": (rows, -(-columns * spec.bits // 32)),
-        "weight_shape": (2,),
-    }
+    wanted: dict[str, tuple[int, ...]] = {"weight_scale": (rows, groups)}
+    wanted |= (
+        {"weight": (rows, columns)}
+        if whole
+        else {
+            "weight_packed": (rows, -(-columns * spec.bits // 32)),
+            "weight_shape": (2,),
+        }
+    )
     wanted |= {} if spec.symmetric else {"weight_zero_point": (-(-rows * spec.bits // 32), groups)}
     if spec.group_size != -1 and columns % spec.group_size:
         yield f"{columns} inputs in groups of {spec.group_size}"
     for leaf in sorted(wanted.keys() | stored.keys()):
         if wanted.get(leaf) != stored.get(leaf):
-            yield f"{leaf} {list(stored.get(leaf, ())) or 'missing'}, for {spec.name} {list(wanted.get(leaf, ())) or 'none'}"
+            given, fitting = (list(shapes.get(leaf, ())) or "none" for shapes in (stored, wanted))
+            yield f"{leaf} {given}, for {spec.name} {fitting}"
 
 
 def _leaves(slabs: dict[str, Slab], linear: str) -> list[str]:

@@ -8,20 +8,41 @@ import pytest
 
 from eqat_mm.contract import CHECKS, Case, NotHere
 from eqat_mm.contract.checks import Check
-from llava_adapters import arch_for, known_archs
+from llava_adapters import arch_for, known_archs, mistral3
 from llava_adapters.tiny import tiny_llava, tiny_llava_next
 
 CASES = known_archs() | {
     "llava, mistral tower": replace(arch_for("llava"), tiny=lambda: tiny_llava("mistral")),
     "llava, tied head": replace(arch_for("llava"), tiny=lambda: tiny_llava("llama", tie_word_embeddings=True)),
+    "llava, pixtral tower": replace(
+        arch_for("llava"), tiny=mistral3.tiny_pixtral, processor=lambda: mistral3.processor(1)
+    ),
     "llava_next, llama tower": replace(arch_for("llava_next"), tiny=lambda: tiny_llava_next("llama")),
 }
 
 
-ALIKE = ("granite", "llava_next, llama tower", "qwen2", "smollm3")
+ALIKE = (
+    "gemma3_text",
+    "granite",
+    "llava, pixtral tower",
+    "llava_next, llama tower",
+    "llava_next_video",
+    "ministral",
+    "qwen2",
+    "smollm3",
+    "smolvlm",
+    "vipllava",
+)
 """Cases that differ from another one in what one or two checks look at."""
 
-REASONS = {"olmo2": {"no `sums`", "no `norms`"}, "granite": {"no `sums`"}}
+NEITHER = {"no `sums`", "no `norms`"}
+REASONS = {
+    "olmo2": NEITHER,
+    "gemma3_text": NEITHER,
+    "gemma3": NEITHER,
+    "paligemma": NEITHER | {"the adapter has no `processor` for its tiny model"},
+    "granite": {"no `sums`"},
+}
 """Why a check has nothing to do for an adapter, beside what its kind of model says."""
 
 KINDS = {"a language model", "no experts", "transformers reads quantized experts on the symmetric grid only"}

@@ -22,13 +22,14 @@ from eqat_mm import adapters
 from eqat_mm.checkpoint import verify_checkpoint
 from eqat_mm.checkpoint.adapters import add_adapters
 from eqat_mm.checkpoint.manifest import MANIFEST
+from eqat_mm.errors import ConfigError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.packed_lora import PackedLoRA
 from eqat_mm.quant.spec import QuantSpec
 from tests.checkpoint.conftest import Pack
 from tests.checkpoint.conftest import pack as pack
 from tests.checkpoint.conftest import tokens as tokens
-from tests.checkpoint.files import same_weights, tensors_of
+from tests.checkpoint.files import assert_four_lines, same_weights, tensors_of
 from tests.checkpoint.foreign import logits_of, packed_linears
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`", "ignore:`is_gradient_checkpointing`")
@@ -190,3 +191,18 @@ def test_on_named_devices(pack: Pack, tokens: Tensor) -> None:
     model = read(pack(), device_map={"": "cpu"})
     assert torch.equal(logits_of(model, {"input_ids": tokens}), logits_of(eqat_mm.load(pack()), {"input_ids": tokens}))
     assert all(isinstance(module, PackedLinear) for module in packed_linears(model).values())
+
+
+@pytest.mark.parametrize(
+    "where", ["auto", "cpu", {"": "cpu"}, {"model": "cpu", "lm_head": torch.device("cpu")}], ids=str
+)
+def test_load_takes_devices(pack: Pack, tokens: Tensor, where: Any) -> None:
+    model = eqat_mm.load(pack(), device_map=where)
+    assert torch.equal(logits_of(model, {"input_ids": tokens}), logits_of(eqat_mm.load(pack()), {"input_ids": tokens}))
+
+
+@pytest.mark.parametrize("where", [{"model": "cpu"}, {"": "disk"}, {"": "nowhere"}, {"": 99}, "nowhere"], ids=str)
+def test_devices_that_cannot_be(pack: Pack, where: Any) -> None:
+    with pytest.raises(ConfigError, match="device_map") as raised:
+        eqat_mm.load(pack(), device_map=where)
+    assert_four_lines(raised.value)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from eqat_mm.blocks.arch import Inputs
 from eqat_mm.blocks.calls import BlockCall, collate, signature
-from eqat_mm.blocks.capture import Sample, TensorPool, capture
+from eqat_mm.blocks.capture import CapturedSample, TensorPool, capture
 from eqat_mm.blocks.spool import Stream
 from eqat_mm.blocks.walker import BlockStep
 from eqat_mm.errors import AdapterError
@@ -32,12 +32,12 @@ def padded(batch: int, length: int, seed: int) -> Inputs:
     return {"input_ids": tokens(batch, length, seed), "attention_mask": mask}
 
 
-def captured(model: ToyModel, *batches: Inputs) -> list[Sample]:
+def captured(model: ToyModel, *batches: Inputs) -> list[CapturedSample]:
     return list(capture(model, model.blocks, batches))
 
 
 @torch.no_grad()
-def chain(model: ToyModel, sample: Sample) -> Tensor:
+def chain(model: ToyModel, sample: CapturedSample) -> Tensor:
     """Pass the hidden states of a sample through all blocks."""
     hidden = sample.hidden
     for block, call in zip(model.blocks, sample.calls, strict=True):
@@ -147,7 +147,7 @@ def test_collated_calls_give_what_single_ones_give(model: ToyModel, batch: int, 
     batches = [padded(batch, 5, seed) if with_padding else {"input_ids": tokens(batch, 5, seed)} for seed in range(3)]
     samples = captured(model, *batches)
     hidden = torch.cat([sample.hidden for sample in samples])
-    joined = Sample(hidden, tuple(collate(calls) for calls in zip(*(s.calls for s in samples), strict=True)))
+    joined = CapturedSample(hidden, tuple(collate(calls) for calls in zip(*(s.calls for s in samples), strict=True)))
     assert all(call.batch == 3 * batch for call in joined.calls)
     expected = torch.cat([chain(model, sample) for sample in samples])
     assert_close(chain(model, joined), expected, "block")

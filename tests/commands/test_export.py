@@ -67,9 +67,7 @@ def test_the_folder_says_what_it_is(exact: Path, tmp_path: Path) -> None:
 
 
 def test_what_would_change_is_refused_before_anything_is_written(lossy: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ExportError, match=r"of 73,728 weights in \d+ linears \(.*%\)[\s\S]*symmetric[\s\S]*--lossy true"
-    ):
+    with pytest.raises(ExportError, match=r"of 73,728 weights in [\s\S]*symmetric[\s\S]*--lossy true"):
         export(ExportJob(str(lossy), to="gguf", output=tmp_path / "out"))
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*"))
 

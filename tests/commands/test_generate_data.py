@@ -17,7 +17,7 @@ from eqat_mm.cli import main
 from eqat_mm.commands.verbs import generate_data as module
 from eqat_mm.commands.verbs.generate_data import GenerateDataJob, generate_data
 from eqat_mm.commands.verbs.quantize import rtn
-from eqat_mm.data.generated.record_parts import Part, parts_folder
+from eqat_mm.data.generated.record_parts import RecordFile, parts_folder
 from eqat_mm.data.text.documents import load_documents
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.data.text.windows import text_windows
@@ -161,12 +161,8 @@ def test_processes_of_a_launcher_write_one_file(
 ) -> None:
     path = tmp_path / "texts.jsonl"
     flags = {"model": tiny.folder, "output": path, "count": COUNT, "length": 20, "min_tokens": 4, "device": "cpu"}
-    words = [
-        "eqat",
-        "--local_rank=0",
-        "generate-data",
-        *(word for key, value in flags.items() for word in (f"--{key}", str(value))),
-    ]
+    given = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    words = ["eqat", "--local_rank=0", "generate-data", *given]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command replaces it
     monkeypatch.setattr("eqat_mm.runtime.ending.quit_when_asked", lambda: None)  # this process goes on
@@ -183,9 +179,9 @@ def test_processes_of_a_launcher_write_one_file(
 
 def kill_after(records: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """End the process when so many records are written, the last one but for half of it."""
-    add, left = Part.add, [records]
+    add, left = RecordFile.add, [records]
 
-    def add_or_end(self: Part, record: dict[str, Any]) -> None:
+    def add_or_end(self: RecordFile, record: dict[str, Any]) -> None:
         if left[0] == 0:
             with self._path.open("ab") as file:
                 file.write(json.dumps(record).encode()[:25])
@@ -193,7 +189,7 @@ def kill_after(records: int, monkeypatch: pytest.MonkeyPatch) -> None:
         left[0] -= 1
         add(self, record)
 
-    monkeypatch.setattr(Part, "add", add_or_end)
+    monkeypatch.setattr(RecordFile, "add", add_or_end)
 
 
 @pytest.mark.parametrize("shards", [(None,), ("1/2", "2/2")], ids=["one process", "two processes"])

@@ -1,6 +1,6 @@
 """E2E-QP as launchers start it: several processes give the result of one, and a killed one is not the end.
 
-On a tiny LLaVA with image-text data, some samples without images, as `deepspeed --module eqat_mm e2e-qp` on the command line.
+On a tiny LLaVA with image-text data, some samples without images, as `deepspeed --module eqat_mm e2e-qp`.
 """
 
 from __future__ import annotations

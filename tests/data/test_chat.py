@@ -157,14 +157,19 @@ def test_templates_that_hide_the_answer_are_refused(template: str, problem: str)
     [
         ("[assistant]\n", "[assistant] \n", ["red cat.", "big"]),
         ("[assistant]\n<think>\n", "[assistant]\n", ["red cat.", "big"]),
-        ("[assistant]\n", "[assistant]\n<think>\n\n</think>\n", ["<think>\n\n</think>\nred cat.", "<think>\n\n</think>\nbig"]),
+        (
+            "[assistant]\n",
+            "[assistant]\n<think>\n\n</think>\n",
+            ["<think>\n\n</think>\nred cat.", "<think>\n\n</think>\nbig"],
+        ),
         ("", "[assistant]\n", ["[assistant]\nred cat.", "[assistant]\nbig"]),
     ],
     ids=["a space less", "a thought begun", "a thought left out", "no prompt"],
 )
 def test_answers_are_found_where_the_prompt_is_another(prompt: str, written: str, learned: list[str]) -> None:
     template = (
-        "{% for message in messages %}{% if message.role == 'assistant' %}{{ WRITTEN }}{% else %}{{ '[user]\n' }}{% endif %}"
+        "{% for message in messages %}"
+        "{% if message.role == 'assistant' %}{{ WRITTEN }}{% else %}{{ '[user]\n' }}{% endif %}"
         "{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
         "{% endfor %}{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ PROMPT }}{% endif %}"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eqat_mm.data.generated.record_parts import Part, locked, parts_folder, read_parts, write_records
+from eqat_mm.data.generated.record_parts import RecordFile, locked, parts_folder, read_parts, write_records
 from eqat_mm.data.text.files import read_text_file
 from eqat_mm.errors import DataError
 
@@ -22,7 +22,7 @@ def record(index: int) -> dict[str, Any]:
 
 def test_parts_are_read_in_the_order_of_their_indices(tmp_path: Path) -> None:
     for name, indices in (("1-of-2", [4, 0]), ("2-of-2", [3, 1])):
-        part = Part(tmp_path, name)
+        part = RecordFile(tmp_path, name)
         for index in indices:
             part.add(record(index))
     assert list(read_parts(tmp_path, COUNT).items()) == [(index, record(index)) for index in (0, 1, 3, 4)]
@@ -30,22 +30,22 @@ def test_parts_are_read_in_the_order_of_their_indices(tmp_path: Path) -> None:
 
 
 def test_half_a_line_does_not_count_and_spoils_nothing(tmp_path: Path) -> None:
-    Part(tmp_path, "one").add(record(0))
+    RecordFile(tmp_path, "one").add(record(0))
     file = tmp_path / "one.jsonl"
-    Part(tmp_path, "two").add(record(1))
+    RecordFile(tmp_path, "two").add(record(1))
     whole = (tmp_path / "two.jsonl").read_bytes()
     for cut in (1, 11, len(whole) - 1):  # 11: within the bytes of a character
         with file.open("ab") as opened:
             opened.write(whole[:cut])
         (tmp_path / "two.jsonl").unlink(missing_ok=True)
-        part = Part(tmp_path, "one")
+        part = RecordFile(tmp_path, "one")
         part.add(record(cut + 10))
         assert {0, cut + 10} <= read_parts(tmp_path, COUNT).keys()
         assert read_parts(tmp_path, COUNT)[cut + 10] == record(cut + 10)
 
 
 def line_of(folder: Path, index: int) -> bytes:
-    Part(folder, "line").add(record(index))
+    RecordFile(folder, "line").add(record(index))
     return (folder / "line.jsonl").read_bytes()
 
 
@@ -70,16 +70,16 @@ def test_a_line_that_is_not_as_it_was_written_is_named(tmp_path: Path, spoil: st
 
 @pytest.mark.parametrize("index", [-1, COUNT, 1.5, "7", None])
 def test_an_index_that_cannot_be_is_named(tmp_path: Path, index: Any) -> None:
-    Part(tmp_path, "one").add({"text": "a", "index": index})
+    RecordFile(tmp_path, "one").add({"text": "a", "index": index})
     with pytest.raises(DataError, match=r"one\.jsonl, line 1"):
         read_parts(tmp_path, COUNT)
 
 
 def test_two_records_of_one_index_must_be_the_same(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        Part(tmp_path, name).add(record(3))
+        RecordFile(tmp_path, name).add(record(3))
     assert read_parts(tmp_path, COUNT) == {3: record(3)}
-    Part(tmp_path, "zzz").add({**record(3), "text": "another"})
+    RecordFile(tmp_path, "zzz").add({**record(3), "text": "another"})
     with pytest.raises(DataError, match=r"zzz\.jsonl, line 1"):
         read_parts(tmp_path, COUNT)
 
@@ -89,7 +89,7 @@ def test_what_a_power_cut_leaves_does_not_count(tmp_path: Path) -> None:
     file.write_bytes(line_of(tmp_path, 1) + b"\0" * 4096)
     (tmp_path / "line.jsonl").unlink()
     assert read_parts(tmp_path, COUNT) == {1: record(1)}
-    Part(tmp_path, "one").add(record(2))
+    RecordFile(tmp_path, "one").add(record(2))
     assert read_parts(tmp_path, COUNT) == {index: record(index) for index in (1, 2)}
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eqat_mm.data.generated.record_parts import Part, read_parts
+from eqat_mm.data.generated.record_parts import RecordFile, read_parts
 from tests.fuzz.allowed import only_our_errors
 from tests.fuzz.damage import damaged
 from tests.fuzz.values import json_texts
@@ -18,7 +18,7 @@ _RECORDS = {index: {"text": f"zwei € {index}\n", "index": index, "tokens": 3, 
 def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The lines of one part."""
     folder = tmp_path_factory.mktemp("written")
-    part = Part(folder, "one")
+    part = RecordFile(folder, "one")
     for record in _RECORDS.values():
         part.add(record)
     return (folder / "one.jsonl").read_bytes()

@@ -251,6 +251,6 @@ def _require_single_process(job: QuantizeJob) -> None:
             given=f"{processes()} processes",
             allowed="one: each phase has a launcher of its own",
             do=f"torchrun --nproc_per_node {processes()} -m eqat_mm block-ap --model {job.model} ..., then deepspeed "
-            f"--num_gpus {processes()} --module eqat_mm e2e-qp --model {job.model} ..., then eqat quantize, which takes "
-            "what they made and evaluates it",
+            f"--num_gpus {processes()} --module eqat_mm e2e-qp --model {job.model} ..., then eqat quantize, which "
+            "takes what they made and evaluates it",
         )

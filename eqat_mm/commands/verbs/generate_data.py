@@ -17,8 +17,8 @@ from eqat_mm.commands.plumbing.models import load_model, model_folder, require_w
 from eqat_mm.commands.plumbing.runs import asked
 from eqat_mm.data.generated.record_parts import (
     SUFFIXES,
-    Part,
     Record,
+    RecordFile,
     locked,
     parts_folder,
     read_parts,
@@ -120,7 +120,7 @@ def _write(
 ) -> None:
     """Write the texts with these indices to a part of this process."""
     shard, shards = _shard(job)
-    part = Part(parts_folder(output), f"{shard}-of-{shards}")
+    part = RecordFile(parts_folder(output), f"{shard}-of-{shards}")
     texts = generate_tokens(
         model,
         vocabulary_of(model, tokenizer),

@@ -34,7 +34,7 @@ def parts_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.parts")
 
 
-class Part:
+class RecordFile:
     """The records of one process.
 
     Args:

@@ -116,8 +116,8 @@ class Collator:
                 no row belongs to images, [images_i, ...].
 
         Returns:
-            Rows [samples, T, ...], `attention_mask` among them; one that a sample lacks, as windows of text lack kinds of
-            tokens, is zero there. Other tensors [images, ...], where any sample has them: those of all samples in
+            Rows [samples, T, ...], `attention_mask` among them; one that a sample lacks, as windows of text lack kinds
+            of tokens, is zero there. Other tensors [images, ...], where any sample has them: those of all samples in
             order. Axes that differ (tiles, height, width) are filled up with zeros.
         """
         samples = [{"attention_mask": torch.ones_like(sample["input_ids"])} | sample for sample in samples]

@@ -13,7 +13,7 @@ from eqat_mm.errors import DataError
 from eqat_mm.runtime.seeding import generator
 
 
-class Part(Dataset[dict[str, Tensor]]):
+class Subset(Dataset[dict[str, Tensor]]):
     """Some samples of a data set of conversations.
 
     Args:
@@ -39,7 +39,7 @@ class Part(Dataset[dict[str, Tensor]]):
         return sample
 
 
-def divided(data: Any, held_out: int, seed: int) -> tuple[Part, Part]:
+def divided(data: Any, held_out: int, seed: int) -> tuple[Subset, Subset]:
     """Return what of a data set is trained on, in its order, and what is held out, drawn at random.
 
     Raises:
@@ -54,4 +54,4 @@ def divided(data: Any, held_out: int, seed: int) -> tuple[Part, Part]:
         )
     drawn = torch.randperm(len(data), generator=generator(seed, "held-out conversations"))[:held_out].tolist()
     kept_out = set(drawn)
-    return Part(data, [index for index in range(len(data)) if index not in kept_out]), Part(data, sorted(drawn))
+    return Subset(data, [index for index in range(len(data)) if index not in kept_out]), Subset(data, sorted(drawn))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from eqat_mm.data.image_text.columns import REPLACED
@@ -65,10 +66,11 @@ class ImageTokens:
         """Return the same by arithmetic, where it can be relied on; that of one image may be, of several not."""
         several = len(sizes) > 1
         if several not in self._arithmetic:
-            tried = [(one, two) if several else (one,) for one, two in zip(_TRIED, _TRIED[1:], strict=False)]
+            tried: list[tuple[Size, ...]] = [(one, two) if several else (one,) for one, two in pairwise(_TRIED)]
             self._arithmetic[several] = self._agreed(tried)
         each = self._arithmetic[several]
-        return None if each is None else [Written(each.text, each.more + count) for count in self._counted(sizes)]
+        counts = None if each is None else self._counted(sizes)
+        return None if each is None or counts is None else [Written(each.text, each.more + count) for count in counts]
 
     def _agreed(self, tried: list[tuple[Size, ...]]) -> Written | None:
         """Return the text of any image, and what must be added to the arithmetic; None where the processor differs."""

@@ -65,7 +65,7 @@ def _image_token(config: Any) -> int | None:
 
 
 def tokens_of_images(processor: Any) -> list[int]:
-    """Return the tokens that a processor writes for images: one that is repeated, with some those around and between."""
+    """Return the tokens that a processor writes for images: the one it repeats, and what some put around it."""
     known = {processor.image_token_id, *getattr(processor, "image_token_ids", ())}
     return sorted(token for token in known if isinstance(token, int))
 
@@ -138,7 +138,7 @@ def _features(processor: Any, config: Any, found: Any) -> int | None:
     images["pixel_values"] = images["pixel_values"].to("meta")
     try:
         made = _without_weights(config).get_image_features(**images).pooler_output
-        return sum(each.shape[:-1].numel() for each in made)
+        return int(sum(each.shape[:-1].numel() for each in made))
     except Exception as error:
         if all(hasattr(processor, name) for name in _SETTINGS):  # LLaVA's: shapes are all that its code looks at
             said = " ".join(str(error).split())[:200]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from eqat_mm.data.image_text.chat import Chat
+from eqat_mm.data.image_text.chat import Chat, is_written
 from eqat_mm.data.image_text.conversations import IMAGE, Conversation, Turn
 from eqat_mm.data.image_text.image_tokens import Size
 from eqat_mm.data.image_text.problems import BadSample, Inexact
@@ -73,7 +73,8 @@ class QuickLengths(ExactLengths):
         texts = [self.text(sample) for sample in samples]
         if texts != [chat.text(sample) for sample in samples]:
             raise Inexact("the template")
-        self._lead, self._more = self._fitting(texts)
+        plain = [at for at, sample in enumerate(samples) if not is_written(sample)]
+        self._lead, self._more = self._fitting([texts[at] for at in plain], [len(samples[at].images) for at in plain])
 
     def text(self, conversation: Conversation) -> str:
         """Return a conversation as its model's text.
@@ -133,9 +134,9 @@ class QuickLengths(ExactLengths):
             found.append(before)
         return [*found, rest]
 
-    def _fitting(self, texts: list[str]) -> tuple[str, int]:
+    def _fitting(self, texts: Sequence[str], images: Sequence[int]) -> tuple[str, int]:
         """Return what stands before a word that follows another, and the tokens that every text has besides."""
-        sizes = [[_SIZE] * text.count(self.chat.processor.image_token) for text in texts]
+        sizes = [[_SIZE] * count for count in images]
         shown = [*map(self.chat.shown, texts, sizes)]
         known = [whole - more for whole, (_, more) in zip(self.chat.lengths(texts, sizes), shown, strict=True)]
         texts = [text for text, _ in shown]

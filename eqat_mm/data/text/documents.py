@@ -41,7 +41,7 @@ from eqat_mm.data.text.files import (
     require_text_file,
     without_blank,
 )
-from eqat_mm.data.text.parts import Part, PartsOfFiles, drawn
+from eqat_mm.data.text.parts import Piece, PiecesOfFiles, drawn
 from eqat_mm.data.user_files import printable, user_path
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.plugins import TEXTS, plugged, plugged_function
@@ -98,7 +98,7 @@ def drawn_documents(source: str, field: str, seed: int) -> Iterator[str] | None:
         return None
     stored = size(sum(file.stat().st_size for file in files))
     say(f"text: {source}, {len(files):,} files, {stored}; only what is drawn is read")
-    parts: Sequence[Part] = PartsOfFiles(files, field)
+    parts: Sequence[Piece] = PiecesOfFiles(files, field)
     return drawn(parts, seed)
 
 

@@ -18,7 +18,7 @@ import torch
 from eqat_mm.data.text.files import LONGEST, documents_in, groups_in, is_compressed, kind_of
 from eqat_mm.runtime.seeding import generator
 
-Part = Callable[[], Iterator[str]]
+Piece = Callable[[], Iterator[str]]
 """Called, it yields documents, blank ones among them."""
 
 STRETCH = 2**18
@@ -27,7 +27,7 @@ _OPEN = 16
 """Parts that are read at once."""
 
 
-class PartsOfFiles(Sequence[Part]):
+class PiecesOfFiles(Sequence[Piece]):
     """Parts of files; which bytes of which file is only worked out when a part is asked for.
 
     Args:
@@ -42,7 +42,7 @@ class PartsOfFiles(Sequence[Part]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Part:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Piece:  # type: ignore[override]
         """Return one part."""
         which = bisect_right(self._ends, index)
         path, inside = self.files[which], index - (self._ends[which - 1] if which else 0)
@@ -60,7 +60,7 @@ def _parts_in(path: Path) -> int:
     return -(-path.stat().st_size // STRETCH)
 
 
-def drawn(parts: Sequence[Part], seed: int) -> Iterator[str]:
+def drawn(parts: Sequence[Piece], seed: int) -> Iterator[str]:
     """Yield documents, stripped and not blank, from parts in an order that `seed` decides, until there are no more."""
     order = torch.randperm(len(parts), generator=generator(seed, "parts of a text")).tolist()
     waiting = (parts[index]() for index in order)

@@ -1,1 +1,1 @@
-"""Small readers of what is exported, by numpy or by the packages of the engines; nothing of the exporters is in them."""
+"""Small readers of what is exported, by numpy or by packages of the engines, without a line of the exporters."""

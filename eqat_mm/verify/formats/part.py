@@ -1,4 +1,4 @@
-"""What a reader of an exported format gives: one tensor after the other, by its name in the model or in the checkpoint."""
+"""What a reader of an exported format gives: one tensor after the other, by its name."""
 
 from __future__ import annotations
 

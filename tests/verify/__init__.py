@@ -1,0 +1,1 @@
+"""What `eqat verify` sees."""
