@@ -27,6 +27,7 @@ def main(folder: Path, inputs: str, outputs: str) -> None:
         row = mx.concatenate([row, mx.argmax(forward(row)[:, -1:], axis=-1)], axis=1)
     found = {"logits": mx.concatenate(logits), "generated": row[0].astype(mx.int64)}
     mx.save_safetensors(outputs, found)
+    Path(f"{outputs}.safetensors").rename(outputs)  # it adds the ending itself
 
 
 def _prompt(given: dict[str, Any]) -> int:
