@@ -49,7 +49,7 @@ def test_a_sample_is_rows_and_what_belongs_to_images() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [[torch.ones(2), torch.ones(3)], [["a"], [1, 2]], object()], ids=str, ids=["uneven", "mixed", "object"]
+    "value", [[torch.ones(2), torch.ones(3)], [["a"], [1, 2]], object()], ids=["uneven", "mixed", "object"]
 )
 def test_what_is_no_tensor_is_refused_by_name(value: object) -> None:
     with pytest.raises(ConfigError, match="image_patches") as caught:
