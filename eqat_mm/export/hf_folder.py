@@ -109,7 +109,7 @@ def takes_images(model: PackedModel) -> bool:
 
 
 def require_known_kind(model: PackedModel, form: str, unread: dict[str, str]) -> None:
-    """Check that a model is one that the readers of a format compute as transformers does: of those with images, LLaVA-1.5.
+    """Check that the readers of a format compute a model as transformers does; of those with images, LLaVA-1.5.
 
     Args:
         model: the checkpoint.
