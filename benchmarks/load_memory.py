@@ -4,8 +4,8 @@
     python benchmarks/load_memory.py --layers 10 --width 2048 --bits 2   # a Llama of random numbers in bfloat16
 
 Each way of loading has a process of its own; what is counted is its resident memory at the peak, pages of mapped files
-included, less what it had once a tiny checkpoint was loaded and used the same way. `all read` is behind a pass over every number, so that nothing
-of the files is left unread. Linux only.
+included, less what it had once a tiny checkpoint was loaded and used the same way. `all read` is behind a pass over
+every number, so that nothing of the files is left unread. Linux only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_for
 
 WAYS = ("eqat_mm.load", "from_pretrained")
-TINY = {"layers": 1, "width": 128, "vocabulary": 64}
+TINY = {"layers": 1, "width": 256, "vocabulary": 64}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """A foreign server on the demo LLaVA: vLLM's for CPUs, in an environment of its own, asked through OpenAI's client.
 
-    python demo/serve.py                      # or: make demo-serve
-    python demo/serve.py --checkpoint FOLDER  # any packed checkpoint of 4 bits that answers easy-VQA
+    python scripts/demo_serve.py                      # or: make demo-serve
+    python scripts/demo_serve.py --checkpoint FOLDER  # any packed checkpoint of 4 bits that answers easy-VQA
 
 Rounds the demo LLaVA to 4 bits (what that server takes on a CPU), installs vLLM beside it, starts the server, asks it
 about images, and stops it. The first time it downloads about 400 MB; starting takes a minute or two.
