@@ -8,7 +8,7 @@ CODE := eqat_mm llava_adapters kernels eval demo scripts benchmarks tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-vlm test test-all test-faults test-gpu lint format types imports options aot docs check bench bench-kernels clean
+.PHONY: help setup demo demo-vlm demo-serve test test-all test-faults test-gpu lint format types imports options aot docs check bench bench-kernels adapters clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,14 +33,21 @@ demo: setup  ## quantize a real small model on the CPU and compare it with round
 demo-vlm: setup  ## the same for a small LLaVA: two DeepSpeed processes, scored by lmms-eval
 	@$(BIN)/eqat demo-vlm
 
+demo-serve: setup  ## vLLM for CPUs, in an environment of its own, answers questions about images from the demo LLaVA
+	@$(BIN)/python scripts/demo_serve.py
+
 test: setup  ## the default tests: offline, no GPU, a few minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
 test-all: setup  ## the default and the slow tests (offline, no GPU)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network and not faults"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network and not faults and not readers"
 
 test-faults: setup  ## kills, full disks and damaged files by the hundred: tens of minutes, and a table at the end
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/faults
+
+test-readers: setup  ## other engines over our folders: makes their environments (5 GB), and the table in docs/formats.md
+	$(BIN)/python -m tests.readers.environments
+	$(BIN)/python -m pytest -q -n 0 -m readers tests/readers
 
 test-gpu: setup  ## the tests that need a CUDA device
 	HF_HUB_OFFLINE=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n auto -m gpu
@@ -72,6 +79,9 @@ check: lint types imports test aot docs  ## everything CI runs
 
 bench: setup  ## speed and memory of the training paths, as ratios
 	$(BIN)/python benchmarks/run.py
+
+adapters: setup  ## try every adapter as a user would, and write the table of docs/adding_a_model.md; most of an hour
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/adapters.py --write
 
 bench-kernels: setup  ## speed of the kernels, as ratios; on the CPU where there is no GPU
 	$(BIN)/python benchmarks/time_kernels.py

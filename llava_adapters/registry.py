@@ -33,6 +33,7 @@ from llava_adapters import (
     mistral3,
     mixtral,
     olmo2,
+    paligemma,
     phi3,
     qwen2,
     qwen2_5_vl,
@@ -77,6 +78,7 @@ _BUILT_IN: tuple[Arch, ...] = tuple(
         idefics3,
         smolvlm,
         mistral3,
+        paligemma,
     )
 )
 

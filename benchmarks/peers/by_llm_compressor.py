@@ -12,6 +12,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from plain_folder import Job, block_linears, dequantized, job, write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,10 +24,13 @@ def main() -> None:
     """Quantize the job's model."""
     asked = job()
     model = asked.load()
+    if not torch.cuda.is_available():  # AWQ of this release pins what it keeps, which ends in an error without a GPU
+        IntermediatesCache.pin_memory = lambda self, batch_index: None
     oneshot(model=model, dataset=_batches(asked.calibration()), recipe=_recipe(asked))
     # a tied head may have been untied: what is not in the blocks stays as it was
-    found = {name: tensor for name, tensor in model.state_dict().items() if ".layers." in name and ".weight" in name}
-    found = {name: tensor for name, tensor in found.items() if name.endswith(".weight")}
+    found = {
+        name: tensor for name, tensor in model.state_dict().items() if ".layers." in name and name.endswith(".weight")
+    }
     for name, linear in block_linears(model).items():
         found[f"{name}.weight"] = _weight(linear)
     write(asked, found, asked.stored_bits(zero_point=asked.bits), "llmcompressor", "compressed-tensors")

@@ -40,6 +40,8 @@ class Evaluation:
         tasks: by name of the task: `accuracy` (0 to 1; None where it is not measured by exact match), `by_type`,
             `questions` and `metrics`.
         reference_tasks: the same of the reference.
+        choices: of `task_file`: `questions`, `accuracy`, `accuracy_norm`, `margin`, and beside a reference
+            `reference_accuracy`, `flips` and `margin_change`.
         seconds: wall time.
     """
 
@@ -51,6 +53,7 @@ class Evaluation:
     tokens: int | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference_tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -104,7 +107,7 @@ def evaluate(
     names = ("perplexity", "kl", "top1_agreement", "tokens", "bits_per_weight", "seconds")
     known = {name: found[name] for name in names if name in found}
     asked = {"tasks": found.get("tasks", {}), "reference_tasks": found.get("reference", {}).get("tasks", {})}
-    return Evaluation(str(found["model"]), **known, **asked)
+    return Evaluation(str(found["model"]), **known, **asked, choices=found.get("task_file", {}))
 
 
 def _joined(text: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def load(
 
     Raises:
         CheckpointError: not a checkpoint, unfinished, truncated or altered; or its files contradict each other.
-        ConfigError: it has adapters, and `peft` is not installed; no such dtype, no such device; or `EQAT_KERNELS` names
+        ConfigError: it has adapters, and `peft` is not installed; no such dtype or device; or `EQAT_KERNELS` names
             kernels that cannot run on this device.
     """
     folder, device = checkpoint_folder(Path(folder)), main_device(device, device_map)

@@ -21,14 +21,14 @@ from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import atomic_path
 
 DTYPES = {
-    **{"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32},
+    **{"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "U32": torch.uint32},
     **{"F16": torch.float16, "BF16": torch.bfloat16, "I16": torch.int16},
     **{"I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
 }
 """Name in a header -> dtype."""
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+_ORDER = ("I64", "F64", "F32", "I32", "U32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 """The widest first, so that every tensor is aligned; within a width the library's own order."""
 
 

@@ -39,6 +39,9 @@ from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_text
 
+_PIECE = 1 << 22
+"""Numbers that are compared at a time."""
+
 _SAVING = ".saving-"
 """Begins the name of the folder in which a checkpoint is made before its files are moved into place."""
 
@@ -254,8 +257,15 @@ def _write_again(
 def _like(value: Tensor, dtype: torch.dtype, stored: Tensor | None) -> Tensor:
     """Return `value` in a dtype, or `stored`, which has it, where they are the same number."""
     value = value.detach().cpu()
-    same = stored is not None and stored.shape == value.shape and torch.equal(stored.to(value.dtype), value)
-    return stored if same and stored is not None else value.to(dtype)
+    return stored if stored is not None and _same(stored, value) else value.to(dtype)
+
+
+def _same(stored: Tensor, value: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; a piece at a time, for an embedding in another dtype is large."""
+    if stored.shape != value.shape:
+        return False
+    pieces = zip(stored.reshape(-1).split(_PIECE), value.reshape(-1).split(_PIECE), strict=True)
+    return all(torch.equal(one.to(two.dtype), two) for one, two in pieces)
 
 
 def _write_companions(model: PreTrainedModel, origin: Origin, folder: Path, *, there: bool) -> None:

@@ -79,10 +79,10 @@ class Case:
         narrow, text.hidden_size = text.hidden_size, text.hidden_size * 3 // 2
         for name in ("num_attention_heads", "num_key_value_heads"):  # as wide as before: rotary tables are of a width
             setattr(text, name, getattr(text, name) * 3 // 2)
-        vision = getattr(config, "vision_config", None)
-        for name in ("out_hidden_size", "projection_dim"):  # of vision towers that end in the width of the language
-            if getattr(vision, name, None) == narrow:
-                setattr(vision, name, text.hidden_size)
+        for part in (config, getattr(config, "vision_config", None)):
+            for name in ("out_hidden_size", "projection_dim"):  # vision towers end in the width of the language
+                if getattr(part, name, None) == narrow:
+                    setattr(part, name, text.hidden_size)
         model = _built(type(self._tiny), config) or copy.deepcopy(self._tiny)
         nn.Module.to(model, torch.bfloat16).save_pretrained(self.folder / "bfloat16")
         return self.folder / "bfloat16"

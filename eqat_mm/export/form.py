@@ -11,11 +11,14 @@ from torch import Tensor
 
 from eqat_mm.export.opened import PackedModel, PackedWeight
 
-FormatName = Literal["gguf"]
+FormatName = Literal["gguf", "mlx", "onnx", "gptq"]
 """Every format: its name here, its module in `_PLACES`."""
 
 _PLACES: dict[str, str] = {
     "gguf": "eqat_mm.export.gguf.form",
+    "mlx": "eqat_mm.export.mlx",
+    "onnx": "eqat_mm.export.onnx",
+    "gptq": "eqat_mm.export.gptq",
 }
 
 

@@ -16,7 +16,7 @@ from eqat_mm.blocks.config import CONFIG, read_config
 from eqat_mm.checkpoint.build import require_described, skeleton
 from eqat_mm.checkpoint.layout import SCALE_SUFFIX
 from eqat_mm.checkpoint.manifest import Manifest
-from eqat_mm.checkpoint.source import PackedSource, packed_names
+from eqat_mm.checkpoint.source import PackedSource, packed_names, published_packed_names
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
@@ -136,11 +136,11 @@ class PackedModel:
                 held.append(known)
         yield from files.values()
 
-    def stored_name(self, name: str) -> str:
-        """Return what the files call a tensor, or the module of a quantized linear."""
+    def published_name(self, name: str) -> str:
+        """Return what published files call a tensor, or the module of a quantized linear."""
         if name not in self.weights:
-            return self.source.stored_name(name)
-        return self.source.stored_name(f"{name}{SCALE_SUFFIX}").removesuffix(SCALE_SUFFIX)
+            return self.source.published_name(name)
+        return self.source.published_name(f"{name}{SCALE_SUFFIX}").removesuffix(SCALE_SUFFIX)
 
 
 def open_packed(folder: Path) -> PackedModel:
@@ -154,7 +154,8 @@ def open_packed(folder: Path) -> PackedModel:
             in it is quantized.
     """
     manifest, config = verify_checkpoint(folder), read_json_object(folder / CONFIG)
-    source = PackedSource(folder, packed_names(skeleton(folder, manifest)))
+    empty = skeleton(folder, manifest)
+    source = PackedSource(folder, packed_names(empty), publish=published_packed_names(empty))
     headers = {name: header for held in source.shards().values() for name, header in held.values()}
     scales = [name for name in headers if name.endswith(SCALE_SUFFIX)]
     require_described(folder, config, manifest, headers[scales[0]].dtype if scales else None)

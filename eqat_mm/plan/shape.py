@@ -183,13 +183,31 @@ def _queries(text: Any) -> int:
 
 
 def _image(config: Any) -> tuple[int, int]:
-    """Return (patches, tokens) of one image; LLaVA-1.6 sees it whole and in up to four tiles."""
+    """Return (patches, tokens) of one image: a photo where a model takes any size, at most four tiles and the whole."""
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return 0, 0
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    views = 5 if hasattr(config, "image_grid_pinpoints") else 1
-    return views * (tokens + 1), views * tokens
+    height, width = _pair(getattr(vision, "image_size", _PHOTO))
+    patches = (height // _pair(vision.patch_size)[0]) * (width // _pair(vision.patch_size)[1])
+    views = 5 if any(hasattr(config, name) for name in ("image_grid_pinpoints", *_MERGES[2:])) else 1
+    tokens = getattr(config, "mm_tokens_per_image", None) or round(patches / _merged(config, vision) ** 2)
+    return views * (patches + 1), views * tokens
+
+
+_PHOTO = (480, 640)
+_MERGES = ("spatial_merge_size", "spatial_merge_size", "scale_factor", "downsample_ratio")
+
+
+def _merged(config: Any, vision: Any) -> float:
+    """Return how many patches, in each direction, become a token."""
+    for owner, name in zip((config, vision, config, config), _MERGES, strict=True):
+        if factor := getattr(owner, name, None):
+            return float(factor if factor >= 1 else 1 / factor)
+    return 1.0
+
+
+def _pair(sides: Any) -> tuple[int, int]:
+    return (sides, sides) if isinstance(sides, int) else tuple(sides)
 
 
 def _stored_bytes(config: Any) -> int:

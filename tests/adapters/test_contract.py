@@ -36,7 +36,13 @@ ALIKE = (
 """Cases that differ from another one in what one or two checks look at."""
 
 NEITHER = {"no `sums`", "no `norms`"}
-REASONS = {"olmo2": NEITHER, "gemma3_text": NEITHER, "gemma3": NEITHER, "granite": {"no `sums`"}}
+REASONS = {
+    "olmo2": NEITHER,
+    "gemma3_text": NEITHER,
+    "gemma3": NEITHER,
+    "paligemma": NEITHER | {"the adapter has no `processor` for its tiny model"},
+    "granite": {"no `sums`"},
+}
 """Why a check has nothing to do for an adapter, beside what its kind of model says."""
 
 KINDS = {"a language model", "no experts", "transformers reads quantized experts on the symmetric grid only"}

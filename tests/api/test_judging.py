@@ -15,6 +15,8 @@ from tests.api.conftest import HELD_OUT
 from tests.checkpoint.files import assert_four_lines
 from tests.tiny_model import Tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*these settings are")
+
 NUMBERS = ("perplexity", "kl", "top1_agreement", "tokens", "bits_per_weight")
 
 
@@ -53,6 +55,15 @@ def test_a_source_that_is_gone_is_told(
     monkeypatch.setattr("eqat_mm.api.judging.config_of", lambda name: None)
     assert eqat_mm.evaluate(packed, text=tiny.text, settings=HELD_OUT).kl is None
     assert f"compared with nothing: {tiny.folder}" in capsys.readouterr().out
+
+
+def test_choices_out_of_a_file(tiny: Tiny, packed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "choices.jsonl"
+    file.write_text('{"query": "w5 w6", "choices": ["w7", "w8 w9"], "gold": 1}', "utf-8")
+    found = eqat_mm.evaluate(packed, task_file=file)
+    assert (found.choices["questions"], found.choices["file"]) == (1, str(file))
+    assert found.choices["margin_change"] > 0  # compared with what the model was made from
+    assert found.perplexity is None
 
 
 def test_tasks_and_text(tiny: Tiny, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,16 @@ def test_a_name_has_bits_and_group_size(name: str, bits: int | None, group_size:
     assert (quant.get("bits"), quant.get("group_size")) == (bits, group_size)
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m-w2g64sym-block-ap", "llama-2-w4g64sym-e2e-qp"])
+def test_a_name_has_a_grid(name: str) -> None:
+    found, other = named_recipe(name), named_recipe(name.replace("sym", ""))
+    assert found is not None
+    assert other is not None
+    assert found.name == name
+    assert found.settings["quant"] == other.settings["quant"] | {"symmetric": True}
+    assert {**found.settings, "quant": None} == {**other.settings, "quant": None}
+
+
 def test_bits_choose_the_values() -> None:
     def rates(stage: str, *values: str) -> list[Any]:
         settings = [families()["smollm2-135m"].settings(stage, bits) for bits in ("2", "3", "4")]

@@ -15,8 +15,10 @@ import pytest
 
 from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.cli import parse_job
+from eqat_mm.commands.plumbing.answers import predictions_of
 from eqat_mm.commands.tables import vlm_ladder as module
 from eqat_mm.commands.tables.vlm_ladder import VLMLadderJob, rungs, table, vlm_ladder
+from eqat_mm.commands.verbs.evaluate import EvalJob
 from eqat_mm.commands.verbs.quantize import BlockAPJob
 from eqat_mm.commands.verbs.tune import E2EQPJob
 from eqat_mm.errors import ConfigError, TrainingError
@@ -47,20 +49,22 @@ def ran(job: VLMLadderJob, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def run(words: list[str]) -> None:
         commands.append(words)
-        if "--output" in words:
+        if "--output" in words and "eval" not in words:
             folder = Path(words[words.index("--output") + 1]) / "model"
             if not folder.is_dir():
                 manifest("0").write(folder)
-        if "lmms_eval" in words:
-            place = Path(words[words.index("--output_path") + 1])
+        if "eval" in words:
+            output = Path(words[words.index("--output") + 1])
             asked = int(words[words.index("--limit") + 1]) if "--limit" in words else 9673
-            metrics = {"exact_match,none": 0.5, "exact_match_shape,none": 1.0, "alias": "easy_vqa"}
-            found = {"results": {"easy_vqa": metrics}, "n-samples": {"easy_vqa": {"effective": asked}}}
-            write_json(place / "model" / "20261124_results.json", found)
+            row: dict[str, Any] = {"accuracy": 0.5, "questions": asked, "by_type": {"shape": 1.0}, "nll": 0.25}
+            if "--reference" in words:
+                row |= {"kl": 0.125, "flips": 0.0625}
+            write_json(output, {"tasks": {words[words.index("--tasks") + 1]: row}})
+            predictions_of(output).touch()
 
     monkeypatch.setattr(module, "run_command", run)
     monkeypatch.setattr(module, "require_lmms_eval", lambda: None)
-    monkeypatch.setattr(module, "blind_accuracy", lambda: 0.678)
+    monkeypatch.setattr(module, "blind_accuracy", lambda task: 0.678)
     monkeypatch.setattr(module, "bits_per_weight", lambda folder: None if folder == Path(job.model) else 2.28)
     return commands
 
@@ -112,9 +116,9 @@ def test_a_second_climb_asks_nothing_again_and_keeps_the_times(job: VLMLadderJob
     rows = vlm_ladder(job)
     ran.clear()
     assert vlm_ladder(job) == rows
-    assert not any("lmms_eval" in words for words in ran)  # the others know themselves whether they are finished
+    assert not any("eval" in words for words in ran)  # the others know themselves whether they are finished
     vlm_ladder(replace(job, overwrite=True))
-    assert sum("lmms_eval" in words for words in ran) == 9
+    assert sum("eval" in words for words in ran) == 9
 
 
 def test_a_checkpoint_that_was_made_again_is_asked_again(job: VLMLadderJob, ran: list[list[str]]) -> None:
@@ -124,11 +128,11 @@ def test_a_checkpoint_that_was_made_again_is_asked_again(job: VLMLadderJob, ran:
         manifest(digest).write(folder)
         ran.clear()
         vlm_ladder(job)
-        return [words[words.index("--model_args") + 1] for words in ran if "lmms_eval" in words]
+        return [words[words.index("--model") + 1] for words in ran if "eval" in words]
 
     assert len(asked_after_making("1")) == 9
     assert asked_after_making("1") == []
-    assert asked_after_making("2") == [f"pretrained={folder}"]
+    assert asked_after_making("2") == [str(folder)]
 
 
 def test_another_number_of_questions_is_asked_anew(job: VLMLadderJob, ran: list[list[str]]) -> None:
@@ -136,12 +140,37 @@ def test_another_number_of_questions_is_asked_anew(job: VLMLadderJob, ran: list[
     ran.clear()
     rows = vlm_ladder(replace(job, questions_full_precision=None))
     assert rows[0]["questions"] == 9673
-    assert sum("lmms_eval" in words for words in ran) == 1
+    assert sum("eval" in words for words in ran) == 1  # the first questions are the same
+
+
+def test_models_are_compared_with_what_full_precision_answered(job: VLMLadderJob, ran: list[list[str]]) -> None:
+    mini = replace(job, task="mini_vqa", conversations="demo-mini-vqa", projector=True)
+    vlm_ladder(mini)
+    asked = [words for words in ran if "eval" in words]
+    kept = asked[0][asked[0].index("--output") + 1]
+    assert "--reference" not in asked[0]
+    assert all(words[words.index("--reference") + 1] == kept for words in asked[1:])
+    assert all(words[words.index("--tasks") + 1] == "mini_vqa" for words in asked)
+    parsed: Any = parse_job("eval", EvalJob, asked[1][asked[1].index("eval") + 1 :])
+    assert (parsed.likelihood, parsed.limit, parsed.reference) == (True, 20, kept)
+    learnt = [words[words.index("--conversations.source") + 1] for words in ran if "--trains" in words]
+    assert learnt == ["demo-mini-vqa"] * 4
+    assert [words[words.index("--trains") + 1] for words in ran if "--trains" in words] == [
+        "lora",
+        "scales+projector",
+    ] * 2
+    ran.clear()
+    predictions_of(Path(kept)).unlink()
+    vlm_ladder(mini)
+    assert [words[words.index("--output") + 1] for words in ran if "eval" in words] == [kept]
 
 
 def test_the_table_has_a_line_per_rung_and_one_for_guessing(job: VLMLadderJob, ran: list[list[str]]) -> None:
     lines = table(vlm_ladder(job), 0.678).splitlines()
     assert len(lines) == 1 + 9 + 1
+    assert lines[0].split()[3:7] == ["accuracy", "NLL", "KL", "flips"]
+    assert lines[1].split()[3:6] == ["50.0%", "0.250", "500"]
+    assert lines[2].split()[2:7] == ["2.28", "50.0%", "0.250", "0.125", "6.2%"]
     assert [line[6:26].strip() for line in lines[1:-1]] == STAGES + STAGES[1:]
     assert lines[-1].split() == ["guessing", "blind", "67.8%"]
 
@@ -159,8 +188,10 @@ def test_a_command_that_fails_ends_the_ladder(capfd: pytest.CaptureFixture[str])
         (lambda: VLMLadderJob(bits=()), "--bits"),
         (lambda: VLMLadderJob(questions=0), "--questions"),
         (lambda: VLMLadderJob(processes=0), "--processes"),
+        (lambda: VLMLadderJob(questions=501), "--questions_full_precision"),
+        (lambda: VLMLadderJob(questions=None), "--questions_full_precision"),
     ],
-    ids=["no bits", "no questions", "no processes"],
+    ids=["no bits", "no questions", "no processes", "fewer in full precision", "fewer than all in full precision"],
 )
 def test_bad_values_are_refused(make: Callable[[], VLMLadderJob], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:

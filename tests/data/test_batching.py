@@ -127,3 +127,29 @@ def test_tiles_are_filled_up() -> None:
     assert batch["pixel_values"].shape == (3, 5, 3, 4, 4)
     assert batch["pixel_values"].sum((1, 2, 3, 4)).tolist() == [3 * 48, 5 * 48, 5 * 48]
     assert batch["image_sizes"].tolist() == [[4, 8], [8, 8], [8, 4]]
+
+
+def test_images_of_different_sizes_are_filled_up() -> None:
+    wide, high = torch.ones(2, 3, 4, 8), torch.ones(1, 3, 6, 4)
+    batch = Collator(tiny_tokenizer())([_sample(2, pixel_values=wide), _sample(2, pixel_values=high)])
+    assert batch["pixel_values"].shape == (3, 3, 6, 8)
+    assert batch["pixel_values"].sum((1, 2, 3)).tolist() == [96, 96, 72]
+    assert batch["pixel_values"][2, 0, :, 4:].sum() == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_other_rows_are_padded_as_tokens_are(side: str) -> None:
+    kinds = {"mm_token_type_ids": torch.tensor([1, 1, 1]), "cross_attention_mask": torch.ones(3, 2)}
+    more = {"mm_token_type_ids": torch.tensor([1] * 5), "cross_attention_mask": torch.ones(5, 1)}
+    batch = Collator(tiny_tokenizer(), side)([_sample(3, **kinds), _sample(4), _sample(5, **more)])
+    assert batch["mm_token_type_ids"].sum(1).tolist() == [3, 0, 5]
+    assert torch.equal(batch["mm_token_type_ids"][0], batch["attention_mask"][0])
+    assert batch["cross_attention_mask"].shape == (3, 5, 2)
+    assert batch["cross_attention_mask"].sum((1, 2)).tolist() == [6, 0, 5]
+
+
+def test_numbers_of_images_are_joined() -> None:
+    one, two = {"batch_num_images": torch.tensor([1])}, {"batch_num_images": torch.tensor([2])}
+    assert Collator(tiny_tokenizer())([_sample(3, **one), _sample(2), _sample(4, **two)])[
+        "batch_num_images"
+    ].tolist() == [1, 2]

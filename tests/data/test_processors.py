@@ -21,6 +21,7 @@ from eqat_mm.data.image_text.conversations import Conversation, Turn
 from eqat_mm.data.image_text.images import ImageFile
 from eqat_mm.data.image_text.processors import fit_processor
 from eqat_mm.errors import ConfigError
+from llava_adapters import arch_for
 from tests.checkpoint.files import assert_four_lines
 from tests.demo.stand_ins import save_language_model, save_parts
 from tests.tiny_llava import CHAT_TEMPLATE, save_tiny_llava, tiny_processor
@@ -182,3 +183,25 @@ def test_padding_has_a_row_in_the_embedding(folders: dict[str, Path], kind: str)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 1, 8]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batch["labels"].tolist() == [[5, 6, 7], [-100, -100, 8]]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "idefics3", "mistral3", "internvl", "llava_onevision"])
+def test_the_processor_of_another_model_is_refused(name: str) -> None:
+    """Its own is taken in the contract of each adapter."""
+    arch = arch_for(name)
+    assert arch.processor is not None
+    processor, config = arch.processor(), arch.tiny()[0].config
+    fit_processor(processor, config)
+    config.image_token_id = 7
+    with pytest.raises(ConfigError, match=r"image_token_id of config.json \(7\)"):
+        fit_processor(processor, config)
+
+
+def test_more_tokens_than_features_are_found_where_shapes_tell() -> None:
+    arch = arch_for("gemma3")
+    assert arch.processor is not None
+    processor, config = arch.processor(), arch.tiny()[0].config
+    config.mm_tokens_per_image = 16
+    with pytest.raises(ConfigError, match="16, the model's features") as caught:
+        fit_processor(processor, config)
+    assert caught.value.given.startswith("4 tokens for an image")

@@ -227,3 +227,10 @@ def test_without_the_package(llama: PackedModel, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(form, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"eqat-mm\[export\]"):
         FORM.refuse(llama, Choices())
+
+
+def test_special_tokens_without_a_row_are_left_out(llama: PackedModel) -> None:
+    keys = token_keys(llama, 2)
+    assert len(keys["tokenizer.ggml.tokens"]) == 2
+    assert "tokenizer.ggml.eos_token_id" not in keys
+    assert keys["tokenizer.ggml.bos_token_id"] == 1

@@ -25,11 +25,10 @@ def test_rows_give_neighbours_what_halves_had() -> None:
     angles = torch.rand(width // 2)
     vector = torch.randn(heads, width)
     first, second = vector.chunk(2, -1)
-    by_halves = torch.cat(
-        [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], 1
-    )
+    cos, sin = angles.cos(), angles.sin()
+    by_halves = torch.cat([first * cos - second * sin, second * cos + first * sin], 1)
     even, odd = vector.flatten()[order].view(heads, -1, 2).unbind(-1)
-    turned = torch.stack([even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()], -1)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
     assert torch.equal(turned.flatten(), by_halves.flatten()[order])
 
 

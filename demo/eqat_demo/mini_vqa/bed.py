@@ -13,8 +13,9 @@ from eqat_demo.llava.bed import Bed
 from eqat_demo.llava.language import Plan
 from eqat_demo.mini_vqa.asked import Asked
 from eqat_demo.mini_vqa.captions import captions
-from eqat_demo.mini_vqa.pictures import Part, Picture, pictures
+from eqat_demo.mini_vqa.pictures import PARTS, Part, Picture, pictures
 from eqat_demo.mini_vqa.vision import CONFIG, pixels_of, train_vision_tower
+from eqat_mm.runtime.progress import progress
 
 _BATCH = 64
 _CAPTIONED = 10
@@ -25,7 +26,8 @@ class Drawn:
     """The pictures of a part, drawn when they are asked for."""
 
     def __init__(self, part: Part) -> None:
-        self.pictures: list[Picture] = [picture for picture in pictures(part) if picture.asked]
+        drawn = progress(pictures(part), what=f"{part} pictures", total=PARTS[part].all)
+        self.pictures: list[Picture] = [picture for picture in drawn if picture.asked]
 
     @cached_property
     def asked(self) -> Sequence[Sequence[Asked]]:
@@ -34,7 +36,7 @@ class Drawn:
 
     def batches(self, processor: Any) -> Iterator[Tensor]:
         """Yield the pictures as the image processor hands them to a model: float32 [B, 3, H, W]."""
-        for start in range(0, len(self.pictures), _BATCH):
+        for start in progress(range(0, len(self.pictures), _BATCH), what="pixels", unit="batch"):
             yield pixels_of([picture.content for picture in self.pictures[start : start + _BATCH]], processor)
 
     def images(self) -> Iterator[Image]:
@@ -52,6 +54,6 @@ MINI = Bed(
     train_vision_tower,
     vision_steps=1200,
     part=Drawn,
-    plan=Plan(steps=2500, images=8, questions=13, rank=16),
+    plan=Plan(steps=1500, images=8, questions=13, rank=16),
     longest=24,
 )

@@ -66,18 +66,21 @@ class Family:
         given = [set(choice) for choice in _choices(merged(self.stages[stage]))]
         return tuple(map(str, sorted(set.intersection(*given)))) if given else ()
 
-    def settings(self, stage: str, bits: str | None = None, group_size: int | None = None) -> dict[str, Any]:
+    def settings(
+        self, stage: str, bits: str | None = None, group_size: int | None = None, *, symmetric: bool = False
+    ) -> dict[str, Any]:
         """Return the settings of a stage.
 
         Args:
             stage: one of the family's.
             bits: one of its widths; None where it has none.
             group_size: of the weights; None takes the stage's own.
+            symmetric: on the symmetric grid; the rates are those of the other one.
         """
         settings: dict[str, Any] = _at(merged(self.stages[stage]), bits)
         for each in _with_spec(settings):
             spec = {"bits": int(bits or 2)} | ({} if group_size is None else {"group_size": group_size})
-            each["quant"] = each["quant"] | spec
+            each["quant"] = each["quant"] | spec | ({"symmetric": True} if symmetric else {})
         return settings
 
 

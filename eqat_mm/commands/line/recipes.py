@@ -1,7 +1,7 @@
 """Recipes: the shipped settings of a command for a model, found by what the model is, or by name.
 
-A name is FAMILY-SPEC-STAGE: `llava-1.5-w2g64-block-ap`. SPEC is the bit width with or without a group size, or, in
-LLM-QAT, three widths; without it the stage is taken at 2 bits.
+A name is FAMILY-SPEC-STAGE: `llava-1.5-w2g64-block-ap`. SPEC is the bit width with or without a group size, with `sym` on
+the symmetric grid (`w2g64sym`), or, in LLM-QAT, three widths; without it the stage is taken at 2 bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eqat_mm.commands.line.model_config import config_of
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.settings import shown
 
-_SPEC = re.compile(r"w(?P<bits>\d)(?:g(?P<group>32|64|128|256|row))?|(?P<widths>\d-\d+-\d+)")
+_SPEC = re.compile(r"w(?P<bits>\d)(?:g(?P<group>32|64|128|256|row))?(?P<symmetric>sym)?|(?P<widths>\d-\d+-\d+)")
 _FEW = 8
 """Names that fit into a message, all of them."""
 
@@ -55,8 +55,10 @@ def recipes_of(family: Family) -> Iterator[Recipe]:
         yield from (_recipe(family, stage, bits) for bits in family.widths(stage) or (None,))
 
 
-def _recipe(family: Family, stage: str, bits: str | None, group_size: int | None = None) -> Recipe:
-    settings = family.settings(stage, bits, group_size)
+def _recipe(
+    family: Family, stage: str, bits: str | None, group_size: int | None = None, *, symmetric: bool = False
+) -> Recipe:
+    settings = family.settings(stage, bits, group_size, symmetric=symmetric)
     tuned = {"recipe_for": [family.name]}
     if stage.endswith(("demo", "demo-vlm", "table")):  # of several commands, each with its model
         stages = {name: value for name, value in settings.items() if isinstance(value, dict) and "model" in value}
@@ -71,7 +73,8 @@ def _spec_of(settings: Mapping[str, Any], bits: str | None) -> list[str]:
     """Return the part of a name that says widths and group size; empty where the stage has none."""
     quant = settings.get("quant") or (settings.get("block_ap") or {}).get("quant")
     if quant is not None:
-        return [f"w{bits}g{'row' if quant['group_size'] == -1 else quant['group_size']}"]
+        group = "row" if quant["group_size"] == -1 else quant["group_size"]
+        return [f"w{bits}g{group}{'sym' if quant.get('symmetric') else ''}"]
     widths = settings.get("bits")
     return [widths] if isinstance(widths, str) else []
 
@@ -95,7 +98,8 @@ def _with_spec(family: Family, stage: str, spec: str) -> Recipe | None:
     if found is None or found["bits"] not in (widths or (None,)):
         return None
     group = {None: None, "row": -1}.get(found["group"], found["group"])
-    recipe = _recipe(family, stage, found["bits"], None if group is None else int(group))
+    size = None if group is None else int(group)
+    recipe = _recipe(family, stage, found["bits"], size, symmetric=found["symmetric"] is not None)
     return None if found["widths"] not in (None, recipe.settings.get("bits")) else recipe
 
 

@@ -41,7 +41,15 @@ class Table:
         self._results, self._shown = results, shown
         remove_unfinished(root / "results.json")
 
-    def add(self, key: str, decides: Row, judge: Callable[[], Row], about: Callable[[Row], Mapping[str, Any]]) -> None:
+    def add(
+        self,
+        key: str,
+        decides: Row,
+        judge: Callable[[], Row],
+        about: Callable[[Row], Mapping[str, Any]],
+        *,
+        anew: bool = False,
+    ) -> None:
         """Judge a row, unless that was noted before, and show the table.
 
         Args:
@@ -49,8 +57,9 @@ class Table:
             decides: what decides the verdict, JSON-ready.
             judge: returns it.
             about: returns the row, given the verdict.
+            anew: judge it again in any case.
         """
-        verdict = noted(self.root / "eval" / slug(key), self.command, decides, judge, anew=self.anew)
+        verdict = noted(self.root / "eval" / slug(key), self.command, decides, judge, anew=self.anew or anew)
         self.rows.append(dict(about(verdict)))
         write_json(self.root / "results.json", self._results(self.rows))
         say(self._shown(self.rows))

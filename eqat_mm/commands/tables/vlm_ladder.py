@@ -1,15 +1,14 @@
 """`eqat demo-vlm`: the ladder of stages on a vision-language model, as commands.
 
 For every bit width: round-to-nearest; Block-AP, on text; Block-AP + LoRA, the baseline, where asked for; Block-AP +
-E2E-QP, on conversations about images, in several processes under DeepSpeed. Every rung is judged by the command line of
-lmms-eval. Each command is printed as it could be typed, and continues or skips what an earlier start of it has done; so
-does the ladder.
+E2E-QP, on conversations about images, in several processes under DeepSpeed: of the step sizes, and where asked for of
+the projector, too. Every rung is asked the questions of a task of lmms-eval. Each command is printed as it could be
+typed, and continues or skips what an earlier start of it has done; so does the ladder.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,23 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from eqat_mm.commands.plumbing.answers import predictions_of
 from eqat_mm.commands.plumbing.launchers import free_port
-from eqat_mm.commands.plumbing.lmms import require_lmms_eval, task_row, tasks_folders
+from eqat_mm.commands.plumbing.lmms import require_lmms_eval
 from eqat_mm.commands.plumbing.models import model_folder, require_model
 from eqat_mm.commands.plumbing.runs import model_fingerprint, seconds_of, settings, slug
 from eqat_mm.commands.tables.table import Row, Table
 from eqat_mm.commands.verbs.evaluate import bits_per_weight
-from eqat_mm.errors import TrainingError
+from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.spec import GroupSize, QuantSpec
 from eqat_mm.runtime.children import run_child
 from eqat_mm.runtime.files import read_json
-from eqat_mm.runtime.plugins import GUESSES, plugged_function
+from eqat_mm.runtime.plugins import GUESSES, plugged, plugged_function
 from eqat_mm.runtime.progress import duration, say
 from eqat_mm.runtime.provenance import provenance
 from eqat_mm.runtime.settings import Count, Filled, Settings
 
-TASK = "easy_vqa"
 FULL_PRECISION = "full precision"
+_ANSWERED = ("accuracy", "questions", "by_type", "metrics", "nll", "kl", "flips")
+"""What a row says of the answers, as far as it was measured."""
 
 Bits = Literal[2, 3, 4, 8]
 
@@ -49,9 +50,12 @@ class VLMLadderJob(Settings):
         bits: bit widths, one ladder each.
         group_size: weights that share a step size.
         lora: adds the LoRA baseline, on the samples of E2E-QP and for as many steps.
+        projector: adds E2E-QP of step sizes and projector together.
         processes: of E2E-QP, under DeepSpeed.
-        questions: questions of easy_vqa each quantized model answers, the first ones; null for all.
-        questions_full_precision: the same for the full-precision model.
+        conversations: that E2E-QP and the baseline learn from; null takes those of the recipe.
+        task: of lmms-eval, whose questions every model is asked; easy_vqa, mini_vqa, or another that gives answers.
+        questions: questions each quantized model answers, the first ones; null for all.
+        questions_full_precision: the same for the full-precision model, no fewer.
         batch_size: questions per forward.
         output: folder of all runs and of results.json.
         overwrite: discard finished rungs in the output folder.
@@ -61,12 +65,27 @@ class VLMLadderJob(Settings):
     bits: Annotated[tuple[Bits, ...], Filled()] = (2,)
     group_size: GroupSize = 64
     lora: bool = False
+    projector: bool = False
     processes: Count = 2
+    conversations: str | None = None
+    task: str = "easy_vqa"
     questions: Count | None = 500
     questions_full_precision: Count | None = 500
     batch_size: Count = 32
     output: Path = Path("runs/demo-vlm")
     overwrite: bool = False
+
+    def check_together(self) -> None:
+        """Check that full precision answers whatever the others are compared with it on."""
+        most = self.questions_full_precision
+        if most is not None and (self.questions is None or most < self.questions):
+            given = "all" if self.questions is None else f"{self.questions}"
+            raise ConfigError(
+                where="--questions_full_precision",
+                given=f"{most}, and {given} for the models that are compared with it",
+                allowed="no fewer than --questions",
+                do="raise it, or set it to null for all",
+            )
 
 
 @dataclass(frozen=True)
@@ -95,8 +114,8 @@ def vlm_ladder(job: VLMLadderJob) -> list[dict[str, Any]]:
     require_lmms_eval()
     folder = model_folder(job.model)
     require_model(folder)
-    blind = blind_accuracy()
-    head = {"model": job.model, "group_size": job.group_size, "blind_accuracy": blind}
+    blind = blind_accuracy(job.task)
+    head = {"model": job.model, "group_size": job.group_size, "task": job.task, "blind_accuracy": blind}
     made_by = {"provenance": provenance("demo-vlm", settings(job), 0)}
     made = Table(
         job.output,
@@ -118,11 +137,16 @@ def rungs(job: VLMLadderJob, full_precision: Path) -> Iterator[Rung]:
     yield Rung(FULL_PRECISION, 16, None, full_precision)
     for bits in job.bits:
         start = ["--quantized", str(_root(job, bits) / "block-ap" / "model")]
+        if job.conversations is not None:
+            start += ["--conversations.source", job.conversations]
         yield _rung(job, bits, "round-to-nearest", _eqat("rtn"), "rtn")
         yield _rung(job, bits, "Block-AP", _eqat("block-ap"), "block-ap")
         if job.lora:
             yield _rung(job, bits, "Block-AP + LoRA", _deepspeed(job.processes), "lora", *start, "--trains", "lora")
         yield _rung(job, bits, "Block-AP + E2E-QP", _deepspeed(job.processes), "e2e-qp", *start)
+        if job.projector:
+            more = [*start, "--trains", "scales+projector"]
+            yield _rung(job, bits, "E2E-QP + projector", _deepspeed(job.processes), "e2e-qp-projector", *more)
 
 
 def _root(job: VLMLadderJob, bits: Bits) -> Path:
@@ -147,29 +171,46 @@ def _deepspeed(processes: int) -> list[str]:
 
 
 def _ask(made: Table, rung: Rung, job: VLMLadderJob) -> None:
-    """Ask the model of a rung the questions of easy_vqa."""
-    questions = job.questions_full_precision if rung.stage == FULL_PRECISION else job.questions
-    key = f"{rung.stage} {rung.bits} {questions or 'all'}"
-    decides = {"model": model_fingerprint(rung.folder), "task": TASK, "questions": questions}
-    output = made.root / "eval" / slug(key) / "lmms-eval" / secrets.token_hex(4)
+    """Ask the model of a rung the questions of the task, and compare its answers with those of full precision."""
+    full = _answers(made.root, FULL_PRECISION, 16, job.questions_full_precision)
+    is_full = rung.stage == FULL_PRECISION
+    questions = job.questions_full_precision if is_full else job.questions
+    output = _answers(made.root, rung.stage, rung.bits, questions)
+    reference = None if is_full else full
+    decides = {
+        "model": model_fingerprint(rung.folder),
+        "task": job.task,
+        "questions": questions,
+        "beside": "likelihood",
+    }
 
     def about(verdict: Row) -> Row:
-        answered = {name: verdict[name] for name in ("accuracy", "questions", "by_type")}
+        answered = {name: verdict[name] for name in _ANSWERED if name in verdict}
         made_of = {"bits_per_weight": bits_per_weight(rung.folder), "seconds": round(seconds_of(rung.folder), 1)}
         return {"bits": rung.bits, "stage": rung.stage} | answered | made_of
 
-    made.add(key, decides, lambda: _answered(rung.folder, questions, job.batch_size, output), about)
+    key = _key(rung.stage, rung.bits, questions)
+    lost = is_full and not predictions_of(full).is_file()
+    made.add(key, decides, lambda: _answered(rung.folder, questions, job, output, reference), about, anew=lost)
 
 
-def _answered(model: Path, questions: int | None, batch_size: int, output: Path) -> Row:
-    """Return `task_row` of easy_vqa for a model, asked by the command line of lmms-eval."""
+def _key(stage: str, bits: int, questions: int | None) -> str:
+    return f"{stage} {bits} {questions or 'all'}"
+
+
+def _answers(root: Path, stage: str, bits: int, questions: int | None) -> Path:
+    """Return the file in which the result of a rung is, its answers beside it."""
+    return root / "eval" / slug(_key(stage, bits, questions)) / "asked.json"
+
+
+def _answered(model: Path, questions: int | None, job: VLMLadderJob, output: Path, reference: Path | None) -> Row:
+    """Return what `eqat eval` says of a model and the task."""
     limit = [] if questions is None else ["--limit", str(questions)]
-    asked = ["--model", "eqat", "--model_args", f"pretrained={model}", "--batch_size", str(batch_size)]
-    task = ["--include_path", *tasks_folders(), "--tasks", TASK, *limit]
-    run_command([sys.executable, "-m", "lmms_eval", *asked, *task, "--output_path", str(output)])
-    (file,) = output.rglob("*_results.json")
-    found = read_json(file)
-    return task_row(found["results"][TASK], found["n-samples"][TASK])
+    beside = [] if reference is None else ["--reference", str(reference)]
+    asked = ["--model", str(model), "--tasks", job.task, "--likelihood", "true", "--batch_size", str(job.batch_size)]
+    run_command([*_eqat("eval"), *asked, *limit, *beside, "--output", str(output)])
+    row: Row = read_json(output)["tasks"][job.task]
+    return row
 
 
 def run_command(words: list[str]) -> None:
@@ -195,18 +236,24 @@ def _environment(words: list[str]) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores // processes))} | dict(os.environ)
 
 
-def blind_accuracy() -> float:
-    """Return the accuracy that is to be had without looking at the images."""
-    return float(plugged_function(GUESSES, TASK)())
+def blind_accuracy(task: str) -> float | None:
+    """Return the accuracy that is to be had without looking at the images; None where nobody has told."""
+    return float(plugged_function(GUESSES, task)()) if task in plugged(GUESSES) else None
 
 
-def table(rows: Sequence[dict[str, Any]], blind: float) -> str:
-    """Return the rows as lines of text."""
-    lines = [f"{'bits':>4}  {'stage':<20}{'bits/weight':>12}{'accuracy':>10}{'questions':>11}{'time':>8}"]
+def table(rows: Sequence[dict[str, Any]], blind: float | None) -> str:
+    """Return the rows as lines of text: accuracy and flips as shares, NLL an answer and KL a token in nats."""
+    names = f"{'bits/weight':>12}{'accuracy':>10}{'NLL':>8}{'KL':>8}{'flips':>8}{'questions':>11}{'time':>8}"
+    lines = [f"{'bits':>4}  {'stage':<20}{names}"]
     for row in rows:
-        stored = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
-        lines.append(
-            f"{row['bits']:>4}  {row['stage']:<20}{stored:>12}{row['accuracy']:>10.1%}{row['questions']:>11,}"
-            f"{duration(row['seconds']):>8}"
-        )
-    return "\n".join([*lines, f"      {'guessing blind':<20}{'':>12}{blind:>10.1%}"])
+        cells = (("bits_per_weight", 12, ".2f"), ("accuracy", 10, ".1%"), ("nll", 8, ".3f"), ("kl", 8, ".3f"))
+        measured = "".join(_cell(row, *cell) for cell in (*cells, ("flips", 8, ".1%")))
+        asked = f"{row['questions']:>11,}{duration(row['seconds']):>8}"
+        lines.append(f"{row['bits']:>4}  {row['stage']:<20}{measured}{asked}")
+    guessed = [] if blind is None else [f"      {'guessing blind':<20}{'':>12}{blind:>10.1%}"]
+    return "\n".join([*lines, *guessed])
+
+
+def _cell(row: dict[str, Any], name: str, width: int, form: str) -> str:
+    value = row.get(name)
+    return f"{'' if value is None else format(value, form):>{width}}"

@@ -16,7 +16,7 @@ from eqat_mm.commands.plumbing.runs import asked, model_fingerprint
 from eqat_mm.commands.verbs.evaluate import bits_per_weight
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.data.text.windows import text_windows
-from eqat_mm.errors import CheckpointError
+from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.export.card import CARD, Facts, licence_of
 from eqat_mm.export.exact import Change, change_of, measured_change, require_exact, require_weights_alone
 from eqat_mm.export.folder import EXPORT, read_export, write_export
@@ -38,7 +38,7 @@ class ExportJob(Settings):
 
     Attributes:
         model: packed checkpoint, or the run that made it, or a hub repository.
-        to: gguf (llama.cpp, Ollama).
+        to: gguf (llama.cpp, Ollama), mlx (mlx-lm, mlx-vlm), onnx (onnxruntime-genai) or gptq (gptqmodel, transformers).
         output: run folder; the exported model is `OUTPUT/model`. Default: beside the run, with the format in its name.
         lossy: export also what the format cannot hold exactly; says how many weights differ, and the KL on text.
         data: text that this KL is measured on.
@@ -53,6 +53,16 @@ class ExportJob(Settings):
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=8))
     embedding: Literal["q8_0", "f16"] = "q8_0"
     overwrite: bool = False
+
+    def check_together(self) -> None:
+        """Check that no choice is in vain."""
+        if self.to != "gguf" and self.embedding != "q8_0":
+            raise ConfigError(
+                where="--embedding",
+                given=f"{self.embedding}, with --to {self.to}",
+                allowed="with --to gguf; other formats keep embedding and head as they are",
+                do="leave it out",
+            )
 
 
 def export(job: ExportJob) -> Path:

@@ -181,6 +181,7 @@ class Chat:
             return {"input_ids": ids, "labels": self._labels(ids, offsets, self.answers(conversation, text))}
         inputs = self._renderer.inputs(text, images, return_offsets_mapping=True, return_text_replacement_offsets=True)
         expanded = places_of(inputs, self.processor) if images else []
+        _require_own_words(self.processor, inputs[OFFSETS], _moved(len(text), expanded))
         answers = [(_moved(start, expanded), _moved(end, expanded)) for start, end in self.answers(conversation, text)]
         labels = self._labels(inputs["input_ids"], inputs[OFFSETS], answers)
         return {name: value for name, value in inputs.items() if name not in (OFFSETS, REPLACED)} | {"labels": labels}
@@ -258,6 +259,21 @@ def _turn_ends(processor: Any) -> set[int]:
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     others = {*tokens_of_images(processor), tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
     return (special | set(tokenizer.all_special_ids)) - others
+
+
+def _require_own_words(processor: Any, offsets: Tensor, length: int) -> None:
+    """Check that a text has grown by what stands for images alone; answers are looked for where they were in it.
+
+    Raises:
+        ConfigError: it is longer.
+    """
+    if len(offsets) and int(offsets[:, 1].max()) > length:
+        raise ConfigError(
+            f"processor {type(processor).__name__}",
+            "words of its own that it writes into the text of a conversation",
+            "a processor that replaces image tokens, and leaves all else to the chat template",
+            "train this model on text (--text_only); what a conversation's answers are cannot be told in its tokens",
+        )
 
 
 def _moved(character: int, expanded: list[dict[str, Any]]) -> int:

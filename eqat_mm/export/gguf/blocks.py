@@ -24,6 +24,8 @@ from torch import Tensor
 from eqat_mm.export.opened import PackedWeight
 
 _HALF_SIZE = 2
+_ROWS = 1024
+"""Of a dense weight, at once: an embedding is the largest tensor of a model."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ def packed(weight: PackedWeight, kind: BlockType, order: Tensor | None = None) -
 
 def q8_0(weight: Tensor) -> Tensor:
     """Return a dense weight in rounded 8-bit blocks, uint8 [O, bytes of a row], from floats [O, I]."""
+    return torch.cat([_q8_0(rows) for rows in weight.split(_ROWS)])
+
+
+def _q8_0(weight: Tensor) -> Tensor:
     blocks = weight.to(torch.float32).unflatten(1, (-1, Q8_0.columns))
     d = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.where(d == 0, 0.0, blocks / d).round().to(torch.int8)

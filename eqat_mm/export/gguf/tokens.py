@@ -41,10 +41,10 @@ def token_keys(model: PackedModel, rows: int) -> dict[str, Any]:
         ExportError: a tokenizer that llama.cpp does not have.
     """
     tokenizer = load_tokenizer(model.folder)
-    content = _content(model.folder)
-    keys = _vocabulary(content, model.folder) | {"pre": _split(content, model.folder)}
+    content = _content(tokenizer, model.folder)
+    keys = _vocabulary(content) | {"pre": _split(content, model.folder)}
     words, kinds = _words(tokenizer, content, rows)
-    keys |= {"tokens": words, "token_type": kinds} | _specials(tokenizer)
+    keys |= {"tokens": words, "token_type": kinds} | _specials(tokenizer, rows)
     if keys["model"] == "llama":
         keys["scores"] = _scores(content, words)
     named = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
@@ -52,24 +52,29 @@ def token_keys(model: PackedModel, rows: int) -> dict[str, Any]:
     return named | ({"tokenizer.chat_template": template} if template else {})
 
 
-def _content(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _content(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+    """Return what tokenizer.json says, or would say of a tokenizer that lies here in other files.
+
+    Raises:
+        ExportError: it is none of pieces that are joined.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     if content.get("model", {}).get("type") != "BPE":
-        raise _unknown(folder, f"a tokenizer of type {content.get('model', {}).get('type')!r}" if content else "none")
-    return dict(content)
+        raise _unknown(folder, f"a {type(tokenizer).__name__} of type {content.get('model', {}).get('type')}")
+    return content
 
 
 def _unknown(folder: Path, given: str) -> ExportError:
     return ExportError(
-        where=f"--to gguf, from {folder / 'tokenizer.json'}",
+        where=f"--to gguf, from {folder}: tokenizer",
         given=given,
         allowed=f"byte-level BPE split as {', '.join(['smollm', *_SPLITS.values()])}, or SentencePiece BPE",
         do="serve the checkpoint itself (docs/formats.md), or choose another --to",
     )
 
 
-def _vocabulary(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _vocabulary(content: dict[str, Any]) -> dict[str, Any]:
     """Return the kind of vocabulary, and merges where it has them."""
     if content["model"].get("byte_fallback"):
         return {"model": "llama", "add_space_prefix": _puts_space(content)}
@@ -109,11 +114,12 @@ def _words(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any], rows: in
     words, kinds = [f"[PAD{row}]" for row in range(rows)], [_UNUSED] * rows
     bytes_too = bool(content["model"].get("byte_fallback"))
     for word, row in content["model"]["vocab"].items():
-        words[row], kinds[row] = word, _BYTE if bytes_too and _is_byte(word) else _NORMAL
+        if row < rows:
+            words[row], kinds[row] = word, _BYTE if bytes_too and _is_byte(word) else _NORMAL
     for row, added in tokenizer.added_tokens_decoder.items():
         if row < rows:
             words[row], kinds[row] = added.content, _CONTROL if added.special else _OWN
-    if bytes_too and tokenizer.unk_token_id is not None:
+    if bytes_too and tokenizer.unk_token_id is not None and tokenizer.unk_token_id < rows:
         kinds[tokenizer.unk_token_id] = _UNKNOWN
     return words, kinds
 
@@ -132,12 +138,12 @@ def _scores(content: dict[str, Any], words: list[str]) -> list[float]:
     return [float(-ranks.get(word, last)) for word in words]
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the numbers of special tokens, and whether text begins with one."""
+def _specials(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
+    """Return the numbers of special tokens that have a row of the embedding, and whether text begins with one."""
     found: dict[str, Any] = {}
     for short, name in _SPECIAL.items():
         number = getattr(tokenizer, f"{short}_token_id")
-        if number is not None:
+        if number is not None and number < rows:
             found[f"{name}_token_id"] = int(number)
     begins = list(start_of(tokenizer)) == [tokenizer.bos_token_id]
     return found | {"add_bos_token": begins, "add_eos_token": False}

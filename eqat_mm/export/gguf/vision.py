@@ -69,6 +69,13 @@ def require_vision(model: PackedModel) -> None:
                 allowed=f"{' or '.join(map(repr, allowed))}, as LLaVA-1.5 has it",
                 do="serve the checkpoint itself (docs/formats.md), or choose another --to",
             )
+    if tower.get("intermediate_size") == tower.get("hidden_size"):
+        raise ExportError(
+            where=f"--to gguf, from {model.folder}: vision_config",
+            given=f"intermediate_size {tower.get('intermediate_size')}, which is hidden_size, too",
+            allowed="two sizes, by which llama.cpp tells the two halves of an MLP apart",
+            do="serve the checkpoint itself (docs/formats.md), or choose another --to",
+        )
     load_processor(model.folder)
 
 

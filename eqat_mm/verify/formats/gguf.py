@@ -16,6 +16,8 @@ from eqat_mm.verify.slabs import Array
 
 _Q2_0, _Q2_0_COLUMNS, _Q2_0_BYTES = 42, 64, 18
 _EXACT = ("F32", "Q4_0", "Q4_1", "Q2_0")
+_SEEING = "mmproj"
+"""Begins the name of the file of vision tower and projector."""
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_BLOCK = {
     "attn_norm": "input_layernorm",
@@ -26,28 +28,62 @@ _IN_BLOCK = {
     "attn_k_norm": "self_attn.k_norm",
     **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
+_VISION = {
+    "v.class_embd": "vision_tower.vision_model.embeddings.class_embedding",
+    "v.patch_embd": "vision_tower.vision_model.embeddings.patch_embedding",
+    "v.position_embd": "vision_tower.vision_model.embeddings.position_embedding",
+    "v.pre_ln": "vision_tower.vision_model.pre_layrnorm",
+    "mm.0": "multi_modal_projector.linear_1",
+    "mm.2": "multi_modal_projector.linear_2",
+}
+_IN_LAYER = {
+    **{f"ln{number}": f"layer_norm{number}" for number in (1, 2)},
+    **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"},
+    "attn_out": "self_attn.out_proj",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
 
 
 def parts(folder: Path) -> Iterator[Part]:
-    """Yield every tensor of the language model; rows of query and key in the order of transformers.
+    """Yield every tensor, under published names; rows of query and key in the order of transformers.
 
     Raises:
-        ValueError: another number of files than one language model.
+        ValueError: another number of files than one language model, and at most one for what sees.
     """
-    files = [path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj")]
-    if len(files) != 1:
-        raise ValueError(f"{len(files)} GGUF files in place of one")
     _teach()
-    reader: Any = import_module("gguf").GGUFReader(files[0])
-    turned = _word(reader, "general.architecture") == "llama"
+    files = sorted(folder.glob("*.gguf"))
+    seeing = [path for path in files if path.name.startswith(_SEEING)]
+    if len(files) - len(seeing) != 1 or seeing[1:]:
+        raise ValueError(f"{len(files)} GGUF files, {len(seeing)} of them for images")
+    for path in files:
+        reader: Any = import_module("gguf").GGUFReader(path)
+        yield from _seeing(reader) if path in seeing else _language(reader, "language_model." * len(seeing))
+
+
+def _language(reader: Any, prefix: str) -> Iterator[Part]:
+    turned = str(reader.fields["general.architecture"].contents()) == "llama"
     for tensor in reader.tensors:
         name = _name(tensor.name)
         if name is None:
             continue
-        kind, values = _kind(tensor), _values(tensor)
+        values = _values(tensor)
         if turned and ("attn_q." in tensor.name or "attn_k." in tensor.name):
             values = _turned_back(values, _heads(reader, tensor.name))
-        yield Part(name, values, _slack(kind, values))
+        yield Part(prefix + name, values, _slack(_kind(tensor), values))
+
+
+def _seeing(reader: Any) -> Iterator[Part]:
+    for tensor in reader.tensors:
+        module, _, leaf = tensor.name.rpartition(".")
+        if tensor.name in _VISION:  # a parameter of its own
+            yield Part(_VISION[tensor.name], _values(tensor))
+        elif module in _VISION:
+            yield Part(f"{_VISION[module]}.{leaf}", _values(tensor))
+        else:
+            _, _, number, inside = module.split(".")
+            layer = f"vision_tower.vision_model.encoder.layers.{number}"
+            yield Part(f"{layer}.{_IN_LAYER[inside]}.{leaf}", _values(tensor))
 
 
 def _teach() -> None:
@@ -83,13 +119,13 @@ def _two_bits(data: Array) -> NDArray[np.float32]:
 
 
 def _slack(kind: str, values: Array) -> Array | float:
-    """Return how far each value may be from what was rounded: half a step of its block, or of half precision."""
+    """Return how far each value may be from what was rounded: half a step of its block, and that step in 16 bits."""
     if kind in _EXACT or values.ndim < 2:
         return 0.0
     if kind == "F16":
         return np.abs(values) * 2.0**-10 + 2.0**-24
     largest = np.abs(values).reshape(len(values), -1, 32).max(-1)
-    return np.repeat(largest / 254 * 1.02 + 1e-12, 32, 1)
+    return np.repeat(largest / 127 * (0.5 + 127 * 2.0**-11) + 1e-12, 32, 1)
 
 
 def _name(tensor: str) -> str | None:
@@ -111,7 +147,3 @@ def _turned_back(values: Array, heads: int) -> NDArray[np.float32]:
 def _heads(reader: Any, name: str) -> int:
     key = "head_count" if "attn_q." in name else "head_count_kv"
     return int(reader.fields[f"llama.attention.{key}"].contents())
-
-
-def _word(reader: Any, key: str) -> str:
-    return str(reader.fields[key].contents())
