@@ -217,7 +217,7 @@ def _compared(ids: Tensor, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -
     written = written[len(prompt) :] if written[: len(prompt)] == prompt else written  # some give what is new alone
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(new, written, strict=False))
     result: dict[str, Any] = {
-        "written": NEW if new == written else len(list(same)),
+        "written": NEW if new == written[: len(new)] else len(list(same)),
         "ours": _perplexity(found, ids),
     }
     if "logits" in theirs:
