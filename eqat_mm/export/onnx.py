@@ -68,7 +68,8 @@ class Onnx(Unchanged):
             "embeds": False,
             "overrides": {},
         }
-        write_hf_folder(model, folder, lambda each: blocks(each, block), {"quantization_config": entry})
+        settings = {"quantization_config": entry}
+        write_hf_folder(model, folder, lambda each: blocks(each, block), settings, model.published_name)
         return [
             "```sh",
             BUILD,
