@@ -8,7 +8,7 @@ CODE := eqat_mm llava_adapters kernels eval demo scripts benchmarks tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-vlm demo-serve test test-all test-faults test-gpu lint format types imports options aot docs check bench bench-kernels clean
+.PHONY: help setup demo demo-vlm demo-serve test test-all test-faults test-gpu lint format types imports options aot docs check bench bench-kernels adapters clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ check: lint types imports test aot docs  ## everything CI runs
 
 bench: setup  ## speed and memory of the training paths, as ratios
 	$(BIN)/python benchmarks/run.py
+
+adapters: setup  ## try every adapter as a user would, and write the table of docs/adding_a_model.md; most of an hour
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/adapters.py --write
 
 bench-kernels: setup  ## speed of the kernels, as ratios; on the CPU where there is no GPU
 	$(BIN)/python benchmarks/time_kernels.py

@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from llava_adapters.tiny_processor import WORDS, chat_template, word_tokenizer
 
 DOCUMENT = Path(__file__).parents[1] / "docs/adding_a_model.md"
 SHOWN = ("one image", "several images", "no image", "several turns")
-COLUMNS = ("contract", "block-ap", "e2e-qp: text", *(f"{kind}" for kind in SHOWN), "eval", "generate", "transformers")
+COLUMNS = ("contract", "block-ap", "e2e-qp: text", *SHOWN, "eval", "generate", "transformers")
 SPEC = ("--quant.bits", "4", "--quant.group_size", "32", "--quant.symmetric", "true")
 TEXT = ("--data.length", "16", "--data.count", "8")
 TRAINED = ("--max_steps", "1", "--batch_size", "2", "--accumulation", "2", "--learning_rate", "1e-3")
@@ -181,14 +181,15 @@ def row(name: str, found: dict[str, str]) -> str:
     return f"| `{name}` | {' | '.join(marks)} |"
 
 
-def write(rows: Sequence[str]) -> None:
-    """Put the table into the document, in place of the one that is there."""
-    head = f"| adapter | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}"
-    table = "\n".join([head, *rows])
+def write(rows: Mapping[str, str]) -> None:
+    """Put rows, by adapter, into the table of the document, in place of those that are there."""
     before = DOCUMENT.read_text(encoding="utf-8")
-    after, count = re.subn(r"\| adapter \| contract \|.*\n(\|.*\n)+", lambda _: f"{table}\n", before)
-    assert count == 1, DOCUMENT
-    DOCUMENT.write_text(after, encoding="utf-8")
+    old = re.search(r"\| adapter \| contract \|.*\n(\|.*\n)+", before)
+    assert old is not None, DOCUMENT
+    known = {found[1]: found[0] for found in re.finditer(r"\| `(\w+)` \|.*", old[0])}
+    lines = [each for name in known_archs() if (each := (known | rows).get(name))]
+    head = f"| adapter | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}"
+    DOCUMENT.write_text(before.replace(old[0], "\n".join([head, *lines]) + "\n"), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where models are put, and stay")
     parser.add_argument("--write", action="store_true", help="put the table into docs/adding_a_model.md")
     options = parser.parse_args(argv)
-    rows, wrong = [], 0
+    rows: dict[str, str] = {}
+    wrong = 0
     for name in options.names or known_archs():
         with contextlib.ExitStack() as stack:
             place = (
@@ -206,8 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             place.mkdir(parents=True, exist_ok=True)
             found = tried(arch_for(name), place)
-        rows.append(row(name, found))
-        print(rows[-1], flush=True)
+        rows[name] = row(name, found)
+        print(rows[name], flush=True)
         for column, said in found.items():
             if said:
                 wrong += 1

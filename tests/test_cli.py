@@ -25,9 +25,9 @@ NEEDS_A_MODEL = ("block-ap", "chat", "e2e-qp", "eval", "generate", "generate-dat
 NEEDS_A_MODEL += ("verify", "prepare-data", "quantize")
 RECIPES = recipe_names()
 MODEL = {name: ["--model", "m"] for name in NAMES if name in NEEDS_A_MODEL}
-MODEL["report"] = ["--run", "r"]
 MODEL["prepare-data"] += ["--conversations.source", "mix.json"]
 MODEL["report"] = ["--run", "runs/m-w2g64"]
+MODEL["export"] = ["--model", "m", "--to", "gguf"]
 
 
 def command_of(recipe: str) -> str:

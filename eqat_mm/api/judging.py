@@ -40,7 +40,8 @@ class Evaluation:
         tasks: by name of the task: `accuracy` (0 to 1; None where it is not measured by exact match), `by_type`,
             `questions` and `metrics`.
         reference_tasks: the same of the reference.
-        choices: of `task_file`: `questions`, `accuracy`, `accuracy_norm`, `margin`, `flips` and `margin_change`.
+        choices: of `task_file`: `questions`, `accuracy`, `accuracy_norm`, `margin`, and beside a reference
+            `reference_accuracy`, `flips` and `margin_change`.
         seconds: wall time.
     """
 

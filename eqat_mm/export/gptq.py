@@ -67,7 +67,8 @@ class Gptq:
 
     def write(self, model: PackedModel, folder: Path, choices: Choices) -> list[str]:
         """Write shards, index and config.json; return how they are used."""
-        write_hf_folder(model, folder, transposed, {"quantization_config": _entry(model)})
+        # with the names of the modules: gptqmodel looks for these, also in a LLaVA
+        write_hf_folder(model, folder, transposed, {"quantization_config": _entry(model)}, str)
         return [
             "```python",
             "from gptqmodel import GPTQModel",

@@ -38,21 +38,26 @@ class Unchanged:
 
 
 def write_hf_folder(
-    model: PackedModel, folder: Path, tensors_of: Callable[[PackedWeight], Tensors], settings: dict[str, Any]
+    model: PackedModel,
+    folder: Path,
+    tensors_of: Callable[[PackedWeight], Tensors],
+    settings: dict[str, Any],
+    called: Callable[[str], str],
 ) -> None:
-    """Write shards, index and config.json; what is not a packed linear is copied byte for byte, with published names.
+    """Write shards, index and config.json; what is not a packed linear is copied byte for byte.
 
     Args:
         model: the checkpoint; one of its shards is in memory at once.
         folder: to write into.
         tensors_of: gives the tensors that stand for a linear, by the last part of their names.
         settings: entries of config.json that take the place of `quantization_config`.
+        called: from the name of a tensor or linear in the model to that in the files.
     """
     shards = list(model.shards())
     weight_map: dict[str, str] = {}
     for number, names in enumerate(progress(shards, what="write", total=len(shards), unit="shard"), 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = _of_shard(model, names, tensors_of)
+        tensors = _of_shard(model, {name: called(name) for name in names}, tensors_of)
         save_shard(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
@@ -61,14 +66,14 @@ def write_hf_folder(
     write_json(folder / CONFIG, spelled_for_all(config) | settings)
 
 
-def _of_shard(model: PackedModel, names: list[str], tensors_of: Callable[[PackedWeight], Tensors]) -> Tensors:
+def _of_shard(model: PackedModel, names: dict[str, str], tensors_of: Callable[[PackedWeight], Tensors]) -> Tensors:
     tensors: Tensors = {}
-    for name in names:
-        published, weight = model.published_name(name), model.weights.get(name)
+    for name, called in names.items():
+        weight = model.weights.get(name)
         if weight is None:
-            tensors[published] = model.source.read(name)
+            tensors[called] = model.source.read(name)
         else:
-            tensors |= {f"{published}.{leaf}": tensor for leaf, tensor in tensors_of(weight).items()}
+            tensors |= {f"{called}.{leaf}": tensor for leaf, tensor in tensors_of(weight).items()}
     return tensors
 
 
@@ -109,7 +114,7 @@ def takes_images(model: PackedModel) -> bool:
 
 
 def require_known_kind(model: PackedModel, form: str, unread: dict[str, str]) -> None:
-    """Check that a model is one that the readers of a format compute as transformers does: of those with images, LLaVA-1.5.
+    """Check that the readers of a format compute a model as transformers does; of those with images, LLaVA-1.5.
 
     Args:
         model: the checkpoint.

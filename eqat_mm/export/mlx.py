@@ -58,7 +58,8 @@ class Mlx(Unchanged):
         """Write shards, index and config.json; return how they are used."""
         group = common_group(model, self.name, GROUPS)
         entry = {"group_size": group, "bits": model.spec.bits, "mode": "affine"}
-        write_hf_folder(model, folder, lambda each: affine(each, group), dict.fromkeys(_KEYS, entry))
+        settings = dict.fromkeys(_KEYS, entry)
+        write_hf_folder(model, folder, lambda each: affine(each, group), settings, model.published_name)
         program = "mlx_vlm generate --image picture.png" if takes_images(model) else "mlx_lm generate"
         return ["```sh", f"python -m {program} --model . --prompt 'What is this?'", "```"]
 

@@ -12,7 +12,7 @@ from eqat_mm.export.form import Choices
 from eqat_mm.export.hf_folder import Tensors, Unchanged, common_group, no_reader, repeated, write_hf_folder
 from eqat_mm.export.opened import PackedModel, PackedWeight
 
-BITS = (2, 4)
+BITS = (2, 4, 8)
 BLOCKS = (256, 128, 64, 32)
 """Sizes of the blocks of a row that ONNX Runtime knows."""
 
@@ -41,8 +41,8 @@ class Onnx(Unchanged):
             raise ExportError(
                 where=f"--to onnx, from {model.folder}",
                 given=f"{model.spec.bits} bits",
-                allowed=f"{' or '.join(map(str, BITS))} bits, which the builder writes as they are",
-                do="quantize the model so (--quant.bits), or choose --to mlx or gptq, which hold 2, 3, 4 and 8",
+                allowed="2, 4 and 8 bits, for which ONNX Runtime has kernels",
+                do="quantize the model so (--quant.bits), or choose --to mlx or gptq, which hold 3 bits, too",
             )
         kind = model.full_config.model_type
         if kind not in ARCHITECTURES:
@@ -68,7 +68,8 @@ class Onnx(Unchanged):
             "embeds": False,
             "overrides": {},
         }
-        write_hf_folder(model, folder, lambda each: blocks(each, block), {"quantization_config": entry})
+        settings = {"quantization_config": entry}
+        write_hf_folder(model, folder, lambda each: blocks(each, block), settings, model.published_name)
         return [
             "```sh",
             BUILD,
@@ -90,12 +91,13 @@ def blocks(weight: PackedWeight, block: int) -> Tensors:
         block: size of the blocks, which divides the weight's groups.
 
     Returns:
-        `qweight`, uint8 [O, I N / 8], the packed words as bytes; `scales`, [O, B]; on the asymmetric grid `qzeros`,
-        uint8 [O, ceil(B N / 8)], packed along a row. Without them zero points are 2^(N-1).
+        `qweight`, uint8 [O, I N / 8], the packed words as bytes; `scales`, [O, B]; `qzeros`, uint8 [O, ceil(B N / 8)],
+        packed along a row. The builder wants them on the symmetric grid, too.
     """
-    tensors = {"qweight": weight.words().view(torch.uint8), "scales": repeated(weight.scale(), weight, block)}
-    if not weight.spec.symmetric:
-        words = pack(repeated(weight.zero_points(), weight, block), weight.spec.bits)
-        count = -(-(weight.in_features // block) * weight.spec.bits // 8)
-        tensors["qzeros"] = words.view(torch.uint8)[:, :count].contiguous()
-    return tensors
+    words = pack(repeated(weight.zero_points(), weight, block), weight.spec.bits)
+    count = -(-(weight.in_features // block) * weight.spec.bits // 8)
+    return {
+        "qweight": weight.words().view(torch.uint8),
+        "scales": repeated(weight.scale(), weight, block),
+        "qzeros": words.view(torch.uint8)[:, :count].contiguous(),
+    }

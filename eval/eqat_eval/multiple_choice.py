@@ -6,8 +6,8 @@ first) and WinoGrande (the second) are:
     {"query": "Question: ...", "choices": ["...", "..."], "gold": 1}
     {"context_options": ["... because Ann", "... because Eve"], "continuation": "was late.", "gold": 0}
 
-A query that begins with "Question:" is followed by a line that begins with "Answer:", unless it ends with one; a choice
-follows behind a space.
+A query with a line that begins with "Question:" is followed by one that begins with "Answer:", unless it ends with one;
+a choice follows behind a space.
 
 With l_k the log-likelihood of ending k behind its beginning, summed over its tokens (in nats):
 
@@ -26,6 +26,7 @@ Axes: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ FORMS = (
     'records such as {"query": "Question: ...", "choices": ["...", "..."], "gold": 0} or '
     '{"context_options": ["...", "..."], "continuation": "...", "gold": 0}, one a line'
 )
-_ASKED, _ANSWERED = "Question:", "Answer:"
+_ASKS, _ANSWERED = re.compile(r"^Question:", re.MULTILINE), "Answer:"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Choices:
     accuracy: float
     accuracy_norm: float
     margin: float
+    reference_accuracy: float | None
     flips: float | None
     margin_change: float | None
 
@@ -132,7 +134,7 @@ def _odd(where: str, value: Any, allowed: str) -> DataError:
 
 
 def _before(query: str) -> str:
-    asks = query.startswith(_ASKED) and not query.endswith(_ANSWERED)
+    asks = _ASKS.search(query) and not query.endswith(_ANSWERED)
     return f"{query}\n{_ANSWERED}" if asks else query
 
 
@@ -202,6 +204,7 @@ def summary(
         accuracy=_mean([each.right for each in own]),
         accuracy_norm=_mean([each.right_norm for each in own]),
         margin=_mean([each.margin for each in own]),
+        reference_accuracy=None if theirs is None else _mean([each.right for each in theirs]),
         flips=None if pairs is None else _mean([a.right != b.right for a, b in pairs]),
         margin_change=None if pairs is None else _mean([abs(a.margin - b.margin) for a, b in pairs]),
     )

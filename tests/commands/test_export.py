@@ -102,6 +102,19 @@ def test_a_failed_export_leaves_what_was_there(exact: Path, tmp_path: Path, monk
     assert (tmp_path / "out" / ".replaced" / "model" / EXPORT).read_bytes() == before
 
 
+def test_an_interrupted_export_is_finished_by_the_same_command(exact: Path, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space")
+
+    job = ExportJob(str(exact), to="gguf", output=tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eqat_mm.export.gguf.form.write_file", full)
+        with pytest.raises(OSError, match="no space"):
+            export(job)
+    assert not (tmp_path / "out" / "model").exists()
+    assert (export(job) / "full-w4g32sym.gguf").is_file()
+
+
 def test_beside_the_run(exact: Path) -> None:
     folder = export(ExportJob(str(exact.parent), to="gguf"))
     assert folder == exact.parent.parent / f"{exact.parent.name}-gguf" / "model"

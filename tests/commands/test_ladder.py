@@ -68,6 +68,26 @@ def test_rows_say_how_far_each_rung_is_from_full_precision(climbed: tuple[Path, 
     assert [row["bits_per_weight"] for row in (rounded, tuned, fitted, both)] == pytest.approx([bits] * 4)
 
 
+def test_texts_of_another_kind_are_columns(
+    tiny: Tiny, climbed: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    (tmp_path / "other.txt").write_text("w90 w91 w92 w93 " * 40, "utf-8")
+    rungs = module._rungs(replace(job_of(tiny, tmp_path), beside=(str(tmp_path / "other.txt"),)))
+    rungs.add("full precision", lambda: tiny.folder)
+    rungs.add("round-to-nearest", lambda: climbed[0] / "rtn" / "model")
+    full, rounded = ({name: row[name] for name in ROW - {"stage", "seconds"}} for row in rungs.rows)
+    assert full == {name: climbed[1][0][name] for name in full}
+    (text,) = rungs.rows[1]["beside"]
+    assert text == str(tmp_path / "other.txt")
+    assert rungs.rows[0]["beside"][text]["kl"] == pytest.approx(0, abs=1e-6)
+    other = rungs.rows[1]["beside"][text]
+    assert other["kl"] > 0
+    assert other["perplexity"] != rounded["perplexity"]
+    lines = table(rungs.rows).splitlines()
+    assert lines[0].endswith(text)
+    assert lines[2].endswith(f"{other['perplexity']:,.2f} / {other['kl']:.4f}")
+
+
 def test_every_rung_leaves_a_checkpoint(climbed: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, _ = climbed
     assert {path.name for path in folder.iterdir()} == {*FOLDERS, "eval", "results.json"}

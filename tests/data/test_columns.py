@@ -48,7 +48,9 @@ def test_a_sample_is_rows_and_what_belongs_to_images() -> None:
     assert batch["pixel_values"] is sample["pixel_values"]
 
 
-@pytest.mark.parametrize("value", [[torch.ones(2), torch.ones(3)], [["a"], [1, 2]], object()], ids=str)
+@pytest.mark.parametrize(
+    "value", [[torch.ones(2), torch.ones(3)], [["a"], [1, 2]], object()], ids=["uneven", "mixed", "object"]
+)
 def test_what_is_no_tensor_is_refused_by_name(value: object) -> None:
     with pytest.raises(ConfigError, match="image_patches") as caught:
         taken_apart({"input_ids": IDS, "image_patches": value}, "FuyuProcessor")

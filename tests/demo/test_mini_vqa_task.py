@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from eqat_demo.mini_vqa import task
 from eqat_demo.mini_vqa.pictures import Counts, pictures
+from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
+from tests.eval.questions import write_questions
+from tests.tiny_llava import save_tiny_llava
 
 
 def test_a_colour_is_right_or_wrong() -> None:
@@ -49,6 +54,21 @@ def test_the_task_lists_every_score() -> None:
         for asked in picture.asked:
             scored |= set(task.score({"answer": asked.answer, "type": asked.type}, [asked.answer]))
     assert listed == scored
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval")
+@pytest.mark.filterwarnings("ignore")  # lmms-eval 0.7.3 and its imports warn; 2026-11-27
+def test_lmms_eval_reports_every_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_llava(tmp_path / "llava", dtype=torch.float32)
+    types = ("exist", "word", "word_held_out", "bar_value", "nearest")
+    write_questions(tmp_path / "questions.parquet", types)
+    monkeypatch.setenv(task.FILE_VARIABLE, str(tmp_path / "questions.parquet"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    job = EvalJob(str(tmp_path / "llava"), tasks="mini_vqa", device="cpu", likelihood=True, batch_size=6)
+    row = evaluate(job)["tasks"]["mini_vqa"]
+    assert set(row["by_type"]) == set(types)
+    assert {"character_error", "character_error_held_out", "relaxed_accuracy"} < set(row["metrics"])
+    assert row["nll"] > 0
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
@@ -18,8 +19,8 @@ def images() -> list[Image.Image]:
     return [Image.new("RGB", (16, 16), (40 * index, 255 - 40 * index, 90)) for index in range(COUNT)]
 
 
-def write_questions(path: Path) -> None:
-    """Write questions of different lengths."""
+def write_questions(path: Path, types: Sequence[str] = TYPES) -> None:
+    """Write questions of different lengths, and of these types in turn."""
     rows = []
     for index, image in enumerate(images()):
         file = io.BytesIO()
@@ -30,7 +31,7 @@ def write_questions(path: Path) -> None:
                 "image": file.getvalue(),
                 "question": " ".join(f"w{5 + word * (index + 1)}" for word in range(index + 1)),
                 "answer": f"w{10 + index}",
-                "type": TYPES[index % len(TYPES)],
+                "type": types[index % len(types)],
             }
         )
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)

@@ -33,9 +33,14 @@ def test_both_forms_are_read(tmp_path: Path) -> None:
 
 
 def test_a_query_that_ends_for_an_answer_stays(tmp_path: Path) -> None:
-    queries = ["Question: Why?\nAnswer: ", "The sun is"]
+    queries = ["Question: Why?\nAnswer: ", "The sun is", "Passage: One.\nQuestion: is it?\n", "A Question: no"]
     file = written(tmp_path / "file.jsonl", *({"query": each, "choices": ["a", "b"], "gold": 1} for each in queries))
-    assert [item.options[0][0] for item in read_items(file)] == ["Question: Why?\nAnswer:", "The sun is"]
+    assert [item.options[0][0] for item in read_items(file)] == [
+        "Question: Why?\nAnswer:",
+        "The sun is",
+        "Passage: One.\nQuestion: is it?\nAnswer:",
+        "A Question: no",
+    ]
     assert len(read_items(file, limit=1)) == 1
 
 
@@ -87,7 +92,7 @@ def test_flips_count_both_ways_and_margins_are_compared() -> None:
     own, theirs = [[-3.0, -4.0], [-4.0, -6.0, -5.0]], [[-4.0, -3.5], [-7.0, -6.0, -8.0]]
     found = summary(ITEMS, own, theirs)
     assert found.flips == 1.0  # one became right, one wrong: accuracy is the same
-    assert summary(ITEMS, theirs).accuracy == found.accuracy
+    assert summary(ITEMS, theirs).accuracy == found.accuracy == found.reference_accuracy
     assert found.margin_change == pytest.approx((abs(1 + 0.5) + abs(-2 - 1)) / 2)
     assert summary(ITEMS, own, own).flips == summary(ITEMS, own, own).margin_change == 0.0
 

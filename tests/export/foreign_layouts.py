@@ -39,10 +39,8 @@ def from_gptq(tensors: dict[str, NDArray], bits: int) -> Grid:
 
 
 def from_matmul_nbits(tensors: dict[str, NDArray], bits: int, block: int) -> Grid:
-    """Bytes of blocks along a row; without zero points they are the middle."""
+    """`w = scales * (q - qzeros)`, bytes of blocks along a row."""
     codes = bits_of(tensors["qweight"], bits)
     steps = tensors["scales"].astype(np.float64)
-    zeros = np.full(steps.shape, 1 << bits - 1)
-    if "qzeros" in tensors:
-        zeros = bits_of(tensors["qzeros"], bits)[:, : steps.shape[1]]
+    zeros = bits_of(tensors["qzeros"], bits)[:, : steps.shape[1]]
     return Grid(codes, np.repeat(steps, block, 1), np.repeat(zeros.astype(np.float64), block, 1))

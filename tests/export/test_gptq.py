@@ -65,15 +65,15 @@ def test_a_language_model(tmp_path: Path, symmetric: bool) -> None:
     assert written <= 1.02 * FORM.size(model, Choices())
 
 
-def test_a_llava(tmp_path: Path) -> None:
+def test_a_llava_has_the_names_of_its_modules(tmp_path: Path) -> None:
     model = open_packed(packed_llava(tmp_path, QuantSpec(4, 32)))
     FORM.refuse(model, Choices())
     FORM.write(model, tmp_path / "out", Choices())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["block_name_to_quantize"] == "model.language_model.layers"
     names = {part.name for part in parts(tmp_path / "out")}
-    assert "language_model.model.layers.1.self_attn.q_proj.weight" in names
-    assert "vision_tower.vision_model.embeddings.class_embedding" in names
+    assert "model.language_model.layers.1.self_attn.q_proj.weight" in names
+    assert "model.vision_tower.embeddings.class_embedding" in names
 
 
 def test_other_llavas_are_refused_by_name(tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ def test_every_code_step_and_zero_point(bits: int, size: int, symmetric: bool, d
     tensors = blocks(one.weight, block)
     assert tensors["qweight"].dtype is torch.uint8
     assert torch.equal(tensors["qweight"].view(torch.int32), one.weight.words())
-    assert ("qzeros" in tensors) != symmetric
     grid = from_matmul_nbits(arrays(tensors), bits, block)
     assert np.array_equal(grid.codes, one.codes.numpy())
     assert np.array_equal(grid.steps, one.steps.numpy())
@@ -59,12 +58,11 @@ def test_a_language_model(tmp_path: Path, symmetric: bool) -> None:
     assert written <= 1.02 * FORM.size(model, Choices())
 
 
-@pytest.mark.parametrize("bits", [3, 8])
-def test_other_widths_are_refused(tmp_path: Path, bits: int) -> None:
-    model = open_packed(packed(tmp_path, QuantSpec(bits, 64)))
+def test_three_bits_are_refused(tmp_path: Path) -> None:
+    model = open_packed(packed(tmp_path, QuantSpec(3, 64)))
     with pytest.raises(ExportError) as raised:
         FORM.refuse(model, Choices())
-    assert raised.value.given == f"{bits} bits"
+    assert raised.value.given == "3 bits"
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "mixtral"])

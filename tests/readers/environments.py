@@ -58,6 +58,7 @@ ENVIRONMENTS = {
         ),
         source="gptqmodel==7.7.0",
     ),
+    "xllamacpp": Environment(("xllamacpp==2026.10.11549",)),
     "mlx": Environment(("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2", "mlx-vlm==0.7.10")),
     "onnxruntime": Environment(
         (

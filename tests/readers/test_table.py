@@ -18,7 +18,7 @@ def test_the_page_has_what_was_seen() -> None:
 def test_nothing_is_read_as_another_model() -> None:
     """A folder is read, or refused: nobody makes random weights of it."""
     seen = table.read()
-    assert len(seen) >= 10
+    assert seen
     assert [one.key for one in seen if one.kl is not None and one.kl > 0.5] == []
     assert [one.key for one in seen if one.agreement is not None and one.agreement < 0.8] == []
 

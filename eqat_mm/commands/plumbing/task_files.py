@@ -64,6 +64,7 @@ def task_file_line(found: dict[str, Any]) -> str:
     text = f"{row['file']}: accuracy {row['accuracy']:.1%}, per character {row['accuracy_norm']:.1%}"
     text += f", margin {row['margin']:.3f}"
     if row["flips"] is not None:
+        text += f" (reference: accuracy {row['reference_accuracy']:.1%})"
         text += f", flips {row['flips']:.1%}, change of the margin {row['margin_change']:.3f}"
     return f"{text} on {row['questions']:,} questions ({duration(found['seconds'])})"
 

@@ -36,6 +36,7 @@ class LadderJob(Settings):
         e2e_qp: E2E-QP after Block-AP.
         e2e_qp_only: E2E-QP on round-to-nearest, which needs larger steps; null leaves this rung out.
         data: held-out text that every rung is measured on.
+        beside: texts of another kind that it is measured on, too, by name: in the demo demo-wikipedia-es, demo-python.
         batch_size: windows per forward of the evaluation.
         precision: of the matrix products of the evaluation.
         output: folder of all runs and of results.json.
@@ -46,6 +47,7 @@ class LadderJob(Settings):
     e2e_qp: E2EQPJob = field(default_factory=lambda: E2EQPJob(model=_MODEL))
     e2e_qp_only: E2EQPJob | None = field(default_factory=lambda: E2EQPJob(model=_MODEL))
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
+    beside: tuple[str, ...] = ()
     batch_size: Count = 4
     precision: Precision = "auto"
     output: Path | None = None
@@ -83,8 +85,18 @@ def _rungs(job: LadderJob) -> Rungs:
     model, spec = job.block_ap.model, job.block_ap.quant
     folder = model_folder(model)
     require_weights(folder)
-    windows = text_windows(load_tokenizer(folder), job.data)
-    bench = Bench(folder, windows, job.batch_size, job.precision, best_device(job.block_ap.device))
+    texts = {name: replace(job.data, source=name, part="all") for name in job.beside}
+    bench, *others = (
+        Bench(
+            folder,
+            text_windows(load_tokenizer(folder), data),
+            job.batch_size,
+            job.precision,
+            best_device(job.block_ap.device),
+        )
+        for data in (job.data, *texts.values())
+    )
     made_by = provenance("demo", settings(job), job.block_ap.seed)
     root = job.output or default_output(model, spec)
-    return Rungs(bench, root, "demo", model, spec, made_by, anew=job.overwrite)
+    beside = dict(zip(texts, others, strict=True))
+    return Rungs(bench, root, "demo", model, spec, made_by, anew=job.overwrite, beside=beside)

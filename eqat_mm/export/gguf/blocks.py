@@ -116,7 +116,7 @@ def packed(weight: PackedWeight, kind: BlockType, order: Tensor | None = None) -
 
 
 def q8_0(weight: Tensor) -> Tensor:
-    """Return a dense weight in rounded 8-bit blocks, uint8 [O, bytes of a row], from floats [O, I]; some rows a time."""
+    """Return a dense weight in rounded 8-bit blocks, uint8 [O, bytes of a row], from floats [O, I]."""
     return torch.cat([_q8_0(rows) for rows in weight.split(_ROWS)])
 
 
