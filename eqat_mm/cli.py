@@ -68,10 +68,20 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     return status_of(lambda: _run(name, argv))
 
 
+class _Saying(logging.Handler):
+    """Prints what is logged as the lines of a run are printed, apart from progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        from eqat_mm.runtime.progress import say
+
+        say(record.getMessage())
+
+
 def _tell_of_kernels() -> None:
-    """Let each kind of kernel say, on standard error, which implementation runs."""
+    """Let each kind of kernel say which implementation runs."""
     kernels = logging.getLogger("eqat_kernels")
-    kernels.addHandler(logging.StreamHandler())
+    kernels.addHandler(_Saying())
     kernels.setLevel(logging.INFO)
 
 
