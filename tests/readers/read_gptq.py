@@ -26,7 +26,7 @@ def main(folder: str, inputs: str, outputs: str, reader: str = "gptqmodel") -> N
     rows = [{"input_ids": row[None]} | images for row in given["input_ids"]]
     logits = torch.stack([model(**row).logits[0].float() for row in rows])
     prompt = rows[0]["input_ids"] if images else rows[0]["input_ids"][:, :24]
-    written = model.generate(input_ids=prompt, **images, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    written = model.generate(input_ids=prompt, **images, max_new_tokens=NEW, do_sample=False)
     save_file({"logits": logits, "generated": written[0].clone()}, outputs)
 
 

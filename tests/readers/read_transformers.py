@@ -30,7 +30,7 @@ def main(folder: str, inputs: str, outputs: str, *save: str) -> None:
     model = loaded(folder)
     logits = torch.cat([model(**row).logits.float() for row in rows])
     prompt = rows[0]["input_ids"] if images else rows[0]["input_ids"][:, :24]
-    written = model.generate(input_ids=prompt, **images, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    written = model.generate(input_ids=prompt, **images, max_new_tokens=NEW, do_sample=False)
     found = {"logits": logits, "generated": written[0].clone()}
     if save:
         found["reloaded"] = reloaded(model, rows[0], logits[:1], f"{outputs}.saved")

@@ -36,7 +36,7 @@ def main(folder: str, inputs: str, outputs: str, image: str | None = None, quest
 
 
 def _greedy(tokens: int, **more: Any) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=tokens, min_tokens=tokens, **more)
+    return SamplingParams(temperature=0.0, max_tokens=tokens, **more)
 
 
 def _scored(model: Any, rows: list[list[int]]) -> dict[str, torch.Tensor]:

@@ -146,7 +146,7 @@ def ours(model: str, spec: str) -> dict[str, Tensor]:
     images = {name: value for name, value in given.items() if name != "input_ids"}
     rows = given["input_ids"].split(1)
     prompt = rows[0] if images else rows[0][:, :PROMPT]
-    written = loaded.generate(input_ids=prompt, **images, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    written = loaded.generate(input_ids=prompt, **images, max_new_tokens=NEW, do_sample=False)
     logits = torch.cat([loaded(input_ids=row, **images).logits for row in rows])
     return {"logits": logits, "generated": written[0], "prompt": prompt[0]}
 
@@ -212,10 +212,14 @@ def _run(reader: Reader, words: list[str]) -> str:
 
 def _compared(ids: Tensor, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Any]:
     found = mine["logits"].log_softmax(-1)
-    new = mine["generated"][len(mine["prompt"]) :].tolist()
-    written = theirs["generated"].tolist()[-len(new) :] if len(theirs["generated"]) else []
-    same = [left == right for left, right in zip(new, written, strict=False)]
-    result: dict[str, Any] = {"written": sum(itertools.takewhile(bool, same)), "ours": _perplexity(found, ids)}
+    prompt = mine["prompt"].tolist()
+    new, written = mine["generated"].tolist()[len(prompt) :], theirs["generated"].tolist()
+    written = written[len(prompt) :] if written[: len(prompt)] == prompt else written  # some give what is new alone
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(new, written, strict=False))
+    result: dict[str, Any] = {
+        "written": NEW if new == written[: len(new)] else len(list(same)),
+        "ours": _perplexity(found, ids),
+    }
     if "logits" in theirs:
         given = theirs["logits"].float().log_softmax(-1)
         result["kl"] = float((found.exp() * (found - given)).sum(-1).mean())
