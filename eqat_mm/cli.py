@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import warnings
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from eqat_mm.commands.line.outline import Option
     from eqat_mm.commands.line.taken import Taken
     from eqat_mm.commands.line.typed import Typed
+
+_VERBOSE = {"-v", "--verbose"}
 
 __all__ = ["main", "run_command", "script"]
 
@@ -52,6 +55,9 @@ def script(name: str) -> int:
 def run_command(name: str, argv: Sequence[str]) -> int:
     """Run one command with its own arguments, those of a launcher left out; returns the exit status."""
     argv = _of_launchers_left_out(argv)
+    if _VERBOSE & set(argv):
+        _tell_of_kernels()
+        argv = [word for word in argv if word not in _VERBOSE]
     warnings.showwarning = _show_warning
     _print_anything()
     if "LOCAL_RANK" in os.environ:
@@ -60,6 +66,13 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         end_with_launcher()
         quiet_libraries()
     return status_of(lambda: _run(name, argv))
+
+
+def _tell_of_kernels() -> None:
+    """Let each kind of kernel say, on standard error, which implementation runs."""
+    kernels = logging.getLogger("eqat_kernels")
+    kernels.addHandler(logging.StreamHandler())
+    kernels.setLevel(logging.INFO)
 
 
 def _of_launchers_left_out(argv: Sequence[str]) -> list[str]:
@@ -153,7 +166,7 @@ def _overview() -> str:
     return (
         "usage: eqat COMMAND [MODEL] [--config RECIPE] [--option VALUE ...]\n\n"
         f"{rows}\n\n"
-        "eqat COMMAND --help lists its options; --print_config shows their values."
+        "eqat COMMAND --help lists its options; --print_config shows their values; -v says which kernels run."
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +14,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from eqat_kernels.dispatch import _log_once
 from eqat_mm import __version__
 from eqat_mm.cli import main, parse_job
 from eqat_mm.commands.line.commands import COMMANDS
@@ -93,6 +96,16 @@ def test_printed_settings_are_settings(capsys: pytest.CaptureFixture[str], tmp_p
     file = tmp_path / "printed.yaml"
     file.write_text(printed(capsys, command, *MODEL.get(command, []), "--print_config"), encoding="utf-8")
     assert job_of(command, "--config", str(file)) == job_of(command, *MODEL.get(command, []))
+
+
+def test_the_kernels_that_run_are_said_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = save_tiny(tmp_path)
+    words = ["rtn", str(tiny.folder), "--quant.group_size", "32", "--device", "cpu", "--output", str(tmp_path / "rtn")]
+    _log_once.cache_clear()
+    assert main([*words, "-v"]) == 0
+    logging.getLogger("eqat_kernels").handlers.clear()
+    said = capsys.readouterr().err
+    assert re.search(r"^pack on cpu: (cpu|reference)$", said, re.M)
 
 
 def test_the_commands_run_as_a_program() -> None:

@@ -54,10 +54,11 @@ class CompressedTensorsConfig(_Others):  # type: ignore[misc]
 
 
 @register_quantizer(_METHOD)
-class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+class PackedQuantizer(HfQuantizer):
     """Builds packed modules before weights are read, and gives the model what `eqat_mm.load` gives it behind that."""
 
     requires_calibration = True
+    quantization_config: Any
     is_trainable = is_qat_trainable = is_compileable = True
 
     def __new__(cls, quantization_config: CompressedTensorsConfig, **kwargs: Any) -> Any:
@@ -79,7 +80,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def postprocess_model(self, model: Any, **_: Any) -> Any:
         """Freeze, put low-rank adapters on, and let the model write itself as a packed checkpoint."""
         if self.found.there:  # from here on it is no quantized model of transformers' own
-            self.remove_quantization_config(model)
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         else:
             model.config.quantization_config = self.quantization_config.entry
         self.found.complete(model)

@@ -73,7 +73,7 @@ class Devices:
         if len(set(self._devices.values())) == 1:
             nn.Module.to(model, next(iter(self._devices.values())))
         else:
-            dispatch_model(model, self.places, offload_buffers=True)  # type: ignore[arg-type]
+            dispatch_model(model, self.places, offload_buffers=True)
 
 
 def _places(model: nn.Module, wanted: DeviceMap, dtype: torch.dtype) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from eqat_mm.blocks.attention import quantize_keys_and_values
 from eqat_mm.blocks.config import CONFIG

@@ -28,7 +28,7 @@ DTYPES = {
 """Name in a header -> dtype."""
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ORDER = ("I64", "F64", "F32", "I32", "U32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+_ORDER = ("I64", "F64", "F32", "U32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 """The widest first, so that every tensor is aligned; within a width the library's own order."""
 
 

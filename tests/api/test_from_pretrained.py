@@ -182,7 +182,7 @@ def test_in_a_process_of_its_own(pack: Pack, first: str) -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "EQAT_FROM_PRETRAINED"}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=environment, check=True
     )
     assert done.stdout.strip() == "14"
 

@@ -12,13 +12,18 @@ import torch
 
 from eqat_demo.easy_vqa_task import FILE_VARIABLE
 from eqat_mm.cli import run_command
+from eqat_mm.commands.plumbing import task_files
 from eqat_mm.commands.plumbing.answers import Answers, compared
+from eqat_mm.commands.plumbing.models import load_model
+from eqat_mm.commands.plumbing.task_files import Asking, evaluate_task_file
 from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
 from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.errors import ConfigError, DataError
+from eqat_mm.runtime.ranks import ALONE, Ranks
 from tests.checkpoint.files import assert_four_lines
 from tests.commands.jobs import SPEC
 from tests.eval.questions import write_questions
+from tests.thread_ranks import in_threads
 from tests.tiny_llava import save_tiny_llava
 
 needs_lmms_eval = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval")
@@ -116,6 +121,23 @@ def test_the_command_answers_a_file(
     assert "flips" in capsys.readouterr().out.splitlines()[-1]
     itself = evaluate(EvalJob(str(folders[0]), str(folders[0]), task_file=file, device="cpu", limit=2))["task_file"]
     assert (itself["questions"], itself["flips"], itself["margin_change"]) == (2, 0.0, 0.0)
+
+
+def test_two_processes_find_what_one_finds(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_choices(tmp_path / "piqa.jsonl")
+    models = {folder: load_model(folder, torch.device("cpu"), torch.float32) for folder in folders}
+    monkeypatch.setattr(task_files, "load_model", lambda folder, *_: models[folder])  # threads must not build at once
+
+    def found(ranks: Ranks) -> dict[str, Any]:
+        asking = Asking(2, torch.device("cpu"), torch.float32, ranks)
+        row = evaluate_task_file(folders[1], folders[0], file, None, asking)["task_file"]
+        return {name: value for name, value in row.items() if name != "file"}
+
+    alone = found(ALONE)
+    for together in in_threads(2, found):
+        assert together == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize(

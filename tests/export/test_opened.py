@@ -39,6 +39,7 @@ def test_shards_have_each_name_once(tmp_path: Path) -> None:
     assert len(shards) == 3  # a block each, and the rest
     names = [name for shard in shards for name in shard]
     assert sorted(names) == sorted([*model.weights, *model.others])
+    assert model.published_name("model.language_model.layers.0.mlp.up_proj").endswith("layers.0.mlp.up_proj")
 
 
 def test_weights_alone(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ Questions about drawn scenes, words and bar charts, made by `eqat_demo.mini_vqa`
 
 
 def mini_vqa_folder(cache: Path | None = None, parts: Mapping[Part, Counts] = PARTS) -> Path:
-    """Return the folder with mini-VQA, making it on the first call (a minute or two); see the module.
+    """Return the folder with mini-VQA, making it on the first call (a minute); see the module.
 
     Args:
         cache: folder of all assets, instead of `asset_cache()`.
@@ -43,7 +43,7 @@ def mini_vqa_folder(cache: Path | None = None, parts: Mapping[Part, Counts] = PA
 
 
 def training_questions() -> Path:
-    """Training questions of mini-VQA about 11,000 drawn scenes, bar charts and words (Apache-2.0), 50 MB."""
+    """Training questions of mini-VQA about 11,000 drawn scenes, bar charts and words (Apache-2.0), 38 MB."""
     return mini_vqa_folder() / "train.json"
 
 

@@ -159,6 +159,8 @@ def _foot(command: str) -> list[str]:
         "        YAML file, or name of a recipe (eqat recipes). Flags win over it, wherever they stand.",
         "  --print_config",
         "        Print all settings as YAML, and end.",
+        "  -v",
+        "        Say which kernels run.",
         "",
         f"With a model, `eqat {command} MODEL --help`, the defaults are those of its recipe.",
     ]

@@ -1,7 +1,7 @@
 """Recipes: the shipped settings of a command for a model, found by what the model is, or by name.
 
-A name is FAMILY-SPEC-STAGE: `llava-1.5-w2g64-block-ap`. SPEC is the bit width with or without a group size, with `sym` on
-the symmetric grid (`w2g64sym`), or, in LLM-QAT, three widths; without it the stage is taken at 2 bits.
+A name is FAMILY-SPEC-STAGE: `llava-1.5-w2g64-block-ap`. SPEC is the bit width with or without a group size, with `sym`
+on the symmetric grid (`w2g64sym`), or, in LLM-QAT, three widths; without it the stage is taken at 2 bits.
 """
 
 from __future__ import annotations
