@@ -100,7 +100,7 @@ def test_printed_settings_are_settings(capsys: pytest.CaptureFixture[str], tmp_p
 
 def test_the_kernels_that_run_are_said_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = save_tiny(tmp_path)
-    words = ["rtn", str(tiny.folder), "--quant.group_size", "32", "--device", "cpu", "--output", str(tmp_path / "rtn")]
+    words = ["rtn", str(tiny.folder), "--quant.group_size", "32", "--output", str(tmp_path / "rtn")]
     _log_once.cache_clear()
     assert main([*words, "-v"]) == 0
     logging.getLogger("eqat_kernels").handlers.clear()
