@@ -104,7 +104,7 @@ def test_the_kernels_that_run_are_said_on_request(tmp_path: Path, capsys: pytest
     _log_once.cache_clear()
     assert main([*words, "-v"]) == 0
     logging.getLogger("eqat_kernels").handlers.clear()
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert re.search(r"^pack on cpu: (cpu|reference)$", said, re.M)
 
 
