@@ -16,6 +16,7 @@ from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.ending import status_of, to_its_end
 from eqat_mm.runtime.launcher import end_with_launcher
+from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.signals import stoppable
 
 if TYPE_CHECKING:
@@ -68,20 +69,11 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     return status_of(lambda: _run(name, argv))
 
 
-class _Saying(logging.Handler):
-    """Prints what is logged as the lines of a run are printed, apart from progress bars."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print it."""
-        from eqat_mm.runtime.progress import say
-
-        say(record.getMessage())
-
-
 def _tell_of_kernels() -> None:
-    """Let each kind of kernel say which implementation runs."""
-    kernels = logging.getLogger("eqat_kernels")
-    kernels.addHandler(_Saying())
+    """Let each kind of kernel say, in a line of its own, which implementation runs."""
+    kernels, handler = logging.getLogger("eqat_kernels"), logging.Handler()
+    handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
+    kernels.addHandler(handler)
     kernels.setLevel(logging.INFO)
 
 

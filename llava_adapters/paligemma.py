@@ -17,8 +17,8 @@ from llava_adapters.tiny_vlm import SIGLIP, text_config, tiny_vlm
 
 def processor() -> Any:
     """Return a processor for the tiny model: 16 x 16 pixels, 16 tokens."""
-    images = transformers.SiglipImageProcessor(size={"height": 16, "width": 16})
-    images.image_seq_length = 16  # type: ignore[attr-defined]
+    images: Any = transformers.SiglipImageProcessor(size={"height": 16, "width": 16})
+    images.image_seq_length = 16
     tokenizer = seeing_tokenizer("<bos>", image_token="<image>")
     tokenizer.bos_token = "<bos>"
     return transformers.PaliGemmaProcessor(images, tokenizer)

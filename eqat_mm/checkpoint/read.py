@@ -35,6 +35,9 @@ from eqat_mm.runtime.device import require_kernels
 from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.precision import Precision, unquantized_dtype
 
+_SMALL = 2**16
+"""Bytes of a tensor that is copied: what is mapped for a few of them would keep the pages around them, too."""
+
 
 def load(
     folder: str | Path,
@@ -158,6 +161,8 @@ def _fill(
             if isinstance(module, PackedLinear) and leaf == "weight_shape":
                 _require_shape(name, value, module, str(source.folder))
             value = value.to(device_of(name), kept if value.is_floating_point() else value.dtype)
+            if value.nbytes < _SMALL:
+                value = value.clone()
             setattr(
                 module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
             )

@@ -169,12 +169,12 @@ def _answered(reader: Reader, folder: Path, inputs: dict[str, Tensor], scratch: 
     """Return what a reader answers, or why it does not."""
     if reader.program == "llama_cpp.py":
         return _of_llama_cpp(reader, folder, inputs, scratch)
-    save_file(inputs, scratch / "inputs.safetensors")
+    save_file(inputs, scratch / "inputs")
     more = ["save"] if reader.program == "read_transformers.py" and folder.parent.parent.name.endswith(SAVED) else []
     if "pixel_values" in inputs and reader.program == "read_vllm.py":
         more = _about_an_image(folder, scratch)
-    words = [str(folder), str(scratch / "inputs.safetensors"), str(scratch / "outputs.safetensors"), *more]
-    return _run(reader, words) or load_file(scratch / "outputs.safetensors")
+    words = [str(folder), str(scratch / "inputs"), str(scratch / "outputs"), *more]
+    return _run(reader, words) or load_file(scratch / "outputs")
 
 
 def _about_an_image(folder: Path, scratch: Path) -> list[str]:
