@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from eqat_kernels.dispatch import _log_once
+from eqat_kernels.dispatch import _choose, _log_once
 from eqat_mm import __version__
 from eqat_mm.cli import main, parse_job
 from eqat_mm.commands.line.commands import COMMANDS
@@ -101,6 +101,7 @@ def test_printed_settings_are_settings(capsys: pytest.CaptureFixture[str], tmp_p
 def test_the_kernels_that_run_are_said_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = save_tiny(tmp_path)
     words = ["rtn", str(tiny.folder), "--quant.group_size", "32", "--output", str(tmp_path / "rtn")]
+    _choose.cache_clear()
     _log_once.cache_clear()
     assert main([*words, "-v"]) == 0
     logging.getLogger("eqat_kernels").handlers.clear()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.contract import CHECKS, Case, NotHere, files, forward, outcomes, structure, training
@@ -119,8 +119,13 @@ def test_a_router_that_is_not_kept_in_the_files_entry_is_found(tmp_path: Path, m
 def test_pixels_that_differ_in_training_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from eqat_mm.contract import conversation
 
-    joined = batching._joined
-    monkeypatch.setattr(batching, "_joined", lambda tensors: joined(tensors) * 1.5)
+    collated = batching.Collator.__call__
+
+    def brighter(self: batching.Collator, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = collated(self, samples)
+        return batch | {name: batch[name] * 1.5 for name in batch.keys() & {"pixel_values"}}
+
+    monkeypatch.setattr(batching.Collator, "__call__", brighter)
     with pytest.raises(AdapterError, match="for 1 images, alone"):
         conversation.inputs(Case(LLAVA, tmp_path))
 
