@@ -78,10 +78,10 @@ def _carries_batch(leaf: Any, batch: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim >= 2 and leaf.shape[0] == batch
 
 
-def signature(call: BlockCall, hidden_shape: torch.Size, identity: Callable[[Tensor], Any] = id) -> tuple[Any, ...]:
+def signature(call: BlockCall, hidden_shape: torch.Size, identity: Callable[[Any], Any] = id) -> tuple[Any, ...]:
     """Return a hashable value; calls with equal signatures can be collated.
 
-    Leaves that carry the batch count by shape and dtype, other tensors by `identity`, the rest by value.
+    Leaves that carry the batch count by shape and dtype, other tensors and objects by `identity`, the rest by value.
     """
     leaves, structure = pytree.tree_flatten(call.tree)
     described: list[Any] = []
@@ -89,12 +89,11 @@ def signature(call: BlockCall, hidden_shape: torch.Size, identity: Callable[[Ten
         if _carries_batch(leaf, call.batch):
             described.append((leaf.shape[1:], leaf.dtype))
         else:
-            described.append(identity(leaf) if isinstance(leaf, Tensor) else _value_of(leaf))
+            described.append(leaf if _is_value(leaf) else (type(leaf).__name__, identity(leaf)))
     return (hidden_shape[1:], str(structure), *described)
 
 
-def _value_of(leaf: Any) -> Any:
-    """Return a leaf that is equal to others by value; of another one, which may hold anything, its identity."""
+def _is_value(leaf: Any) -> bool:
+    """Whether a leaf is equal to others by value; another one may hold anything."""
     hashed: Any = type(leaf).__hash__
-    by_identity = hashed is None or hashed is object.__hash__
-    return (type(leaf).__name__, id(leaf)) if by_identity else leaf
+    return leaf is None or not (isinstance(leaf, Tensor) or hashed is None or hashed is object.__hash__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,10 +84,13 @@ def sorts_of(calls: Sequence[BlockCall], stream: Stream, ranks: Ranks) -> list[S
 
 
 def _told(calls: Sequence[BlockCall], shapes: Sequence[torch.Size]) -> list[Hashable]:
-    """Return signatures that mean the same in every process: tensors count by their contents."""
+    """Return signatures that mean the same in every process: tensors count by contents, objects in their order."""
     digests: dict[int, bytes] = {}
+    objects: dict[int, int] = {}
 
-    def content(leaf: Tensor) -> bytes:
+    def content(leaf: Any) -> bytes | int:
+        if not isinstance(leaf, Tensor):
+            return objects.setdefault(id(leaf), len(objects))
         if id(leaf) not in digests:
             digests[id(leaf)] = digest_of(leaf)
         return digests[id(leaf)]
