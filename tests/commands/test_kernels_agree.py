@@ -28,7 +28,9 @@ IMPLEMENTATIONS = ("cpu", "triton", "reference")
 
 SHORT = {
     "block-ap": {
+        "model": "smollm2-135m",
         "config": "smollm2-135m-w2g64-block-ap",
+        "calibration.source": "demo-wikipedia",
         "fit.loss": "mse",
         "start.samples": 4,
         "calibration.length": 64,
@@ -39,7 +41,9 @@ SHORT = {
         "precision": "float32",
     },
     "e2e-qp": {
+        "model": "smollm2-135m",
         "config": "smollm2-135m-w2g64-e2e-qp",
+        "data.source": "demo-wikipedia",
         "max_steps": 3,
         "logging_steps": 1,
         "save_steps": 0,
