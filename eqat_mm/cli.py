@@ -16,7 +16,6 @@ from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.ending import status_of, to_its_end
 from eqat_mm.runtime.launcher import end_with_launcher
-from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.signals import stoppable
 
 if TYPE_CHECKING:
@@ -71,6 +70,8 @@ def run_command(name: str, argv: Sequence[str]) -> int:
 
 def _tell_of_kernels() -> None:
     """Let each kind of kernel say, in a line of its own, which implementation runs."""
+    from eqat_mm.runtime.progress import say
+
     kernels, handler = logging.getLogger("eqat_kernels"), logging.Handler()
     handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
     kernels.addHandler(handler)

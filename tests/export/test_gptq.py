@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.verify.formats.gptq import parts
 from tests.export.foreign_layouts import from_gptq
 from tests.export.made import packed, packed_llava
-from tests.export.weights import OUT, arrays, made
+from tests.export.weights import OUT, arrays, assert_holds, assert_same_grid, made
 
 FORM = format_called("gptq")
 GRID = list(itertools.product((2, 3, 4, 8), (32, 64, 128, 256, -1), (True, False), ("bfloat16", "float16")))
@@ -32,10 +31,7 @@ def test_every_code_step_and_zero_point(bits: int, size: int, symmetric: bool, d
     assert torch.equal(tensors["qweight"].T, one.weight.words())
     assert tensors["scales"].dtype is torch.float16
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    grid = from_gptq(arrays(tensors), bits)
-    assert np.array_equal(grid.codes, one.codes.numpy())
-    assert np.array_equal(grid.steps, one.steps.numpy())
-    assert np.array_equal(grid.zeros, one.zeros.numpy())
+    assert_same_grid(from_gptq(arrays(tensors), bits), one)
     assert not FORM.changed(one.weight).any()
 
 
@@ -55,14 +51,7 @@ def test_a_language_model(tmp_path: Path, symmetric: bool) -> None:
     assert (entry["quant_method"], entry["checkpoint_format"]) == ("gptq", "gptq_v2")
     assert (entry["bits"], entry["group_size"], entry["sym"]) == (3, 64, symmetric)
     assert entry["block_name_to_quantize"] == "model.layers"
-    found = {part.name: part.values for part in parts(tmp_path / "out")}
-    expected = {f"{name}.weight": weight.dense() for name, weight in model.weights.items()}
-    expected |= {name: model.source.read(name).float() for name in model.others}
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert np.array_equal(found[name], value.numpy()), name
-    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    assert written <= 1.02 * FORM.size(model, Choices())
+    assert_holds(tmp_path / "out", model, FORM, parts)
 
 
 def test_a_llava_has_the_names_of_its_modules(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +19,7 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.verify.formats.mlx import parts
 from tests.export.foreign_layouts import from_mlx
 from tests.export.made import packed, packed_llava
-from tests.export.weights import arrays, made
+from tests.export.weights import arrays, assert_holds, assert_same_grid, made
 
 FORM = format_called("mlx")
 GRID = list(itertools.product((2, 3, 4, 8), (32, 64, 128, 256, -1), (True, False), ("bfloat16", "float16")))
@@ -33,10 +32,7 @@ def test_every_code_step_and_zero_point(bits: int, size: int, symmetric: bool, d
     tensors = affine(one.weight, group)
     assert tensors["weight"].dtype is torch.uint32
     assert torch.equal(tensors["weight"].view(torch.int32), one.weight.words())
-    grid = from_mlx(arrays(tensors), bits, group)
-    assert np.array_equal(grid.codes, one.codes.numpy())
-    assert np.array_equal(grid.steps, one.steps.numpy())
-    assert np.array_equal(grid.zeros, one.zeros.numpy())
+    assert_same_grid(from_mlx(arrays(tensors), bits, group), one)
 
 
 @pytest.mark.parametrize(
@@ -72,14 +68,7 @@ def test_a_language_model(llama: PackedModel, tmp_path: Path) -> None:
     assert config["quantization"] == {"group_size": 64, "bits": 3, "mode": "affine"}
     assert config["rope_theta"] == 10000.0
     assert "mlx_lm generate" in "".join(usage)
-    found = {part.name: part.values for part in parts(tmp_path)}
-    expected = {f"{name}.weight": weight.dense() for name, weight in llama.weights.items()}
-    expected |= {name: llama.source.read(name).float() for name in llama.others}
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert np.array_equal(found[name], value.numpy()), name
-    written = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    assert written <= 1.02 * FORM.size(llama, Choices())
+    assert_holds(tmp_path, llama, FORM, parts)
 
 
 def test_a_llava_has_published_names_and_its_tower_as_it_was(tmp_path: Path) -> None:

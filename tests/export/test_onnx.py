@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.verify.formats.onnx import parts
 from tests.export.foreign_layouts import from_matmul_nbits
 from tests.export.made import packed, packed_llava
-from tests.export.weights import arrays, made
+from tests.export.weights import arrays, assert_holds, assert_same_grid, made
 
 FORM = format_called("onnx")
 GRID = list(itertools.product(BITS, (32, 64, 128, 256, -1), (True, False), ("bfloat16", "float16")))
@@ -33,10 +32,7 @@ def test_every_code_step_and_zero_point(bits: int, size: int, symmetric: bool, d
     tensors = blocks(one.weight, block)
     assert tensors["qweight"].dtype is torch.uint8
     assert torch.equal(tensors["qweight"].view(torch.int32), one.weight.words())
-    grid = from_matmul_nbits(arrays(tensors), bits, block)
-    assert np.array_equal(grid.codes, one.codes.numpy())
-    assert np.array_equal(grid.steps, one.steps.numpy())
-    assert np.array_equal(grid.zeros, one.zeros.numpy())
+    assert_same_grid(from_matmul_nbits(arrays(tensors), bits, block), one)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -48,14 +44,7 @@ def test_a_language_model(tmp_path: Path, symmetric: bool) -> None:
     entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (entry["quant_method"], entry["bits"], entry["symmetric"]) == ("olive", 4, symmetric)
     assert entry["group_size"] == 64  # a row of 64 and one of 128 share it
-    found = {part.name: part.values for part in parts(tmp_path / "out")}
-    expected = {f"{name}.weight": weight.dense() for name, weight in model.weights.items()}
-    expected |= {name: model.source.read(name).float() for name in model.others}
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert np.array_equal(found[name], value.numpy()), name
-    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    assert written <= 1.02 * FORM.size(model, Choices())
+    assert_holds(tmp_path / "out", model, FORM, parts)
 
 
 def test_three_bits_are_refused(tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from eqat_mm.checkpoint.source import PackedSource
-from eqat_mm.export.opened import PackedWeight
+from eqat_mm.export.form import Choices, Format
+from eqat_mm.export.opened import PackedModel, PackedWeight
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
+from tests.export.foreign_layouts import Grid
 
 OUT, IN = 64, 256
 
@@ -57,3 +62,22 @@ def arrays(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {
         name: (value.float() if value.dtype is torch.bfloat16 else value).numpy() for name, value in tensors.items()
     }
+
+
+def assert_same_grid(grid: Grid, one: Made) -> None:
+    """Assert that a format holds every code, step size and zero point."""
+    assert np.array_equal(grid.codes, one.codes.numpy())
+    assert np.array_equal(grid.steps, one.steps.numpy())
+    assert np.array_equal(grid.zeros, one.zeros.numpy())
+
+
+def assert_holds(folder: Path, model: PackedModel, form: Format, parts: Callable[[Path], Iterable[Any]]) -> None:
+    """Assert that a folder holds every tensor of a model, by a reader of it, and is no larger than was said."""
+    found = {part.name: part.values for part in parts(folder)}
+    expected = {f"{name}.weight": weight.dense() for name, weight in model.weights.items()}
+    expected |= {name: model.source.read(name).float() for name in model.others}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.array_equal(found[name], value.numpy()), name
+    written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert written <= 1.02 * form.size(model, Choices())
