@@ -29,7 +29,7 @@ NEEDS_A_MODEL += ("verify", "prepare-data", "quantize")
 RECIPES = recipe_names()
 MODEL = {name: ["--model", "m"] for name in NAMES if name in NEEDS_A_MODEL}
 MODEL["prepare-data"] += ["--conversations.source", "mix.json"]
-MODEL["report"] = ["--run", "runs/m-w2g64"]
+MODEL["report"] = MODEL["check-run"] = ["--run", "runs/m-w2g64"]
 MODEL["export"] = ["--model", "m", "--to", "gguf"]
 
 
