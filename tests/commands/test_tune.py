@@ -135,7 +135,7 @@ def test_without_block_ap_the_message_has_the_command_that_makes_it(
     assert_four_lines(raised.value)
     words = shlex.split(raised.value.do.removeprefix("make it first: ").partition(", or ")[0])
     assert words[:2] == ["eqat", "block-ap"]
-    job: BlockAPJob = parse_job("block-ap", BlockAPJob, words[2:])
+    job: BlockAPJob = parse_job("block-ap", words[2:])
     assert (job.model, job.quant) == (str(tiny.folder), spec)
     folder = job.output or default_output(job.model, job.quant) / "block-ap"
     assert raised.value.where == f"--quantized {folder / 'model'}"
