@@ -85,7 +85,7 @@ def test_a_finished_run_is_not_repeated(
     tiny: Tiny, base: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(tuned)
-    e2e_qp(e2e_qp_job(tiny, base, tuned))
+    e2e_qp(e2e_qp_job(tiny, base.parent, tuned))  # the run that made it stands for it
     assert "already finished" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="learning_rate"):
         e2e_qp(e2e_qp_job(tiny, base, tuned, learning_rate=1e-3))
