@@ -40,7 +40,7 @@ def command_of(recipe: str) -> str:
 
 
 def job_of(command: str, *argv: str) -> Any:
-    return parse_job(command, COMMANDS[command].load()[0], argv)
+    return parse_job(command, argv)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -152,6 +152,7 @@ class _BlockFit:
         groups = [dict(group) for group in self.parameters]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
         peaks = [group["lr"] * lr_factor for group in optimizer.param_groups]
+        self.report.learning_rate = config.lr_weight * lr_factor
         epochs = [self._epoch(epoch) for epoch in range(config.epochs)]
         total = sum(map(len, epochs))
         taken, stale = 0, 0
