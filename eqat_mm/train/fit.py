@@ -239,13 +239,14 @@ class _BlockFit:
         """Return what this rank adds to the mean loss of a batch."""
         kind = self.config.loss
         if self.ranks.world == 1:
-            return block_loss(self.walker.run(self.block, self.step.call(part.mine), hidden), target, kind)
+            output = self.walker.run(self.block, self.step.call(part.mine), hidden)
+            return block_loss(output, target, kind, weights_BT=self.step.weights_of(part.mine))
         if not part.mine:
             if kind == "balanced":
                 part.joined(target)  # the others ask for the energies of all
             return torch.zeros((), device=self.walker.device)
         output = self.walker.run(self.block, self.step.call(part.mine), hidden)
-        return block_loss(output, target, kind, part.joined) * part.share
+        return block_loss(output, target, kind, part.joined, self.step.weights_of(part.mine)) * part.share
 
     def _validate(self) -> bool:
         loss = self.evaluate()

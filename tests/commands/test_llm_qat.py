@@ -19,7 +19,7 @@ from eqat_mm.commands.verbs import llm_qat as module
 from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
 from eqat_mm.commands.verbs.generate import GenerateJob, generate
 from eqat_mm.commands.verbs.llm_qat import LLMQATJob, llm_qat
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import AdapterError, ConfigError, EqatError
 from eqat_mm.quant.bit_widths import BitWidths

@@ -21,7 +21,7 @@ from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
 from eqat_mm.commands.verbs.generate import GenerateJob, generate
 from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.image_text.style import Style, template_text
 from eqat_mm.errors import ConfigError, EqatError
 from eqat_mm.quant.spec import QuantSpec

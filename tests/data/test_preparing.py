@@ -19,7 +19,8 @@ from eqat_mm.data.image_text.index import Index
 from eqat_mm.data.image_text.preparing import Preparation
 from eqat_mm.data.image_text.problems import MissingImage, UnreadableImage
 from eqat_mm.data.image_text.record_sources import open_source
-from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
+from eqat_mm.data.image_text.samples import image_text_data
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.errors import DataError
 from tests.data.tiny_processor import MISTRAL, llava_processor
 

@@ -51,7 +51,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, broken: Broken, look: Callable[[in
     """Make the training loss of some steps, counted from 0, not a number."""
     calls = 0
 
-    def loss(output: Tensor, target: Tensor, kind: BlockLoss) -> Tensor:
+    def loss(output: Tensor, target: Tensor, kind: BlockLoss, **_: Any) -> Tensor:
         nonlocal calls
         if not torch.is_grad_enabled():
             return block_loss(output, target, kind)
@@ -347,7 +347,7 @@ def test_a_rollback_comes_when_losses_are_read(
 def test_gradients_that_are_never_finite_change_nothing_and_are_no_matter_of_the_rate(
     walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loss(output: Tensor, target: Tensor, kind: BlockLoss) -> Tensor:
+    def loss(output: Tensor, target: Tensor, kind: BlockLoss, **_: Any) -> Tensor:
         if output.requires_grad:
             output.register_hook(lambda gradient: gradient * math.inf)
         return block_loss(output, target, kind)

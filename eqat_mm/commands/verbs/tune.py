@@ -24,7 +24,7 @@ from eqat_mm.commands.plumbing.preflight import announce_e2e_qp
 from eqat_mm.commands.plumbing.runs import default_output, require_startable
 from eqat_mm.commands.plumbing.samples import Samples, checked_samples, problems_of
 from eqat_mm.data.image_text.problems import say_late
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.spec import QuantSpec
