@@ -70,7 +70,7 @@ def in_memory(job: Any, arguments: transformers.TrainingArguments) -> transforme
 
 
 def hidden_states_of(job: Any, samples: Samples, arguments: transformers.TrainingArguments, folder: Path) -> Path:
-    """Return the file of the teacher's hidden states, beside the run folder; the first process makes what is missing."""
+    """Return the file of the teacher's hidden states, beside the run folder; the first process makes it."""
     windows: Tensor = samples.dataset.windows
     precision = resolve(job.precision, arguments.device)
     decides = (model_fingerprint(model_folder(job.model)), samples.digest, precision)
