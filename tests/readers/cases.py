@@ -38,8 +38,9 @@ SPECS = {
 SEEN_SPECS = ("w2g64sym", "w4g64", "w4g64sym")
 """Of the model that sees."""
 
-TEXT = TextWindows("demo-wikipedia", part="held_out", length=128, count=2)
+TEXT = TextWindows("demo-wikipedia", part="held_out", length=64, count=2)
 QUESTION = "What shape is in the image?"
+
 
 @dataclass(frozen=True)
 class Reader:
