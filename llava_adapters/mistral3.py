@@ -1,4 +1,4 @@
-"""Mistral-Small 3.1 and later, with images: a Pixtral tower, images of any size."""
+"""Mistral-Small 3.1 and later, and Ministral-3, with images: a Pixtral tower, images of any size."""
 
 from __future__ import annotations
 
@@ -28,11 +28,18 @@ def processor(merged: int = 2) -> Any:
     )
 
 
-def tiny() -> Any:
+def tiny(tower: str = "mistral", **of_tower: Any) -> Any:
     """Return a tiny model and its batches."""
     fields: dict[str, Any] = {"image_token_index": 96, "spatial_merge_size": 2, "tie_word_embeddings": False}
-    text = text_config("mistral", head_dim=16)
+    text = text_config(tower, head_dim=16, **of_tower)
     return tiny_vlm("mistral3", processor(), text=text, vision=PIXTRAL, image=IMAGE, **fields)
+
+
+def tiny_ministral3() -> Any:
+    """Return a tiny model with the tower of Ministral-3, whose queries grow with their position, and its batches."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+    return tiny("ministral3", max_position_embeddings=32, rope_parameters=rope)
 
 
 def tiny_pixtral() -> Any:

@@ -17,6 +17,7 @@ CASES = known_archs() | {
     "llava, pixtral tower": replace(
         arch_for("llava"), tiny=mistral3.tiny_pixtral, processor=lambda: mistral3.processor(1)
     ),
+    "mistral3, ministral3 tower": replace(arch_for("mistral3"), tiny=mistral3.tiny_ministral3),
     "llava_next, llama tower": replace(arch_for("llava_next"), tiny=lambda: tiny_llava_next("llama")),
 }
 
@@ -28,6 +29,7 @@ ALIKE = (
     "llava_next, llama tower",
     "llava_next_video",
     "ministral",
+    "mistral3, ministral3 tower",
     "qwen2",
     "smollm3",
     "smolvlm",
