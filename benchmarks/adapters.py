@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import string
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from eqat_mm.blocks.arch import Arch
 from eqat_mm.checkpoint.read import load
@@ -101,13 +103,20 @@ def tried(arch: Arch, folder: Path) -> dict[str, str]:
 def _saved(arch: Arch, folder: Path) -> Path:
     made: tuple[Any, Any] = arch.tiny()
     made[0].save_pretrained(folder / "full")
-    speaker = _speaker() if arch.processor is None else arch.processor()
+    speaker = _speaker(arch) if arch.processor is None else arch.processor()
     speaker.save_pretrained(folder / "full")
     return folder / "full"
 
 
-def _speaker() -> Any:
-    tokenizer = word_tokenizer()
+def _speaker(arch: Arch) -> Any:
+    """Return a tokenizer of words; of characters for Qwen2, for which transformers reads any tokenizer as its own."""
+    if arch.name == "qwen2":
+        signs = ["<unk>", "<s>", "</s>", "<pad>", "\u0120", "\u010a", *string.ascii_letters, *string.digits, *"<>:"]
+        vocabulary = {sign: number for number, sign in enumerate(signs)}
+        special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
+        tokenizer: Any = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[], **special)
+    else:
+        tokenizer = word_tokenizer()
     tokenizer.chat_template = chat_template("<image>")
     return tokenizer
 

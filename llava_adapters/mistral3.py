@@ -35,16 +35,5 @@ def tiny() -> Any:
     return tiny_vlm("mistral3", processor(), text=text, vision=PIXTRAL, image=IMAGE, **fields)
 
 
-def tiny_pixtral() -> Any:
-    """Return a tiny model in the layout of Pixtral-12B, which is a LLaVA's, and its batches."""
-    fields: dict[str, Any] = {
-        "image_token_index": 96,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-    }
-    text = text_config("mistral", head_dim=16, max_position_embeddings=256)
-    return tiny_vlm("llava", processor(1), text=text, vision=PIXTRAL, image=IMAGE, **fields)
-
-
 ARCH = replace(LLAVA, name="mistral3", model_types=("mistral3",), tiny=tiny, processor=processor)
 """The declaration; see docs/adding_a_model.md."""

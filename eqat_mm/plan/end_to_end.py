@@ -28,14 +28,14 @@ class Work:
         longest: tokens of the longest, which decides the memory.
         mean: tokens of one on average, which decides the time.
         predicted: most tokens of one that are predicted.
-        images: images of one.
+        images: images of one, on average.
     """
 
     samples: int
     longest: int
     mean: float
     predicted: int
-    images: int = 0
+    images: float = 0
 
 
 def text_work(samples: int, length: int) -> Work:
@@ -47,6 +47,17 @@ def image_text_work(shape: ModelShape, samples: int, longest: int) -> Work:
     """Conversations about one image each; what is not the image counts as predicted, at most."""
     longest = max(longest, shape.image_tokens + WORDS)
     return Work(samples, longest, shape.image_tokens + WORDS, longest - shape.image_tokens, int(shape.image_tokens > 0))
+
+
+def mixed(first: Work, second: Work) -> Work:
+    """Both kinds of samples together."""
+    samples = first.samples + second.samples
+    mean, images = (
+        (first.samples * getattr(first, name) + second.samples * getattr(second, name)) / samples
+        for name in ("mean", "images")
+    )
+    longest, predicted = max(first.longest, second.longest), max(first.predicted, second.predicted)
+    return Work(samples, longest, mean, predicted, images)
 
 
 class EndToEnd:

@@ -24,6 +24,7 @@ from tests.plan.shapes import shape
 
 SPEC = QuantSpec(bits=2, group_size=64)
 H100 = card("h100")
+WINDOWS = text_work(4096, 2048)
 STREAM = 4096 * 2048 * 4096 * 2
 """Bytes of a stream of a 7B in bfloat16."""
 IN_RAM = BlockAPConfig(stream_dtype="bfloat16", spool="ram")
@@ -38,13 +39,13 @@ def term(amount: Amount, what: str) -> float:
 
 
 def test_streams_in_memory_are_not_written() -> None:
-    phase = plan_block_ap(shape("llama-2-7b"), IN_RAM, 4096, 2048, H100)
+    phase = plan_block_ap(shape("llama-2-7b"), IN_RAM, WINDOWS, H100)
     assert term(phase.ram, "streams") == 2 * STREAM == 137_438_953_472
     assert phase.written.total == phase.disk.total == checkpoint_bytes(shape("llama-2-7b"), SPEC)
 
 
 def test_streams_on_disk_are_written_once_per_block() -> None:
-    phase = plan_block_ap(shape("llama-2-7b"), ON_DISK, 4096, 2048, H100)
+    phase = plan_block_ap(shape("llama-2-7b"), ON_DISK, WINDOWS, H100)
     assert term(phase.ram, "streams") == 0
     assert term(phase.disk, "streams") == 4 * STREAM
     assert term(phase.written, "streams") == 2 * 33 * STREAM == 4_535_485_464_576
@@ -52,26 +53,26 @@ def test_streams_on_disk_are_written_once_per_block() -> None:
 
 def test_float32_streams_are_twice_as_large() -> None:
     config = replace(IN_RAM, stream_dtype="float32")
-    phase = plan_block_ap(shape("llama-2-7b"), config, 4096, 2048, H100)
+    phase = plan_block_ap(shape("llama-2-7b"), config, WINDOWS, H100)
     assert term(phase.ram, "streams") == 4 * STREAM
 
 
 def test_what_is_trained_of_a_block() -> None:
-    phase = plan_block_ap(shape("llama-2-7b"), IN_RAM, 4096, 2048, H100)
+    phase = plan_block_ap(shape("llama-2-7b"), IN_RAM, WINDOWS, H100)
     trained = 202_375_168 + 2 * 202_375_168 // 64 + 2 * 4096
     assert phase.gpu.terms[0].value == 20 * trained
     symmetric = replace(IN_RAM, quant=QuantSpec(bits=2, group_size=64, symmetric=True))
-    less = plan_block_ap(shape("llama-2-7b"), symmetric, 4096, 2048, H100)
+    less = plan_block_ap(shape("llama-2-7b"), symmetric, WINDOWS, H100)
     assert phase.gpu.total - less.gpu.total == 20 * 202_375_168 // 64
 
 
 def test_time_grows_with_epochs_and_memory_with_the_batch() -> None:
     once, twice = (
-        plan_block_ap(shape("llama-2-7b"), replace(IN_RAM, fit=FitConfig(epochs=epochs)), 4096, 2048, H100)
+        plan_block_ap(shape("llama-2-7b"), replace(IN_RAM, fit=FitConfig(epochs=epochs)), WINDOWS, H100)
         for epochs in (1, 2)
     )
     assert term(twice.seconds, "training") == 2 * term(once.seconds, "training")
-    larger = plan_block_ap(shape("llama-2-7b"), replace(IN_RAM, fit=FitConfig(batch_size=8)), 4096, 2048, H100)
+    larger = plan_block_ap(shape("llama-2-7b"), replace(IN_RAM, fit=FitConfig(batch_size=8)), WINDOWS, H100)
     assert term(larger.gpu, "activations") == 4 * term(once.gpu, "activations")
 
 
@@ -156,7 +157,7 @@ def test_llm_qat_is_divided_as_deepspeed_says() -> None:
         ("zero-2", ("AdamW", "gradients")),
         ("zero-3", states),
     ):
-        phase = plan_llm_qat(found, LLMQATConfig(deepspeed=settings), text_work(4096, 2048), card("h100", 8))
+        phase = plan_llm_qat(found, LLMQATConfig(deepspeed=settings), WINDOWS, card("h100", 8))
         expected = {what: each * number / (8 if what in divided else 1) for what, each in states.items()}
         assert {what: term(phase.gpu, what) for what in states} == expected
 
@@ -179,7 +180,7 @@ def test_a_checkpoint_is_its_tensors() -> None:
 def test_without_a_gpu_everything_is_in_ram(name: str) -> None:
     cpu = replace(H100, name="cpu", memory=None, precision="float32")
     for phase in (
-        plan_block_ap(shape(name), IN_RAM, 64, 256, cpu),
+        plan_block_ap(shape(name), IN_RAM, text_work(64, 256), cpu),
         plan_e2e_qp(shape(name), SPEC, E2EQPConfig(), text_work(64, 256), cpu),
         plan_evaluation(shape(name), 64, 512, 4, cpu),
     ):

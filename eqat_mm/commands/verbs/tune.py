@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
-from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
+from eqat_mm.checkpoint.manifest import MANIFEST, checkpoint_folder, read_manifest
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.speaker import restyled
 from eqat_mm.checkpoint.verify import verify_checkpoint
@@ -32,7 +32,7 @@ from eqat_mm.commands.plumbing.teacher import (
     teacher_for,
 )
 from eqat_mm.data.image_text.problems import say_late
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.spec import QuantSpec
@@ -54,7 +54,7 @@ class E2EQPJob(E2EQPConfig, EndToEndJob):
     Attributes:
         model: the full-precision model; it names the default folders, and teaches with `loss: kl`.
         quant: finds the default Block-AP run of `model`; the checkpoint itself knows its spec.
-        quantized: packed checkpoint to start from. Default: runs/MODEL-SPEC/block-ap/model.
+        quantized: packed checkpoint, or its run, to start from. Default: runs/MODEL-SPEC/block-ap/model.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/e2e-qp; lora or
             projector in place of e2e-qp where step sizes are not trained.
         data: text to train on.
@@ -75,7 +75,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     require_reporter(job.report_to)
     deepspeed = deepspeed_settings(job)
     runs = default_output(job.model, job.quant)
-    base = job.quantized or runs / "block-ap" / "model"
+    base = checkpoint_folder(job.quantized or runs / "block-ap" / "model")
     job = job.with_data_decided(str(base), job.model)
     stage = stage_of(job)
     folder, device = job.output or runs / stage, best_device(job.device)
@@ -160,7 +160,7 @@ def _require_block_ap(base: Path, job: E2EQPJob) -> None:
         where=f"--quantized {base}",
         given="no packed checkpoint there",
         allowed="the output of Block-AP (or of round-to-nearest)",
-        do=makes if base.name == "model" else "check the path: it is the folder `model` of a run",
+        do=makes if base.name == "model" else "check the path: a run, or the folder `model` in it",
     )
 
 
