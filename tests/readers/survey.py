@@ -92,8 +92,10 @@ def _job(reader: Reader, case: Case, folder: Path, scratch: Path) -> dict[str, A
         "inputs": str(scratch / "inputs"),
         "outputs": str(scratch / "outputs"),
     }
-    if reader.program == "read_transformers.py" and case[1] in cases.SAVED:
+    if reader.program == "read_transformers.py" and case[0] == cases.SEEING_MODEL:
         job["save"] = True
+    if reader.program == "read_mlx.py":
+        job["end"] = cases.ending(case[0])
     if reader.program == "read_vllm.py" and "pixel_values" in inputs:
         cases.picture().save(scratch / "image.png")
         job |= {"image": str(scratch / "image.png"), "question": cases.question(folder)}
