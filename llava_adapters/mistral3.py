@@ -35,23 +35,5 @@ def tiny(tower: str = "mistral", **of_tower: Any) -> Any:
     return tiny_vlm("mistral3", processor(), text=text, vision=PIXTRAL, image=IMAGE, **fields)
 
 
-def tiny_ministral3() -> Any:
-    """Return a tiny model with the tower of Ministral-3, whose queries grow with their position, and its batches."""
-    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8}
-    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
-    return tiny("ministral3", max_position_embeddings=32, rope_parameters=rope)
-
-
-def tiny_pixtral() -> Any:
-    """Return a tiny model in the layout of Pixtral-12B, which is a LLaVA's, and its batches."""
-    fields: dict[str, Any] = {
-        "image_token_index": 96,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-    }
-    text = text_config("mistral", head_dim=16, max_position_embeddings=256)
-    return tiny_vlm("llava", processor(1), text=text, vision=PIXTRAL, image=IMAGE, **fields)
-
-
 ARCH = replace(LLAVA, name="mistral3", model_types=("mistral3",), tiny=tiny, processor=processor)
 """The declaration; see docs/adding_a_model.md."""

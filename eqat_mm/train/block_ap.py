@@ -25,7 +25,7 @@ from eqat_mm.quant.fake_linear import FakeQuantLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.memory import peak_bytes, release_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
-from eqat_mm.runtime.progress import duration, progress, say
+from eqat_mm.runtime.progress import pace, place, progress, say
 from eqat_mm.runtime.ranks import ALONE, Ranks
 from eqat_mm.runtime.reporting import SILENT, Reporter, ReportTo
 from eqat_mm.runtime.room import require_disk, require_memory
@@ -284,23 +284,20 @@ class _Console:
     def record(self, step: BlockStep, report: FitReport, target_square: float) -> dict[str, Any]:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        relative = report.relative_error(target_square)
-        finished = step.index + 1 - self.first
-        eta = (now - self.started) / finished * (self.total - step.index - 1)
-        memory = peak_bytes(self.device)
-        rate = report.tokens / seconds
-        say(
-            f"block {step.index + 1:>3}/{self.total}  loss {report.loss_before:.4g} -> {report.loss_after:.4g}"
-            f"  relative error {'-' if relative is None else f'{relative:.3f}'}"
-            f"  {rate:,.0f} tok/s  {memory / 2**30:.2f} GiB"
-            f"  {duration(seconds)}  eta {duration(eta)}"
-        )
-        return {
+        relative, finished = report.relative_error(target_square), step.index + 1
+        record = {
             "block": step.index,
             "name": step.name,
             **asdict(report),
             "relative_error": relative,
-            "tokens_per_second": rate,
-            "peak_bytes": memory,
+            "tokens_per_second": report.tokens / seconds,
+            "peak_bytes": peak_bytes(self.device),
             "seconds": seconds,
+            "eta_seconds": (now - self.started) / (finished - self.first) * (self.total - finished),
         }
+        say(
+            f"{place('block', finished, self.total)}  {report.steps} steps"
+            f"  loss {report.loss_before:.4g} -> {report.loss_after:.4g}"
+            f"  relative error {'-' if relative is None else f'{relative:.3f}'}  {pace(record)}"
+        )
+        return record

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from eqat_mm.cli import main
+from eqat_mm.commands.plumbing.runs import model_fingerprint
 from eqat_mm.commands.verbs.export import ExportJob, export
-from eqat_mm.errors import CheckpointError, ConfigError, ExportError
+from eqat_mm.errors import CheckpointError, ConfigError, EqatError, ExportError
 from eqat_mm.export.folder import EXPORT, read_export
 from eqat_mm.quant.spec import QuantSpec
 from tests.export.made import packed
@@ -53,6 +54,24 @@ def test_card(exact: Path, tmp_path: Path) -> None:
     assert "--model tiny" in card
     assert "/somewhere" not in card
     assert "/elsewhere" not in card
+
+
+def test_evaluations_kept_elsewhere_are_on_the_card(exact: Path, tmp_path: Path) -> None:
+    found = {"model": "x", "fingerprint": model_fingerprint(exact), "perplexity": 14.36, "tokens": 1024}
+    (tmp_path / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    words = ["export", str(exact), "--to", "gguf", "--output", str(tmp_path / "out")]
+    assert main([*words, "--evaluations", str(tmp_path / "found.json")]) == 0
+    assert "- perplexity 14.36, on 1,024 tokens" in (tmp_path / "out" / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ['{"model": "x", "fingerprint": "other", "perplexity": 1.0}', "[]", "none", None])
+def test_evaluations_of_something_else_are_refused(text: str | None, exact: Path, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "found.json").write_text(text, encoding="utf-8")
+    job = ExportJob(str(exact), to="gguf", output=tmp_path / "out", evaluations=(tmp_path / "found.json",))
+    with pytest.raises(EqatError, match="found.json"):
+        export(job)
+    assert not (tmp_path / "out" / "model").exists()
 
 
 def test_the_folder_says_what_it_is(exact: Path, tmp_path: Path) -> None:

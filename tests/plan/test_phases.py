@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from eqat_mm.plan.amounts import Amount
 from eqat_mm.plan.block_ap import plan_block_ap
-from eqat_mm.plan.e2e_qp import plan_e2e_qp
+from eqat_mm.plan.e2e_qp import keeps_teacher, plan_e2e_qp
 from eqat_mm.plan.end_to_end import image_text_work, text_work
 from eqat_mm.plan.finish import plan_checkpoint, plan_evaluation
 from eqat_mm.plan.llm_qat import plan_llm_qat
@@ -98,6 +99,24 @@ def test_gradients_of_one_backward_come_as_activations_go() -> None:
 def test_a_teacher_is_there_as_well() -> None:
     phase = plan_e2e_qp(shape("llama-2-7b"), SPEC, E2EQPConfig(loss="kl"), text_work(4096, 4096), H100)
     assert term(phase.gpu, "teacher") == 2 * 6_738_415_616
+
+
+def test_a_teacher_in_a_file_is_gone_when_training_begins() -> None:
+    small, work = E2EQPConfig(loss="kl", epochs=2, teacher="memory"), text_work(192, 2048)
+    there = plan_e2e_qp(shape("llama-2-7b"), SPEC, small, work, H100)
+    kept = plan_e2e_qp(shape("llama-2-7b"), SPEC, replace(small, teacher="auto"), work, H100)
+    assert kept.gpu.total == 2 * 6_738_415_616 < there.gpu.total
+    assert term(kept.disk, "teacher's hidden states") == 192 * 2048 * 2 * 4096
+    saved = term(there.seconds, "products") - term(kept.seconds, "products")
+    assert saved == pytest.approx(192 * 2048 * 2 * shape("llama-2-7b").passed / H100.product)
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 5}, {"deepspeed": "zero-3"}, {"loss": "cross-entropy"}])
+def test_a_file_that_would_not_pay_is_not_made(changes: dict[str, Any]) -> None:
+    settings, work = replace(E2EQPConfig(loss="kl"), **changes), text_work(192, 2048)
+    assert not keeps_teacher(shape("llama-2-7b"), SPEC, settings, work, H100)
+    assert not keeps_teacher(shape("llama-2-7b"), SPEC, E2EQPConfig(loss="kl"), text_work(4096, 4096), H100)
+    assert not keeps_teacher(shape("llava-1.5-7b"), SPEC, E2EQPConfig(loss="kl"), work, H100)
 
 
 def test_more_cards_take_fewer_steps() -> None:

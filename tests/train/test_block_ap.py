@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -116,7 +117,8 @@ def test_one_line_per_block_is_printed(run: Run, tmp_path: Path, capsys: pytest.
     run(tmp_path)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("block ")]
     assert len(lines) == BLOCKS
-    assert all(word in lines[0] for word in ("1/3", "loss", "relative error", "tok/s", "GiB", "eta"))
+    form = r"block 1/3 +33\.3%  5 steps  loss [\d.e-]+ -> [\d.e-]+  relative error \d\.\d{3}  "
+    assert re.fullmatch(form + r"lr \d\.\d\de-0\d  [\d,]+ tok/s  \d+\.\d\d GiB  eta \d+s", lines[0])
 
 
 def test_norms_are_those_that_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -127,6 +127,22 @@ def test_the_same_seed_gives_the_same_weights(tiny: Tiny) -> None:
     torch.manual_seed(99)
     assert same(fitted(0), first)
     assert not same(fitted(1), first)
+
+
+@pytest.mark.slow
+def test_a_compiled_block_learns_the_same(tiny: Tiny) -> None:
+    counted: Any = torch._dynamo.utils.counters
+    reports, graphs = [], []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        counted.clear()
+        walker = walker_of(tiny)
+        reports.append(fit_block(walker, step_to_fit(walker), replace(CONFIG, compile=compiled), seed=0))
+        graphs.append(counted["stats"]["unique_graphs"])
+    assert graphs[0] == 0
+    assert graphs[1] > 0
+    assert reports[1].loss_before == pytest.approx(reports[0].loss_before, rel=1e-4)
+    assert reports[1].loss_after == pytest.approx(reports[0].loss_after, rel=1e-3)
 
 
 def test_batches_from_pinned_memory_train_the_same(tiny: Tiny, walker: BlockWalker, step: BlockStep) -> None:
