@@ -25,6 +25,7 @@ from eqat_mm.data.text.windows import digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.plan.end_to_end import Work, image_text_work, mixed, text_work
 from eqat_mm.plan.shape import ModelShape
+from eqat_mm.runtime.memory import release_freed_memory
 from eqat_mm.runtime.precision import Decided, frozen_dtype, resolve
 from eqat_mm.runtime.progress import progress, say
 from eqat_mm.runtime.ranks import Ranks
@@ -159,6 +160,7 @@ def modalities_of(
         known = found.tolist()
         if ranks.rank == 0:
             write_sealed(file, {"of_kind": known})
+        release_freed_memory()
     of_kind = torch.tensor(known)
     ratios = of_kind[:, VISUAL] / of_kind[:, TEXT]
     say(f"a token of an image counts {ratios.min():.2g} to {ratios.max():.2g} times as much as one of text")
