@@ -40,7 +40,7 @@ WEIGHTS = "token_weights.json"
 """File in the run folder: how much the tokens of images count in each block, those of text 1."""
 
 _WEIGHED = 64
-"""Samples whose gradients say how much tokens count, conversations and windows of text."""
+"""Conversations about images whose gradients say how much tokens count; both kinds are compared in the same ones."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,9 @@ def _by_gradient(
     assert calibration.samples is not None
     assert calibration.visual is not None
     model: Any = load_for_inference(opened.folder, device, frozen_dtype(precision, device))
-    chosen = calibration.samples.some(_WEIGHED)
+    chosen = calibration.samples.with_images(_WEIGHED)
+    if not chosen:
+        return equal_weights(len(opened.blocks))
     mine = [chosen[index] for index in ranks.share(len(chosen))]
     read = map(calibration.samples.labelled, mine)
     samples = progress(read, what="weights of tokens", total=len(mine), unit="sample")
