@@ -25,6 +25,7 @@ from eqat_mm.data.text.windows import digest_of, text_windows
 from eqat_mm.errors import ConfigError
 from eqat_mm.plan.end_to_end import Work, image_text_work, mixed, text_work
 from eqat_mm.plan.shape import ModelShape
+from eqat_mm.runtime.memory import release_freed_memory
 from eqat_mm.runtime.precision import Decided, frozen_dtype, resolve
 from eqat_mm.runtime.progress import progress, say
 from eqat_mm.runtime.ranks import Ranks
@@ -39,7 +40,7 @@ WEIGHTS = "token_weights.json"
 """File in the run folder: how much the tokens of images count in each block, those of text 1."""
 
 _WEIGHED = 64
-"""Samples whose gradients say how much tokens count, conversations and windows of text."""
+"""Conversations about images whose gradients say how much tokens count; both kinds are compared in the same ones."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def modalities_of(
         known = found.tolist()
         if ranks.rank == 0:
             write_sealed(file, {"of_kind": known})
+        release_freed_memory()
     of_kind = torch.tensor(known)
     ratios = of_kind[:, VISUAL] / of_kind[:, TEXT]
     say(f"a token of an image counts {ratios.min():.2g} to {ratios.max():.2g} times as much as one of text")
@@ -171,7 +173,9 @@ def _by_gradient(
     assert calibration.samples is not None
     assert calibration.visual is not None
     model: Any = load_for_inference(opened.folder, device, frozen_dtype(precision, device))
-    chosen = calibration.samples.some(_WEIGHED)
+    chosen = calibration.samples.with_images(_WEIGHED)
+    if not chosen:
+        return equal_weights(len(opened.blocks))
     mine = [chosen[index] for index in ranks.share(len(chosen))]
     read = map(calibration.samples.labelled, mine)
     samples = progress(read, what="weights of tokens", total=len(mine), unit="sample")
