@@ -348,6 +348,8 @@ INLINE void multiply_row(int bits, const Packed *p, const float *s, const float 
     floats total[16];
 #pragma GCC unroll 16
     for (int t = 0; t < chains * rows; t++) total[t] = (floats){0}; /* one by one: they become registers */
+    fetch_ahead(words, p->row_words * 4, 0);
+    fetch_ahead(row.s, row.groups * 4, 0);
     for (int64_t group = 0; group < row.groups; group++) {
         const Grid grid = grid_of(bits, zero_point(bits, &row, group), row.s[group]);
         for (int64_t r = 0; r < row.runs; r++, words += bits, x += rows * RUN) {
