@@ -27,7 +27,7 @@ class SavesPacked:
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in: matrices may be narrower."""
-        return computed_dtype(self) or super().dtype  # type: ignore[arg-type, misc, no-any-return]
+        return computed_dtype(self) or super().dtype  # type: ignore[arg-type, misc]
 
     def save_pretrained(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from eqat_kernels import narrow_linear
 
@@ -34,18 +35,18 @@ class NarrowEmbedding(nn.Embedding):
         return super().forward(ids).to(self.like.dtype)
 
 
-def narrow_matrices(model: nn.Module) -> set[str]:
+def narrow_matrices(model: PreTrainedModel) -> set[str]:
     """Return the names of the weights that `compute_wide` knows how to use in 16 bits.
 
     They are those of plain linears and of the input embedding, unless a module of another class shares one.
     """
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = model.get_input_embeddings()
     plain = {
         f"{path}.weight"
         for path, module in model.named_modules()
         if type(module) is nn.Linear or (module is embedding and type(module) is nn.Embedding)
     }
-    ties = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    ties = (model.all_tied_weights_keys or {}).items()
     return plain - {name for pair in ties for name in pair if not plain.issuperset(pair)}
 
 

@@ -1,9 +1,9 @@
 """One run of a function over fixed tensors, recorded, and made again without Python: a CUDA graph for a CPU.
 
-A decode step of a small model spends more time in Python and in torch's dispatch than in its products. Every op of torch
-and every call of our C library is recorded with its tensors; all results are kept, so each has its place, and views of
-them stay what they are. Made again, calls that have a translation into C (`steps`) run as one list; what has none is
-called as it was, and its result copied to its place.
+A decode step of a small model spends more time in Python and in torch's dispatch than in its products. Every op of
+torch and every call of our C library is recorded with its tensors; all results are kept, so each has its place, and
+views of them stay what they are. Made again, calls that have a translation into C (`steps`) run as one list; what has
+none is called as it was, and its result copied to its place.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Recording:
         self._kept = recorder.calls
         self._parts: list[Callable[[], Any]] = []
         for in_c, group in groupby(steps, lambda step: isinstance(step, tuple)):
-            self._parts += [replayed(list(group))] if in_c else group  # type: ignore[arg-type]
+            part = list(group)
+            self._parts += [replayed(part)] if in_c else part
 
     def __call__(self) -> None:
         """Make the run again."""
@@ -57,7 +58,7 @@ class _Recorder(TorchDispatchMode):
     """Keeps every call, in order: of torch, and of the C library, which torch does not see."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[TorchCall | CCall] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

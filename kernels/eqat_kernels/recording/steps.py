@@ -85,7 +85,8 @@ def _sum(call: TorchCall) -> list[CCall] | None:
 
 
 def _product(call: TorchCall) -> list[CCall] | None:
-    return _elementwise("product_of", *call.args, call.result)
+    a, b = call.args
+    return _elementwise("product_of", a, b, call.result)
 
 
 def _square(call: TorchCall) -> list[CCall] | None:
@@ -126,7 +127,7 @@ def _put(call: TorchCall) -> list[CCall] | None:
 
 def _attention(call: TorchCall) -> list[CCall] | None:
     query, keys, values, *rest = call.args
-    mask = rest[0] if rest else call.kwargs.get("attn_mask")
+    mask: Any = rest[0] if rest else call.kwargs.get("attn_mask")
     tensors = (query, keys, values, mask, call.result)
     if rest[1:] or call.kwargs.keys() - {"scale", "attn_mask"} or keys.shape[:2] != query.shape[:2]:
         return None
