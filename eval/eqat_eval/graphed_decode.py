@@ -1,8 +1,8 @@
 """Decoding in which one step of the model is recorded and replayed: as a CUDA graph, on a CPU as a list of C calls.
 
-A decode step launches hundreds of small kernels, and Python needs longer to launch them than a GPU to run them, or a CPU
-a small model. A recording keeps the launches of one step and makes them again in one call. It replays addresses and
-shapes, so everything a step reads and writes has its place from the beginning:
+A decode step launches hundreds of small kernels, and Python needs longer to launch them than a GPU to run them, or a
+CPU those of a small model. A recording keeps the launches of one step and makes them again in one call. It replays
+addresses and shapes, so everything a step reads and writes has its place from the beginning:
 
     cache      transformers' `StaticCache`, as long as prompt and answer; a layer counts its tokens on the device
     token      the token that was chosen last, one for each sequence
@@ -120,7 +120,7 @@ def decode(
     """
     choice = _Choice(temperature, top_p, eos_token_id, pad_token_id)
     with _device_of(model):
-        step = _Step(model, inputs, max_new_tokens, graph=graph)
+        step = DecodeStep(model, inputs, max_new_tokens, graph=graph)
         logits_BV, tokens = step.first_logits, [inputs["input_ids"]]
         _put(streamer, tokens[0])
         for left in reversed(range(max_new_tokens)):
@@ -146,8 +146,8 @@ def _put(streamer: BaseStreamer | None, tokens: Tensor) -> None:
         streamer.put(tokens.cpu())
 
 
-class _Step:
-    """Reads the prompt, then one token of each sequence at a time."""
+class DecodeStep:
+    """Reads the prompt, then one token of each sequence at a time; arguments as in `decode`."""
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int, *, graph: bool) -> None:
         self.model, self.records = model, graph
