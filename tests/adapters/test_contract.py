@@ -32,13 +32,6 @@ def tiny_pixtral() -> Any:
     return tiny_vlm("llava", mistral3.processor(1), text=text, vision=mistral3.PIXTRAL, image=mistral3.IMAGE, **fields)
 
 
-def tiny_ministral3() -> Any:
-    """Return a tiny model with the tower of Ministral-3, whose queries grow with their position, and its batches."""
-    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8}
-    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
-    return mistral3.tiny("ministral3", max_position_embeddings=32, rope_parameters=rope)
-
-
 CASES = known_archs() | {
     "llava, mistral tower": replace(arch_for("llava"), tiny=lambda: tiny_llava("mistral")),
     "llava, tied head": replace(arch_for("llava"), tiny=lambda: tiny_llava("llama", tie_word_embeddings=True)),
