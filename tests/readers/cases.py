@@ -17,6 +17,7 @@ from torch import Tensor
 import eqat_mm
 from eqat_eval.prompts import encode_prompt
 from eqat_mm.checkpoint.folders import load_tokenizer, takes_images
+from eqat_mm.checkpoint.manifest import MANIFEST
 from eqat_mm.checkpoint.speaker import load_speaker
 from eqat_mm.commands.verbs.export import ExportJob, export
 from eqat_mm.commands.verbs.quantize import RTNJob, rtn
@@ -24,6 +25,7 @@ from eqat_mm.data.image_text.prompt import Renderer
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.data.text.windows import text_windows
 from eqat_mm.errors import EqatError
+from eqat_mm.export.folder import EXPORT
 from eqat_mm.quant.spec import QuantSpec
 from tests.readers.environments import root
 from tests.readers.jobs import PROMPT
@@ -36,10 +38,8 @@ SPECS = {
 SEEN_SPECS = ("w2g64sym", "w4g64", "w4g64sym")
 """Of the model that sees."""
 
-TEXT = TextWindows("demo-wikipedia", part="held_out", length=128, count=2)
+TEXT = TextWindows("demo-wikipedia", part="held_out", length=64, count=2)
 QUESTION = "What shape is in the image?"
-SAVED = ("w4g64", "w2g64sym")
-"""Specs at which transformers saves the model, and reads that again."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,18 @@ def cases() -> Iterator[Case]:
 
 @cache
 def folder_of(model: str, spec: str, form: str) -> Path:
-    """Return a folder of a model, made where it is not there yet.
+    """Return a folder of a model, made where it is not there yet; the last of its files says that it is whole.
 
     Raises:
         EqatError: the format does not hold it.
     """
     place = root() / "folders" / f"{model}-{spec}"
-    made = rtn(RTNJob(model=model, output=place / "rtn", quant=SPECS[spec]))
     if form == "checkpoint":
-        return made
-    job: dict[str, Any] = {"model": str(made.parent), "to": form, "output": place / form}
+        made = place / "rtn" / "model"
+        return made if (made / MANIFEST).is_file() else rtn(RTNJob(model, place / "rtn", SPECS[spec]))
+    if (place / form / "model" / EXPORT).is_file():
+        return place / form / "model"
+    job: dict[str, Any] = {"model": str(folder_of(model, spec, "checkpoint")), "to": form, "output": place / form}
     try:
         return export(ExportJob(**job))
     except EqatError:

@@ -92,8 +92,10 @@ def _job(reader: Reader, case: Case, folder: Path, scratch: Path) -> dict[str, A
         "inputs": str(scratch / "inputs"),
         "outputs": str(scratch / "outputs"),
     }
-    if reader.program == "read_transformers.py" and case[1] in cases.SAVED:
+    if reader.program == "read_transformers.py" and case[0] == cases.SEEING_MODEL:
         job["save"] = True
+    if reader.program == "read_mlx.py":
+        job["end"] = cases.ending(case[0])
     if reader.program == "read_vllm.py" and "pixel_values" in inputs:
         cases.picture().save(scratch / "image.png")
         job |= {"image": str(scratch / "image.png"), "question": cases.question(folder)}
@@ -166,7 +168,7 @@ def _perplexity(logprobs: Tensor, ids: Tensor) -> float:
 
 
 def main(wanted: list[str]) -> None:
-    """Ask about cases with all of these words in model, spec and reader, or what is missing, and write what was seen."""
+    """Ask about cases that have all of these words, or all that are missing; write what was seen."""
     there = set() if wanted else {one.key for one in table.read()}
     chosen = [case for case in cases.cases() if all(word in case[:2] or word in case[2] for word in wanted)]
     chosen = [case for case in chosen if " ".join(case) not in there]

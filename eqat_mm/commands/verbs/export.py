@@ -55,7 +55,7 @@ class ExportJob(Settings):
     lossy: bool = False
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=8))
     embedding: Literal["q8_0", "f16"] = "q8_0"
-    evaluations: tuple[Path, ...] = ()
+    evaluations: list[Path] | Path = field(default_factory=list)
     overwrite: bool = False
 
     def check_together(self) -> None:
@@ -109,7 +109,8 @@ def _facts(job: ExportJob, model: PackedModel, form: Format, choices: Choices) -
     """Check that the format holds the model; return what its card says."""
     require_weights_alone(model, form)
     form.refuse(model, choices)
-    quality = _quality(model, job.evaluations)
+    named = job.evaluations if isinstance(job.evaluations, list) else [job.evaluations]
+    quality = _quality(model, named)
     change = change_of(model, form)
     require_exact(model, form, change, lossy=job.lossy)
     bits = bits_per_weight(model.folder)
