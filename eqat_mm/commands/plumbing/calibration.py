@@ -188,10 +188,10 @@ def _by_gradient(
 ) -> Tensor:
     assert calibration.samples is not None
     assert calibration.visual is not None
-    model: Any = load_for_inference(opened.folder, device, frozen_dtype(precision, device))
     chosen = calibration.samples.with_images(_WEIGHED)
     if not chosen:
         return equal_weights(len(opened.blocks))
+    model: Any = load_for_inference(opened.folder, device, frozen_dtype(precision, device))
     mine = [chosen[index] for index in ranks.share(len(chosen))]
     read = map(calibration.samples.labelled, mine)
     samples = progress(read, what="weights of tokens", total=len(mine), unit="sample")
