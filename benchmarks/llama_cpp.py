@@ -2,9 +2,10 @@
 
     python benchmarks/llama_cpp.py LIBRARIES CHECKPOINT FILE.gguf [CHECKPOINT FILE.gguf ..]
 
-LIBRARIES is the folder of a prebuilt llama.cpp v0.5.0 (npm `@node-llama-cpp/linux-x64@3.22.1`, bins/linux-x64), FILE what
-`eqat export RUN --to gguf` makes of the checkpoint. Both read the same prompt, then a token at a time, in turns of a few
-tokens. What is compared is time of the processor, which other work on the machine disturbs less than that of the clock.
+LIBRARIES is the folder of a prebuilt llama.cpp v0.5.0 (npm `@node-llama-cpp/linux-x64@3.22.1`, bins/linux-x64), FILE
+what `eqat export RUN --to gguf` makes of the checkpoint. Both read the same prompt, then a token at a time, in turns of
+a few tokens. What is compared is time of the processor, which other work on the machine disturbs less than that of the
+clock.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from eqat_eval.graphed_decode import DecodeStep
 from eqat_mm.checkpoint.manifest import checkpoint_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "readers"))
-from llama_cpp import Reader  # noqa: E402 - beside the tests of readers
+from llama_cpp import Reader
 
 PROMPT, TURNS, TOKENS = 16, 12, 8
 

@@ -74,7 +74,7 @@ E2E_QP = {"llama-2-7b": (5.6, 1.5), "llama-2-13b": (9.1, None), "llama-2-70b": (
 def paper() -> Iterator[Row]:
     """Yield what was published for one A100-80GB."""
     for model, (memory, hours) in BLOCK_AP.items():
-        phase = plan_block_ap(model_shape(model), PAPER, 4096, 2048, card("a100"), ORIGINAL)
+        phase = plan_block_ap(model_shape(model), PAPER, text_work(4096, 2048), card("a100"), ORIGINAL)
         yield from _published(f"{model} Block-AP", phase, memory, hours)
     for model, (memory, hours) in E2E_QP.items():
         settings = E2EQPConfig(batch_size=1, accumulation=32)
@@ -94,7 +94,7 @@ def _published(what: str, phase: Phase, memory: float, hours: float | None) -> I
 def h200() -> Iterator[Row]:
     """Yield what was measured on an H200; the time of a Block-AP step is where two of the constants come from."""
     shape, machine = model_shape("llama-2-7b"), card("h200")
-    phase = plan_block_ap(shape, PAPER, 4096, 2048, machine)
+    phase = plan_block_ap(shape, PAPER, text_work(4096, 2048), machine)
     yield Row("7B Block-AP, GPU, 2 x 2048", phase.gpu.total / 1e9, 5.26, "GB")
     step = phase.seconds.terms[0].value / (len(shape.blocks) * 4032)
     yield Row("7B Block-AP, a step (calibration)", 1e3 * step, 6.3 + 8.0 + 1.2 + 2.0 + 0.2, "ms")
@@ -149,7 +149,7 @@ def _tokens(samples: int, length: int) -> torch.Tensor:
 def _block_ap(model: str, folder: str, samples: int, length: int) -> tuple[Phase, dict[str, float]]:
     """Run Block-AP; return its plan and what it took."""
     config = BlockAPConfig(quant=SPEC, fit=FitConfig(epochs=1, batch_size=4, validation_samples=32))
-    phase = plan_block_ap(model_shape(model), config, samples, length, this_machine(CPU, Path(folder)))
+    phase = plan_block_ap(model_shape(model), config, text_work(samples, length), this_machine(CPU, Path(folder)))
     path = Path(model)
     with _Measured() as found:
         opened = open_model(path, arch_of_folder(path))

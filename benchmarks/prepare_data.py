@@ -24,7 +24,8 @@ from instruction_mix import RECORDS, write_mix
 from eqat_mm.checkpoint.speaker import load_speaker
 from eqat_mm.commands.plumbing.models import model_folder
 from eqat_mm.data.image_text.batching import SampleOrder
-from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
+from eqat_mm.data.image_text.samples import image_text_data
+from eqat_mm.data.image_text.settings import ImageTextData
 
 SAMPLES = 100
 

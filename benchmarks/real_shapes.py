@@ -93,8 +93,8 @@ def phases(folder: Path) -> Iterator[tuple[Phase, list[str]]]:
     """Yield the plan of both phases for the model in a folder, and their commands."""
     model, machine = folder / "model", this_machine(torch.device("cpu"), folder)
     shape = model_shape(str(model))
-    yield plan_block_ap(shape, BLOCK_AP, SAMPLES, LENGTH, machine), block_ap(model, folder / "run")
     work = text_work(SAMPLES, LENGTH)
+    yield plan_block_ap(shape, BLOCK_AP, work, machine), block_ap(model, folder / "run")
     yield plan_e2e_qp(shape, SPEC, E2E_QP, work, machine), e2e_qp(model, folder / "run" / "model", folder / "tuned")
 
 

@@ -84,21 +84,11 @@ def _of_launchers_left_out(argv: Sequence[str]) -> list[str]:
 
 
 def _run(name: str, argv: Sequence[str]) -> None:
-    from eqat_mm.commands.line.outline import options_of, stored_options
-    from eqat_mm.commands.line.typed import typed
-
     spelled = name.replace("_", "-")
     if spelled not in COMMANDS:
         raise _unknown_command(name)
-    options = stored_options(spelled)  # what is wrong with them is said before torch is imported
-    if options is None:
-        options = list(options_of(COMMANDS[spelled].load()[0]))
-    words = typed(spelled, options, argv)
-    taken = _taken(spelled, options, words)
-    job_class, function = COMMANDS[spelled].load()
-    from eqat_mm.commands.line.resolved import job_with
-
-    job = job_with(spelled, job_class, options, words, taken)
+    job = parse_job(spelled, argv)
+    _, function = COMMANDS[spelled].load()
     with stoppable():
         function(job)
 
@@ -110,20 +100,25 @@ def _print_anything() -> None:
             stream.reconfigure(errors="replace")
 
 
-def parse_job(name: str, job_class: type[Any], argv: Sequence[str]) -> Any:
-    """Return the job that recipes and flags describe.
+def parse_job(name: str, argv: Sequence[str]) -> Any:
+    """Return the job of a command that recipes and flags describe.
 
     Raises:
         ConfigError: unknown option, no model, or a value that is not allowed.
         SystemExit: after --help or --print_config.
     """
-    from eqat_mm.commands.line.outline import options_of
-    from eqat_mm.commands.line.resolved import job_with
+    from eqat_mm.commands.line.outline import options_of, stored_options
     from eqat_mm.commands.line.typed import typed
 
-    options = list(options_of(job_class))
+    options = stored_options(name)  # what is wrong with them is said before torch is imported
+    if options is None:
+        options = list(options_of(COMMANDS[name].load()[0]))
     words = typed(name, options, argv)
-    return job_with(name, job_class, options, words, _taken(name, options, words))
+    taken = _taken(name, options, words)
+    job_class, _ = COMMANDS[name].load()
+    from eqat_mm.commands.line.resolved import job_with
+
+    return job_with(name, job_class, options, words, taken)
 
 
 def _taken(name: str, options: Sequence[Option], words: Typed) -> Taken:

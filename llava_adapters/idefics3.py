@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 
 from eqat_mm.blocks.arch import Arch
-from llava_adapters.llama import STAGES, SUMS
+from llava_adapters.llama import NORMS, STAGES, SUMS
 from llava_adapters.tiny_processor import CHAT_TEMPLATE, seeing_tokenizer
 from llava_adapters.tiny_vlm import VISION, text_config, tiny_vlm
 
@@ -49,6 +49,7 @@ ARCH = Arch(
     blocks="model.text_model.layers",
     stages=STAGES,
     sums=SUMS,
+    norms=NORMS,
     projector="model.connector",
     full_precision=FULL_PRECISION,
     tiny=tiny,

@@ -12,6 +12,8 @@ STAGES = (
 
 SUMS = (("self_attn.o_proj", "post_attention_layernorm"), ("mlp.down_proj", ""))
 
+NORMS = (("input_layernorm", "self_attn.q_proj"), ("post_attention_layernorm", "mlp.gate_proj"))
+
 ARCH = Arch(
     name="llama",
     model_types=("llama",),
@@ -19,6 +21,7 @@ ARCH = Arch(
     blocks="model.layers",
     stages=STAGES,
     sums=SUMS,
+    norms=NORMS,
     full_precision=("model.embed_tokens", "model.norm", "lm_head"),
     tiny=lambda: tiny_causal_lm("llama"),
 )

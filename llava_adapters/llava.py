@@ -1,7 +1,7 @@
 """LLaVA-1.5: a CLIP vision tower, a projector and a language tower, which alone is quantized."""
 
 from eqat_mm.blocks.arch import Arch
-from llava_adapters.llama import STAGES, SUMS
+from llava_adapters.llama import NORMS, STAGES, SUMS
 from llava_adapters.tiny import tiny_llava
 from llava_adapters.tiny_processor import tiny_processor
 
@@ -20,6 +20,7 @@ ARCH = Arch(
     blocks="model.language_model.layers",
     stages=STAGES,
     sums=SUMS,
+    norms=NORMS,
     projector="model.multi_modal_projector",
     full_precision=FULL_PRECISION,
     tiny=lambda: tiny_llava("llama"),

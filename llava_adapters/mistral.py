@@ -1,7 +1,7 @@
 """Mistral: the modules of Llama, with sliding-window attention in its own forward."""
 
 from eqat_mm.blocks.arch import Arch
-from llava_adapters.llama import STAGES, SUMS
+from llava_adapters.llama import NORMS, STAGES, SUMS
 from llava_adapters.tiny import tiny_causal_lm
 
 ARCH = Arch(
@@ -11,6 +11,7 @@ ARCH = Arch(
     blocks="model.layers",
     stages=STAGES,
     sums=SUMS,
+    norms=NORMS,
     full_precision=("model.embed_tokens", "model.norm", "lm_head"),
     tiny=lambda: tiny_causal_lm("mistral", sliding_window=4),
 )

@@ -13,7 +13,7 @@ ARCH = Arch(
     stages=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), *EXPERTS),
     kept=("mlp.gate",),
     sums=(("self_attn.o_proj", "post_attention_layernorm"),),
-    norms=(("input_layernorm", 0),),
+    norms=(("input_layernorm", "self_attn.q_proj"),),
     full_precision=("model.embed_tokens", "model.norm", "lm_head"),
     tiny=lambda: tiny_causal_lm("mixtral", num_local_experts=4, num_experts_per_tok=2),
 )

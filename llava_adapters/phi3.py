@@ -10,6 +10,7 @@ ARCH = replace(
     name="phi3",
     model_types=("phi3",),
     stages=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    norms=(("input_layernorm", "self_attn.qkv_proj"), ("post_attention_layernorm", "mlp.gate_up_proj")),
     tiny=lambda: tiny_causal_lm("phi3", pad_token_id=None, sliding_window=4),
 )
 """The declaration; see docs/adding_a_model.md."""

@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 
 from eqat_mm.blocks.arch import Arch
-from llava_adapters.llama import STAGES, SUMS
+from llava_adapters.llama import NORMS, STAGES, SUMS
 from llava_adapters.tiny_processor import chat_template, seeing_tokenizer
 from llava_adapters.tiny_vlm import text_config, tiny_vlm
 
@@ -57,6 +57,7 @@ ARCH = Arch(
     blocks="model.language_model.layers",
     stages=STAGES,
     sums=SUMS,
+    norms=NORMS,
     projector="model.visual.merger",
     full_precision=FULL_PRECISION,
     tiny=tiny,

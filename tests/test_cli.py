@@ -29,7 +29,7 @@ NEEDS_A_MODEL += ("verify", "prepare-data", "quantize")
 RECIPES = recipe_names()
 MODEL = {name: ["--model", "m"] for name in NAMES if name in NEEDS_A_MODEL}
 MODEL["prepare-data"] += ["--conversations.source", "mix.json"]
-MODEL["report"] = ["--run", "runs/m-w2g64"]
+MODEL["report"] = MODEL["check-run"] = ["--run", "runs/m-w2g64"]
 MODEL["export"] = ["--model", "m", "--to", "gguf"]
 
 
@@ -40,7 +40,7 @@ def command_of(recipe: str) -> str:
 
 
 def job_of(command: str, *argv: str) -> Any:
-    return parse_job(command, COMMANDS[command].load()[0], argv)
+    return parse_job(command, argv)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from eqat_mm.cli import main, parse_job
-from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.recipes import named_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +61,7 @@ def test_a_documented_command_is_taken(
         with pytest.raises(SystemExit):
             main(words)
     else:
-        parse_job(command, COMMANDS[command].load()[0], rest)
+        parse_job(command, rest)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -43,6 +43,8 @@ def quantize(
     bits: int | None = None,
     group_size: int | None = None,
     text: Text | None = None,
+    conversations: str | Path | None = None,
+    images: str | Path | None = None,
     output: str | Path | None = None,
     processor: Any = None,
     config: str | Path | None = None,
@@ -62,6 +64,9 @@ def quantize(
         bits: of a weight: 2, 3, 4 or 8.
         group_size: weights that share a step size: 32, 64, 128, 256, or -1 for a row.
         text: what the blocks are fitted on.
+        conversations: about images, in LLaVA's format, of a vision-language model: half of the samples, or the share
+            that `image_share` says.
+        images: folder that the image paths in them are relative to.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/block-ap.
         processor: of a model in memory: its processor or tokenizer. Default: that of its `name_or_path`.
         config: recipe, or YAML file with settings.
@@ -78,6 +83,7 @@ def quantize(
         EqatError: any bad input, before anything expensive.
     """
     named = {"quant.bits": bits, "quant.group_size": group_size, "calibration.source": sources_of(text)}
+    named |= {"conversations.source": conversations, "conversations.image_folder": images}
     named |= common(output, config, device, overwrite)
     with said(unless=quiet):
         if isinstance(model, str | Path):
@@ -188,7 +194,7 @@ def _of_memory(
     require_full_precision(model)
     with configuration_of(model) as folder:
         job = job_from("block-ap", BlockAPJob, {**named, "model": folder}, *settings)
-        job.calibration.require_source("--calibration.source")
+        job.require_data()
         model_shape(folder, job.adapter)
     output = job.output or default_output(name_of(model), job.quant) / "block-ap"
     source = written(model, output / "source", processor, overwrite=job.overwrite)

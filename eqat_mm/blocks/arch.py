@@ -68,8 +68,8 @@ class Arch:
             sum is the module's input; an empty path stands for the block's output.
         full_precision: exact paths of the modules, and of the parameters outside them, that are never quantized;
             with the blocks they are the whole model.
-        norms: (path of a norm inside one block, index of a stage) pairs: what the norm gives is the input of the
-            linears of that stage, and of nothing else.
+        norms: (path of a module, path of a linear) pairs: the module is a norm, and what it gives is the input of the
+            linear's stage, and of nothing else.
         tiny: returns a small random model and batches of inputs, for tests.
         projector: exact path of the module that turns image features into hidden states, in vision-language models;
             the one full-precision part that can be trained.
@@ -85,7 +85,7 @@ class Arch:
     tiny: Callable[[], tuple[nn.Module, list[Inputs]]]
     kept: tuple[str, ...] = ()
     sums: tuple[tuple[str, str], ...] = ()
-    norms: tuple[tuple[str, int], ...] = (("input_layernorm", 0), ("post_attention_layernorm", 2))
+    norms: tuple[tuple[str, str], ...] = ()
     projector: str | None = None
     processor: Callable[[], Any] | None = None
 
@@ -133,6 +133,7 @@ class Arch:
                 allowed="a ModuleList with at least one decoder block",
                 do="correct the path of the decoder blocks in the adapter",
             )
+        self._require_quantized([*(linear for linear, _ in self.sums), *(linear for _, linear in self.norms)])
         for index, block in enumerate(blocks):
             self._require_linears(block, index, self.linears_of(block))
         self._require_every_parameter(model)
@@ -195,13 +196,23 @@ class Arch:
         found = []
         for index, block in enumerate(self.find_blocks(model)):
             linears = dict(self.named_linears(block))
-            for path, stage in self.norms:
-                name = f"{self.blocks}.{index}.{path}"
-                stages = _round(self.stages[stage], linears.keys()).stages
-                reading = [linears[linear] for each in stages for linear in each]
+            for path, linear in self.norms:
+                stage = next(stage for stage in self.stages if linear in stage)
+                reading = [linears[each] for mine in _round(stage, linears.keys()).stages for each in mine]
                 if reading:
-                    found.append(NormedLinears(name, self.find(block, path), reading))
+                    found.append(NormedLinears(f"{self.blocks}.{index}.{path}", self.find(block, path), reading))
         return found
+
+    def _require_quantized(self, paths: list[str]) -> None:
+        """Check that what `sums` and `norms` call a quantized linear is one."""
+        wrong = [path for path in paths if path not in self.linears]
+        if wrong:
+            raise AdapterError(
+                where=f"adapter {self.name}: {wrong[0]!r} in sums or norms",
+                given="no linear of its stages",
+                allowed=", ".join(difflib.get_close_matches(wrong[0], self.linears) or self.linears),
+                do="correct the path in the adapter",
+            )
 
     def _require_every_parameter(self, model: nn.Module) -> None:
         inside = {self.blocks, *(part.path for part in self.full_precision_parts(model) if part.whole)}

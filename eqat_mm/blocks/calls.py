@@ -54,8 +54,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], call: BlockCall) -> BlockC
 def collate(calls: Sequence[BlockCall]) -> BlockCall:
     """Join calls of one block into one call on the concatenation of their batches.
 
-    A leaf that is the same object everywhere and does not carry the batch is kept; tensors whose first
-    dimension is the batch are expanded (same object) or concatenated. The calls must agree in
+    A leaf that is the same object everywhere and does not carry the batch is kept; tensors with an axis of the
+    batch are expanded along it (same object) or concatenated. The calls must agree in
     `signature`: objects that are neither tensors nor values are the same in all of them.
     """
     if len(calls) == 1:
@@ -66,16 +66,23 @@ def collate(calls: Sequence[BlockCall]) -> BlockCall:
 
 
 def _join(column: tuple[Any, ...], calls: Sequence[BlockCall]) -> Any:
-    first = column[0]
-    if not _carries_batch(first, calls[0].batch):
+    first, axis = column[0], _batch_axis(column[0], calls[0].batch)
+    if axis is None:
         return first
-    if all(leaf is first for leaf in column) and first.shape[0] == 1:
-        return first.expand(sum(call.batch for call in calls), *first.shape[1:])
-    return torch.cat(column)
+    if all(leaf is first for leaf in column) and first.shape[axis] == 1:
+        sizes = list(first.shape)
+        sizes[axis] = sum(call.batch for call in calls)
+        return first.expand(sizes)
+    return torch.cat(column, axis)
 
 
-def _carries_batch(leaf: Any, batch: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim >= 2 and leaf.shape[0] == batch
+def _batch_axis(leaf: Any, batch: int) -> int | None:
+    """Return the axis of a leaf that is the batch: the first, or of rotary tables in three directions the second."""
+    if not isinstance(leaf, Tensor) or leaf.ndim < 2:
+        return None
+    if leaf.shape[0] == batch:
+        return 0
+    return 1 if leaf.ndim == 4 and leaf.shape[1] == batch else None
 
 
 def signature(call: BlockCall, hidden_shape: torch.Size, identity: Callable[[Any], Any] = id) -> tuple[Any, ...]:
@@ -86,8 +93,9 @@ def signature(call: BlockCall, hidden_shape: torch.Size, identity: Callable[[Any
     leaves, structure = pytree.tree_flatten(call.tree)
     described: list[Any] = []
     for leaf in leaves:
-        if _carries_batch(leaf, call.batch):
-            described.append((leaf.shape[1:], leaf.dtype))
+        axis = _batch_axis(leaf, call.batch)
+        if axis is not None:
+            described.append((axis, (*leaf.shape[:axis], *leaf.shape[axis + 1 :]), leaf.dtype))
         else:
             described.append(leaf if _is_value(leaf) else (type(leaf).__name__, identity(leaf)))
     return (hidden_shape[1:], str(structure), *described)

@@ -26,10 +26,12 @@ class Sort:
     Attributes:
         tokens: of the sample.
         signature: equal for samples that can be called together.
+        weight: how much its tokens count together.
     """
 
     tokens: int
     signature: Hashable
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,28 @@ class Portion:
         batch: samples of the whole batch, numbered over all ranks.
         mine: those that this rank holds, by their place in its streams.
         tokens: of the parts of all ranks.
+        weights: how much the tokens of these parts count.
     """
 
     ranks: Ranks
     batch: list[int]
     mine: list[int]
     tokens: list[int]
+    weights: list[float]
 
     @classmethod
     def of(cls, batch: list[int], sorts: Sequence[Sort], ranks: Ranks) -> Portion:
         """Return this rank's part of `batch`."""
-        if ranks.world == 1:
-            return cls(ranks, batch, batch, [sum(sorts[sample].tokens for sample in batch)])
-        tokens = [0] * ranks.world
+        tokens, weights = [0] * ranks.world, [0.0] * ranks.world
         for sample in batch:
             tokens[sample % ranks.world] += sorts[sample].tokens
-        return cls(ranks, batch, ranks.held(batch), tokens)
+            weights[sample % ranks.world] += sorts[sample].weight
+        return cls(ranks, batch, ranks.held(batch), tokens, weights)
 
     @property
     def share(self) -> float:
-        """Share of the batch's tokens."""
-        return self.tokens[self.ranks.rank] / sum(self.tokens)
+        """Share of what the batch's tokens count."""
+        return self.weights[self.ranks.rank] / sum(self.weights)
 
     def joined(self, values: Tensor) -> Tensor:
         """Return the values of all tokens of the batch, of which each rank gives those of its part, one a token."""
@@ -73,14 +76,21 @@ class Portion:
         return self.ranks.sum_(whole)
 
 
-def sorts_of(calls: Sequence[BlockCall], stream: Stream, ranks: Ranks) -> list[Sort]:
-    """Return the sorts of the samples of all ranks, of which this one gives those that it holds."""
+def sorts_of(
+    calls: Sequence[BlockCall], stream: Stream, ranks: Ranks, weights: Sequence[Tensor] | None = None
+) -> list[Sort]:
+    """Return the sorts of the samples of all ranks, of which this one gives those that it holds.
+
+    `weights` says how much the tokens of these count, [B, T] each; all count 1 without it.
+    """
     shapes = [stream.shape_of([index]) for index in range(len(calls))]
     if ranks.world == 1:
         signatures: list[Hashable] = [signature(*pair) for pair in zip(calls, shapes, strict=True)]
     else:
         signatures = _told(calls, shapes)
-    return ranks.all_of([Sort(shape[:2].numel(), kind) for shape, kind in zip(shapes, signatures, strict=True)])
+    tokens = [shape[:2].numel() for shape in shapes]
+    counted = tokens if weights is None else [each.sum().item() for each in weights]
+    return ranks.all_of([Sort(*each) for each in zip(tokens, signatures, counted, strict=True)])
 
 
 def _told(calls: Sequence[BlockCall], shapes: Sequence[torch.Size]) -> list[Hashable]:

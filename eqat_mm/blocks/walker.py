@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ class BlockStep:
         calls: how the model calls the block, one per sample.
         copies: what calls hold, on the device.
         ranks: those that share the samples; streams and calls are of the samples that this one holds.
+        weights: how much tokens count, [B, T] for each sample that this rank holds; None where all count alike.
         sorts: what decides with which others a sample is batched, for each sample of all ranks.
     """
 
@@ -54,15 +56,20 @@ class BlockStep:
     calls: tuple[BlockCall, ...]
     copies: Copies = field(default_factory=lambda: Copies(torch.device("cpu")))
     ranks: Ranks = ALONE
+    weights: Sequence[Tensor] | None = None
     sorts: list[Sort] = field(init=False)
 
     def __post_init__(self) -> None:
         """Learn from all ranks, each of which makes this step, what decides about batches."""
-        object.__setattr__(self, "sorts", sorts_of(self.calls, self.quantized, self.ranks))
+        object.__setattr__(self, "sorts", sorts_of(self.calls, self.quantized, self.ranks, self.weights))
 
     def call(self, mine: Sequence[int]) -> BlockCall:
         """Return the call for some of this rank's samples together, on the device."""
         return collate([self.copies.of(self.calls[i]) for i in mine])
+
+    def weights_of(self, mine: Sequence[int]) -> Tensor | None:
+        """Return how much the tokens of some of this rank's samples count, [B, T] on the device."""
+        return None if self.weights is None else torch.cat([self.weights[i] for i in mine]).to(self.copies.device)
 
     def buckets(self, samples: Sequence[int]) -> list[list[int]]:
         """Group samples of all ranks that can be batched together, keeping their order."""
@@ -92,6 +99,8 @@ class BlockWalker:
         keep_passed: leave the file at a block's input when the stream has passed it; a commit removes it.
         batch_tokens: tokens per forward when a stream is advanced.
         ranks: processes that walk together; `samples` are those that this one holds (`Ranks.share`).
+        weights: from the number of a block to how much the tokens of each sample count there, [B, T]; asked when all
+            samples have been captured. None: all count alike.
     """
 
     def __init__(
@@ -106,6 +115,7 @@ class BlockWalker:
         keep_passed: bool = False,
         batch_tokens: int = 2048,
         ranks: Ranks = ALONE,
+        weights: Callable[[int], Sequence[Tensor]] | None = None,
     ) -> None:
         self.opened = opened
         self.device = device
@@ -115,6 +125,7 @@ class BlockWalker:
         self.feed = feed_for(device)
         self._blocks = opened.blocks
         self._copies = Copies(device)
+        self._weights = weights
         self._spool, self._keep_passed = spool, keep_passed
         self.fp = Stream(stream_dtype, self._path(FP, 0))
         self.quantized = Stream(stream_dtype, self._path(QUANTIZED, 0))
@@ -140,7 +151,8 @@ class BlockWalker:
         for index in range(start, len(self) if stop is None else stop):
             block = self.load_block(index)
             name = self.opened.block_name(index)
-            yield BlockStep(index, name, block, self.fp, self.quantized, self._calls[index], self._copies, self.ranks)
+            carried = (self.fp, self.quantized, self._calls[index], self._copies, self.ranks)
+            yield BlockStep(index, name, block, *carried, None if self._weights is None else self._weights(index))
             block.to("meta")
 
     def load_block(self, index: int) -> nn.Module:
@@ -191,15 +203,17 @@ class BlockWalker:
 
     @torch.no_grad()
     def _pass(self, step: BlockStep, stream: Stream, name: str) -> float:
-        """Overwrite every sample with its output; return the mean over samples of the output's mean square."""
-        squares, passed = [], stream.path
+        """Overwrite every sample with its output; return the mean over samples of its tokens' mean square."""
+        squares: list[Tensor] = []
+        passed = stream.path
         with stream.rewritten(self._path(name, step.index + 1)), self.feed.results(stream) as write:
             order = step.batches(self.ranks.share(len(step.sorts)), self.batch_tokens)
             for part, (hidden,) in self.parts(step, [stream], order):
                 output = self.run(step.block, step.call(part.mine), hidden).to(stream.dtype)
                 sizes = [step.calls[i].batch for i in part.mine]
                 write(part.mine, output, sizes)
-                squares += [_mean_square(sample) for sample in output.split(sizes)]
+                counts = None if step.weights is None else [step.weights[i].to(output.device) for i in part.mine]
+                squares += map(_mean_square, output.split(sizes), counts or repeat(None))
         if passed is not None and not self._keep_passed:
             passed.unlink()
         return self.ranks.mean(torch.stack(squares))
@@ -248,7 +262,10 @@ def _reader(opened: OpenModel, part: Part, dtype: torch.dtype) -> Callable[[nn.M
     return read
 
 
-def _mean_square(value: Tensor) -> Tensor:
-    """Without a squared copy."""
-    square: Tensor = torch.linalg.vector_norm(value, dtype=torch.float32).square() / value.numel()
-    return square
+def _mean_square(value: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the mean square of tokens [B, T, H] that count as `weights` [B, T] say; without a squared copy."""
+    if weights is None:
+        square: Tensor = torch.linalg.vector_norm(value, dtype=torch.float32).square() / value.numel()
+        return square
+    rows: Tensor = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32).square() / value.shape[-1]
+    return (rows * weights).sum() / weights.sum()

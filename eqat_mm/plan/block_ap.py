@@ -6,19 +6,23 @@ import math
 
 from eqat_mm.plan.amounts import Amount, Phase, amount, billions, largest, size
 from eqat_mm.plan.costs import Costs, attention_flop, channels, costs_on, in_flight, kept
+from eqat_mm.plan.end_to_end import Work
 from eqat_mm.plan.machine import Machine
 from eqat_mm.plan.shape import BlockShape, ModelShape
 from eqat_mm.plan.storage import block_scales, checkpoint_bytes
 from eqat_mm.train.block_ap import BlockAPConfig
 from eqat_mm.train.fit import split_samples
 
+PROCESSOR = 5e11
+"""FLOP a second of the processor beside a GPU, where what comes before the blocks is computed."""
+
 
 def plan_block_ap(
-    shape: ModelShape, config: BlockAPConfig, samples: int, length: int, machine: Machine, costs: Costs | None = None
+    shape: ModelShape, config: BlockAPConfig, work: Work, machine: Machine, costs: Costs | None = None
 ) -> Phase:
-    """Return what Block-AP needs on `samples` windows of `length` tokens."""
-    run = _Run(shape, config, samples, length, machine, costs or costs_on(machine))
-    training = run.training()
+    """Return what Block-AP needs on samples of text, or on some about images."""
+    run = _Run(shape, config, work, machine, costs or costs_on(machine))
+    training = largest(run.training(), run.weighing())
     streams = Amount() if run.on_disk else run.streams(2)
     process = amount(("process", machine.process, "Python, torch, transformers"))
     if machine.is_gpu:
@@ -31,14 +35,13 @@ def plan_block_ap(
 class _Run:
     """One Block-AP; each method is one formula."""
 
-    def __init__(
-        self, shape: ModelShape, config: BlockAPConfig, samples: int, length: int, machine: Machine, costs: Costs
-    ) -> None:
-        self.shape, self.config, self.machine, self.costs = shape, config, machine, costs
-        self.block, self.length = shape.largest, length
-        self.tokens = samples * length
-        self.batch = config.fit.batch_size * length
-        self.steps = config.fit.epochs * math.ceil(len(split_samples(samples, config.fit)[0]) / config.fit.batch_size)
+    def __init__(self, shape: ModelShape, config: BlockAPConfig, work: Work, machine: Machine, costs: Costs) -> None:
+        self.shape, self.config, self.machine, self.costs, self.work = shape, config, machine, costs, work
+        self.block, self.length = shape.largest, round(work.mean)
+        self.tokens = round(work.samples * work.mean)
+        self.batch = config.fit.batch_size * work.longest
+        trained = len(split_samples(work.samples, config.fit)[0])
+        self.steps = config.fit.epochs * math.ceil(trained / config.fit.batch_size)
         self.on_disk = config.spool == "disk"
         self.commits = config.commits_streams
         narrow = config.stream_dtype == "bfloat16" or (machine.is_gpu and config.stream_dtype != "float32")
@@ -60,6 +63,17 @@ class _Run:
             ("activations", self.batch * per_token, f"{per_token / 1e3:.0f} kB x {self.batch} tokens"),
         )
 
+    def weighing(self) -> Amount:
+        """Memory while gradients of the full-precision model say how much tokens count: all of it, and one sample."""
+        if self.config.token_weights == "equal":
+            return Amount()
+        width = 2 if self.machine.is_gpu else 4
+        per_token = len(self.shape.blocks) * kept(self.block, self.shape, "bfloat16" if width == 2 else "float32")
+        return amount(
+            ("full-precision model", width * self.shape.parameters, f"{width} B x {billions(self.shape.parameters)}"),
+            ("activations", self.work.longest * per_token, f"{per_token / 1e3:.0f} kB x {self.work.longest} tokens"),
+        )
+
     def _states(self, trained: int) -> tuple[str, float, str]:
         what = "W, s, z with gradients, AdamW and the best so far"
         return what, self.costs.fitted * trained, f"{self.costs.fitted:g} B x {billions(trained)}"
@@ -67,7 +81,8 @@ class _Run:
     def capture(self) -> Amount:
         """RAM while the first stream is filled: what stands before the blocks is there, too."""
         embedding = ("embedding", 4 * self.shape.embedding, "float32")
-        return amount(embedding) + (Amount() if self.on_disk else self.streams(1))
+        tower = ("vision tower and projector", 4 * self.shape.rest * (self.work.images > 0), "float32")
+        return amount(embedding, tower) + (Amount() if self.on_disk else self.streams(1))
 
     def streams(self, count: int) -> Amount:
         """Activation streams of all samples."""
@@ -93,10 +108,14 @@ class _Run:
         passes = sum(self._pass(block) for block in self.shape.blocks)
         written, blocks = self.written().total, len(self.shape.blocks)
         mean = f"{step / blocks * 1e3:.1f} ms"
+        images = self.work.samples * self.work.images
+        tower = 2 * self.shape.rest * self.shape.patches * images
+        rate = PROCESSOR if self.machine.is_gpu else self.machine.product
         return amount(
             ("training", self.steps * step, f"{blocks} blocks x {self.steps} steps x {mean}"),
             ("passes of both streams", passes, f"{blocks} blocks x {passes / blocks:.0f} s"),
             ("writing", written / self.machine.drive, f"{size(written)} at {size(self.machine.drive)}/s"),
+            ("vision tower", tower / rate, f"{images:.0f} images, on the processor"),
         )
 
     def _step(self, block: BlockShape) -> float:

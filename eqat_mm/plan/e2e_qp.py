@@ -10,6 +10,10 @@ from eqat_mm.plan.shape import ModelShape
 from eqat_mm.plan.storage import codes, scales
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.train.e2e_qp import E2EQPConfig
+from eqat_mm.train.kept_teacher import KEPT
+
+LARGEST_FILE = 8 << 30
+"""Bytes of a teacher's hidden states up to which they are kept by themselves."""
 
 
 def plan_e2e_qp(
@@ -21,6 +25,11 @@ def plan_e2e_qp(
     return run.phase(name)
 
 
+def keeps_teacher(shape: ModelShape, spec: QuantSpec, config: E2EQPConfig, work: Work, machine: Machine) -> bool:
+    """Return whether the teacher's hidden states are kept in a file, `auto` decided."""
+    return _E2EQP(shape, spec, config, work, machine, costs_on(machine)).keeps
+
+
 class _E2EQP(EndToEnd):
     """Step sizes, and the projector where the settings say so."""
 
@@ -30,6 +39,41 @@ class _E2EQP(EndToEnd):
     def taught(self) -> bool:  # type: ignore[override]
         """Whether the loss compares with the full-precision model."""
         return self.config.loss == "kl"
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the teacher is a file: of its own accord for text alone, all of it read, and small enough."""
+        if not self.taught or self.config.teacher != "auto":
+            return self.taught and self.config.teacher == "cache"
+        text = not self.work.images and not self.shape.projector and self.stage != 3
+        return text and self.visited >= self.work.samples and self._kept_teacher().total <= LARGEST_FILE
+
+    def teacher(self) -> Amount:
+        """Memory of the full-precision model, unless its hidden states are in a file."""
+        return Amount() if self.keeps else super().teacher()
+
+    def before(self) -> Amount:
+        """Memory of the full-precision model while that file is made."""
+        return super().teacher() if self.keeps else Amount()
+
+    def teaching(self) -> float:
+        """FLOP per token of the teacher: head, and once for each sample what stands before it."""
+        if not self.keeps:
+            return super().teaching()
+        once = self.work.samples / (self.config.batch_size * self.forwards * self.machine.gpus)
+        return 2.0 * (self.shape.passed * once + self.shape.vocabulary * self.shape.hidden)
+
+    def disk(self) -> Amount:
+        """As ever, and the teacher's file."""
+        return super().disk() + (self._kept_teacher() if self.keeps else Amount())
+
+    def written(self) -> Amount:
+        """As ever, and the teacher's file."""
+        return super().written() + (self._kept_teacher() if self.keeps else Amount())
+
+    def _kept_teacher(self) -> Amount:
+        tokens, each = self.work.samples * self.work.longest, KEPT.itemsize * self.shape.hidden
+        return amount(("teacher's hidden states", tokens * each, f"{each} B x {billions(tokens)} tokens"))
 
     def states(self) -> Amount:
         """Packed codes, step sizes with their optimizer, what is not quantized."""

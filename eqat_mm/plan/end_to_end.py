@@ -28,14 +28,14 @@ class Work:
         longest: tokens of the longest, which decides the memory.
         mean: tokens of one on average, which decides the time.
         predicted: most tokens of one that are predicted.
-        images: images of one.
+        images: images of one, on average.
     """
 
     samples: int
     longest: int
     mean: float
     predicted: int
-    images: int = 0
+    images: float = 0
 
 
 def text_work(samples: int, length: int) -> Work:
@@ -47,6 +47,17 @@ def image_text_work(shape: ModelShape, samples: int, longest: int) -> Work:
     """Conversations about one image each; what is not the image counts as predicted, at most."""
     longest = max(longest, shape.image_tokens + WORDS)
     return Work(samples, longest, shape.image_tokens + WORDS, longest - shape.image_tokens, int(shape.image_tokens > 0))
+
+
+def mixed(first: Work, second: Work) -> Work:
+    """Both kinds of samples together."""
+    samples = first.samples + second.samples
+    mean, images = (
+        (first.samples * getattr(first, name) + second.samples * getattr(second, name)) / samples
+        for name in ("mean", "images")
+    )
+    longest, predicted = max(first.longest, second.longest), max(first.predicted, second.predicted)
+    return Work(samples, longest, mean, predicted, images)
 
 
 class EndToEnd:
@@ -77,17 +88,22 @@ class EndToEnd:
         per_step = config.global_batch or forward * config.accumulation
         passes = math.ceil(work.samples * config.epochs / per_step)
         self.steps = passes if config.max_steps is None else config.max_steps
+        self.visited = self.steps * per_step
         self.forwards = self.steps * math.ceil(per_step / forward)
         self.stage = _zero_stage(config.deepspeed)
 
     def phase(self, name: str) -> Phase:
         """Return the phase."""
-        device = self.states() + largest(self.at_the_loss(), self.in_a_block())
+        device = largest(self.before(), self.states() + largest(self.at_the_loss(), self.in_a_block()))
         process = amount(("process", self.machine.process, "Python, torch, transformers"))
         saving = ("saving", self.shape.stored * self.shape.unquantized, "what is not quantized, read again")
         host = process + amount(saving)
         gpu, ram = (device, host) if self.machine.is_gpu else (Amount(), host + device)
         return Phase(name, gpu, ram, self.disk(), self.written(), self.seconds(), self.machine.gpus)
+
+    def before(self) -> Amount:
+        """Memory of what is done before training, and gone then."""
+        return Amount()
 
     def states(self) -> Amount:
         """Memory of the model and of the optimizer."""
@@ -159,19 +175,22 @@ class EndToEnd:
     def _resumables(self, count: int) -> Amount:
         return amount(("to resume from", count * self.resumable(), f"{count} x {size(self.resumable())}"))
 
+    def teaching(self) -> float:
+        """FLOP per token of the teacher's forward."""
+        return 2.0 * (self.shape.passed + self.shape.vocabulary * self.shape.hidden)
+
     def seconds(self) -> Amount:
         """Products, what is moved in memory, the vision tower and what is written."""
         tokens = self.work.mean * self.config.batch_size * self.forwards
         products, head = self.flop()
         passes = 4.5 if self.recomputes else 3.5
         attention = sum(attention_flop(self.shape, 1, round(self.work.mean)) for _ in self.shape.blocks) * passes
-        teaching = self.taught * 2 * (self.shape.passed + self.shape.vocabulary * self.shape.hidden)
         channel = sum(channels(block, self.shape) for block in self.shape.blocks)
         logits = self.shape.vocabulary * self.work.predicted / self.work.longest
         moved = tokens * (self.costs.touched_end_to_end * channel + self.costs.touched_logit * logits)
         tower = 2 * (self.shape.rest - self.shape.projector) * self.shape.patches * self.work.images
         images = tower * self.config.batch_size * self.forwards
-        flop = tokens * (products + head + attention + teaching)
+        flop = tokens * (products + head + attention + self.taught * self.teaching())
         written = self.written().total
         return amount(
             ("products", flop / self.machine.product, f"{flop / 1e15:.0f} PFLOP at the rate of dense ones"),

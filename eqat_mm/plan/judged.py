@@ -17,22 +17,18 @@ from eqat_mm.train.block_ap import BlockAPConfig
 from eqat_mm.train.e2e_qp import E2EQPConfig
 
 
-def judged_block_ap(shape: ModelShape, config: BlockAPConfig, samples: int, length: int, machine: Machine) -> Verdict:
-    """Return the verdict on Block-AP with so many samples of `length` tokens, `spool` decided."""
-    config = replace(config, spool=spool_for(shape, config, samples, length, machine))
-    phase = plan_block_ap(shape, config, samples, length, machine)
-    return judge(phase, machine, block_ap_options(shape, config, samples, length, machine))
+def judged_block_ap(shape: ModelShape, config: BlockAPConfig, work: Work, machine: Machine) -> Verdict:
+    """Return the verdict on Block-AP with these samples, `spool` decided."""
+    config = replace(config, spool=spool_for(shape, config, work, machine))
+    phase = plan_block_ap(shape, config, work, machine)
+    return judge(phase, machine, block_ap_options(shape, config, work, machine))
 
 
-def spool_for(
-    shape: ModelShape, config: BlockAPConfig, samples: int, length: int, machine: Machine
-) -> Literal["ram", "disk"]:
+def spool_for(shape: ModelShape, config: BlockAPConfig, work: Work, machine: Machine) -> Literal["ram", "disk"]:
     """Return where Block-AP keeps its streams: in RAM if they fit, an error of the plan included, or nowhere do."""
     if config.spool != "auto":
         return config.spool
-    in_ram, on_disk = (
-        plan_block_ap(shape, replace(config, spool=where), samples, length, machine) for where in ("ram", "disk")
-    )
+    in_ram, on_disk = (plan_block_ap(shape, replace(config, spool=where), work, machine) for where in ("ram", "disk"))
     tight = machine.ram is not None and MARGIN * in_ram.ram.total > machine.ram
     return "disk" if tight and not shortages(on_disk, machine) else "ram"
 

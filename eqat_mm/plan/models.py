@@ -21,11 +21,6 @@ _SAME_SHAPE = {
 """Alias -> shipped configuration whose sizes are the same; only those in this table and the file names are known."""
 
 
-def shipped_models() -> list[str]:
-    """Return the names of the shipped configurations."""
-    return sorted(_files())
-
-
 def shipped_config(model: str) -> dict[str, Any] | None:
     """Return the config.json that is shipped for a name, an alias or a hub repository; None where there is none."""
     alias = {repository: name for name, repository in ALIASES.items()}.get(model, model)

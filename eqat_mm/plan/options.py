@@ -22,21 +22,21 @@ from eqat_mm.train.llm_qat import LLMQATConfig
 C = TypeVar("C", bound=EndToEndConfig)
 
 
-def block_ap_options(
-    shape: ModelShape, config: BlockAPConfig, samples: int, length: int, machine: Machine
-) -> Iterator[Option]:
+def block_ap_options(shape: ModelShape, config: BlockAPConfig, work: Work, machine: Machine) -> Iterator[Option]:
     """Yield what lowers GPU memory, RAM or disk of Block-AP, the least harmful first."""
 
-    def option(flags: str, changed: BlockAPConfig, count: int = samples) -> Option:
-        return flags, lambda: plan_block_ap(shape, changed, count, length, machine)
+    def option(flags: str, changed: BlockAPConfig, count: int = work.samples) -> Option:
+        return flags, lambda: plan_block_ap(shape, changed, replace(work, samples=count), machine)
 
+    if config.token_weights == "gradient":
+        yield option("--token_weights equal", replace(config, token_weights="equal"))
     single = replace(config, fit=replace(config.fit, batch_size=1))
     yield option("--fit.batch_size 1", single)
     if not machine.is_gpu and config.stream_dtype == "float32":
         yield option("--stream_dtype bfloat16", replace(config, stream_dtype="bfloat16"))
     other: Literal["ram", "disk"] = "ram" if config.spool == "disk" else "disk"
     yield option(f"--spool {other}", replace(config, spool=other))
-    for count in (samples // 2, samples // 4, samples // 16):
+    for count in (work.samples // 2, work.samples // 4, work.samples // 16):
         yield option(f"--calibration.count {count}", config, count)
 
 

@@ -67,14 +67,3 @@ def to_dynamic_packed(fake: DynamicFakeLinear) -> PackedLinear:
         return PackedLinear.from_codes(codes, scale, zero_point, bias, fake.spec)
     bits = fake.activation_bits
     return DynamicPackedLinear.from_codes(codes, scale, zero_point, bias, fake.spec, activation_bits=bits)
-
-
-@torch.no_grad()
-def to_dense(packed: PackedLinear, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """Return the dense linear with the same output."""
-    layout = packed.layout
-    dense = nn.Linear(layout.in_features, layout.out_features, bias=packed.bias is not None, device="meta")
-    dense.weight = nn.Parameter(packed.dequantize(dtype), requires_grad=False)
-    if packed.bias is not None:
-        dense.bias = nn.Parameter(packed.bias.to(dtype), requires_grad=False)
-    return dense

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eqat_kernels import round_to_levels
 from eqat_mm.quant.spec import QuantSpec
 
 SMALLEST_STEP = 1e-8
@@ -27,9 +28,9 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
         uint8 [O, I].
     """
     w_OGg = weight.unflatten(1, (scale.shape[1], -1))
-    codes = (w_OGg / scale.unsqueeze(-1)).round_().add_(zero_point.round().unsqueeze(-1))
-    flat: Tensor = codes.clamp_(0, spec.top).to(torch.uint8).flatten(1)
-    return flat
+    z_OG1 = zero_point.round().unsqueeze(-1)
+    codes: Tensor = round_to_levels(w_OGg / scale.unsqueeze(-1), z_OG1, spec.top).add_(z_OG1)
+    return codes.to(torch.uint8).flatten(1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

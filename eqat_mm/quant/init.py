@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from eqat_kernels import round_to_levels
 from eqat_mm.quant.gptq import gptq
 from eqat_mm.quant.grid import away_from_zero
 from eqat_mm.quant.refine import refine
@@ -119,14 +120,13 @@ def _best(w_OGg: Tensor, h_Gg: Tensor, shrink_C2: Tensor, spec: QuantSpec) -> tu
     return tuple(each.gather(0, best_1OG)[0] for each in (error_COG, scale_COG, zero_COG))
 
 
-def _centred(w_OGg: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    z_OG1 = zero.unsqueeze(-1)
-    return (w_OGg / scale.unsqueeze(-1)).round_().add_(z_OG1).clamp_(0, spec.top).sub_(z_OG1)
+def _levels(w_OGg: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    return round_to_levels(w_OGg / scale.unsqueeze(-1), zero.unsqueeze(-1), spec.top)
 
 
 def _refit(w_OGg: Tensor, h_Gg: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     """Least-squares s for the codes that `scale` gives: sum(h w c) / sum(h c^2)."""
-    c_OGg = _centred(w_OGg, scale, zero, spec)
+    c_OGg = _levels(w_OGg, scale, zero, spec)
     hc_OGg = c_OGg * h_Gg
     fitted = (hc_OGg * w_OGg).sum(-1) / (hc_OGg * c_OGg).sum(-1)
     usable = fitted.isfinite() & (fitted.abs() > 0) & (spec.symmetric | (fitted > 0))
@@ -134,5 +134,5 @@ def _refit(w_OGg: Tensor, h_Gg: Tensor, scale: Tensor, zero: Tensor, spec: Quant
 
 
 def _error(w_OGg: Tensor, h_Gg: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    residual = _centred(w_OGg, scale, zero, spec).mul_(scale.unsqueeze(-1)).sub_(w_OGg)
+    residual = _levels(w_OGg, scale, zero, spec).mul_(scale.unsqueeze(-1)).sub_(w_OGg)
     return residual.square_().mul_(h_Gg).sum(-1)

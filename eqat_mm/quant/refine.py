@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eqat_kernels import descend_columns
+from eqat_kernels import descend_columns, round_to_levels
 from eqat_mm.quant.gptq import damp, slices
 
 DAMPING = 0.03
@@ -54,7 +54,7 @@ def refine(
     h_II = damp(hessian, DAMPING)
     wh_OI = weight @ h_II
     z_OI = zero.repeat_interleave(group, 1)
-    c_OI = (start / scale.repeat_interleave(group, 1)).round_().add_(z_OI).clamp_(0, top).sub_(z_OI)
+    c_OI = round_to_levels(start / scale.repeat_interleave(group, 1), z_OI, top)
     wanted_OI = torch.empty_like(start)
     for _ in range(ROUNDS):
         scale = _refit(c_OI, wh_OI, h_II, scale)

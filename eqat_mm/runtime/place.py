@@ -16,6 +16,7 @@ _KEPT = (
     "model",
     "state.json",
     "metrics.jsonl",
+    "token_weights.json",
     "samples.safetensors",
     "result.json",
     "lmms-eval",

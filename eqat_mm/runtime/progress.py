@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -88,6 +88,20 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def place(what: str, done: int, total: int) -> str:
+    """Format how far a run is: `step  12/2078   0.6%`."""
+    return f"{what} {done:>{len(str(total))}}/{total} {done / total:>6.1%}"
+
+
+def pace(record: Mapping[str, Any]) -> str:
+    """Format the learning rate, speed, memory and time left of a record of any trainer's log."""
+    skipped = f"  {record['skipped']} skipped" if record.get("skipped") else ""
+    return (
+        f"lr {record['learning_rate']:.2e}{skipped}  {record['tokens_per_second']:,.0f} tok/s"
+        f"  {record['peak_bytes'] / 2**30:.2f} GiB  eta {duration(record['eta_seconds'])}"
+    )
 
 
 def size(amount: int) -> str:

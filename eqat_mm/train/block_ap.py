@@ -7,7 +7,7 @@ weights as one that is not.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,13 @@ from eqat_mm.blocks.source import OpenModel
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.checkpoint.manifest import Manifest, read_manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
+from eqat_mm.data.image_text.style import Style
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.fake_linear import FakeQuantLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.memory import peak_bytes, release_freed_memory
 from eqat_mm.runtime.precision import Precision, resolve
-from eqat_mm.runtime.progress import duration, progress, say
+from eqat_mm.runtime.progress import pace, place, progress, say
 from eqat_mm.runtime.ranks import ALONE, Ranks
 from eqat_mm.runtime.reporting import SILENT, Reporter, ReportTo
 from eqat_mm.runtime.room import require_disk, require_memory
@@ -34,6 +35,7 @@ from eqat_mm.train.broken_block import require_finite_targets
 from eqat_mm.train.commit import RunState
 from eqat_mm.train.fit import FitConfig, fit_block, norms_of, split_samples
 from eqat_mm.train.lanes import require_lanes, say_if_unequal
+from eqat_mm.train.modalities import Modalities, Weights
 from eqat_mm.train.report import FitReport
 from eqat_mm.train.warm_start import WarmStartConfig, initial_grids
 
@@ -55,6 +57,8 @@ class BlockAPConfig(Settings):
             tokens pass the finished blocks again, nothing is written. `auto` takes `files` where `spool` is `disk`.
         precision: of matrix products; `auto` takes bfloat16 where it is faster (see `runtime.precision`).
         batch_tokens: tokens per forward where nothing is trained.
+        token_weights: how much the tokens of images count beside those of text, where there are both: `equal`, or
+            `gradient`, by what their errors cost the full-precision model in each block (needs it whole in memory).
         report_to: dashboard that is given the numbers of each block; `none`, `tensorboard` or `wandb`, which must be
             installed.
         seed: of the order of samples.
@@ -68,6 +72,7 @@ class BlockAPConfig(Settings):
     commit: Literal["auto", "recompute", "files"] = "auto"
     precision: Precision = "auto"
     batch_tokens: Count = 4096
+    token_weights: Weights = "equal"
     report_to: ReportTo = "none"
     seed: Seed = 0
 
@@ -94,6 +99,8 @@ def run_block_ap(
     device: torch.device,
     source: str,
     provenance: dict[str, Any],
+    modalities: Modalities | None = None,
+    style: Style | None = None,
     ranks: Ranks = ALONE,
     reporter: Reporter = SILENT,
 ) -> Manifest:
@@ -104,12 +111,14 @@ def run_block_ap(
 
     Args:
         opened: the full-precision model.
-        batches: model inputs, one calibration sample each.
+        batches: model inputs, one calibration sample each; each is asked for once, when it is captured.
         config: settings.
         folder: run folder; what is committed there is taken for this run's. All ranks see the same one.
         device: where blocks are trained.
         source: name of the model, for the manifest.
         provenance: record of the run, for the manifest.
+        modalities: how much tokens count; None where there are no images and no filling: all count alike.
+        style: how the model was addressed in its samples, which the checkpoint keeps; None takes that of the model.
         ranks: processes that share the work; the result does not depend on their number, but for rounding.
         reporter: takes the numbers of each block.
 
@@ -126,8 +135,11 @@ def run_block_ap(
     say_who_reads(opened, config.quant)
     writer = CheckpointWriter(folder / "model", opened, config.quant)
     state = RunState(folder, writer, keeps_streams=config.commits_streams, ranks=ranks)
-    mine = [batches[index] for index in ranks.share(len(batches))]
-    captured = capture_front(opened, progress(mine, what="capture", unit="sample"), torch.float32)
+    share = ranks.share(len(batches))
+    mine: Iterable[Inputs] = (batches[index] for index in share)
+    if modalities is not None:
+        mine = modalities.noting(mine)
+    captured = capture_front(opened, progress(mine, what="capture", total=len(share), unit="sample"), torch.float32)
     walker = BlockWalker(
         opened,
         captured,
@@ -138,6 +150,7 @@ def run_block_ap(
         keep_passed=state.keeps_streams,
         batch_tokens=config.batch_tokens,
         ranks=ranks,
+        weights=None if modalities is None else modalities.at,
     )
     state.restore(walker)
     reporter.begin(state.done)
@@ -151,7 +164,7 @@ def run_block_ap(
         reporter.add(step.index + 1, record)
     release_freed_memory()
     if ranks.rank == 0:
-        writer.finish(STAGE, source, provenance, digests=state.digests)
+        writer.finish(STAGE, source, provenance, style=style, digests=state.digests)
     ranks.barrier()
     state.clean()
     return read_manifest(folder / "model")
@@ -230,7 +243,7 @@ def check_groups(opened: OpenModel, spec: QuantSpec) -> None:
 
 def check_room(
     opened: OpenModel,
-    batches: Sequence[Inputs],
+    tokens: int,
     config: BlockAPConfig,
     folder: Path,
     device: torch.device,
@@ -239,14 +252,13 @@ def check_room(
 ) -> None:
     """Check that there is room for the streams, where they are kept and committed, and for the checkpoint.
 
-    The disk holds those of all ranks, memory those of the ranks of this machine. `written` bytes
-    of that are on the disk already.
+    The streams are of so many tokens. The disk holds those of all ranks, memory those of the ranks of this machine.
+    `written` bytes of that are on the disk already.
 
     Raises:
         ResourceError: not enough memory, or not enough disk.
     """
     hidden = opened.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
     stream: int = tokens * hidden * config.stream_dtype_on(device).itemsize
     weights = sum(parameter.numel() for parameter in opened.model.parameters())
     if config.spool != "disk":
@@ -275,23 +287,20 @@ class _Console:
     def record(self, step: BlockStep, report: FitReport, target_square: float) -> dict[str, Any]:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        relative = report.relative_error(target_square)
-        finished = step.index + 1 - self.first
-        eta = (now - self.started) / finished * (self.total - step.index - 1)
-        memory = peak_bytes(self.device)
-        rate = report.tokens / seconds
-        say(
-            f"block {step.index + 1:>3}/{self.total}  loss {report.loss_before:.4g} -> {report.loss_after:.4g}"
-            f"  relative error {'-' if relative is None else f'{relative:.3f}'}"
-            f"  {rate:,.0f} tok/s  {memory / 2**30:.2f} GiB"
-            f"  {duration(seconds)}  eta {duration(eta)}"
-        )
-        return {
+        relative, finished = report.relative_error(target_square), step.index + 1
+        record = {
             "block": step.index,
             "name": step.name,
             **asdict(report),
             "relative_error": relative,
-            "tokens_per_second": rate,
-            "peak_bytes": memory,
+            "tokens_per_second": report.tokens / seconds,
+            "peak_bytes": peak_bytes(self.device),
             "seconds": seconds,
+            "eta_seconds": (now - self.started) / (finished - self.first) * (self.total - finished),
         }
+        say(
+            f"{place('block', finished, self.total)}  {report.steps} steps"
+            f"  loss {report.loss_before:.4g} -> {report.loss_after:.4g}"
+            f"  relative error {'-' if relative is None else f'{relative:.3f}'}  {pace(record)}"
+        )
+        return record

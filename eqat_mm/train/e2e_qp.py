@@ -49,12 +49,16 @@ class E2EQPConfig(EndToEndConfig):
         trains: what is trained: `scales` (step sizes), `projector` (of a vision-language model), `lora` (adapters on
             the frozen packed model: the baseline), or one of these with the projector.
         loss: what is learned: `cross-entropy` (paper), or `kl` to the full-precision model's predictions.
+        teacher: where these come from. `memory`: the full-precision model is there, too. `cache`: its last hidden
+            states are kept in a file beside the run folder, for text on a language model; runs on the same text share
+            it. `auto` takes `cache` where that file has at most 8 GiB and all of the text is read.
         lr_projector: peak learning rate of the projector; null takes `learning_rate`.
         lora: adapters of `trains: lora`, with their own learning rate.
     """
 
     trains: Trained = "scales"
     loss: Literal["cross-entropy", "kl"] = "cross-entropy"
+    teacher: Literal["auto", "memory", "cache"] = "auto"
     lr_projector: Positive | None = None
     lora: LoRA = field(default_factory=LoRA)
 

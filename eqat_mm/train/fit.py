@@ -51,6 +51,8 @@ class FitConfig(Settings, option="fit"):
         patience: stop after this many epochs without a better validation loss; null never stops.
         max_skipped: steps with a non-finite loss that are skipped before the block is rolled back.
         max_retries: rollbacks, each with half the learning rates, before training ends with an error.
+        compile: run the block through torch.compile, which takes a C++ compiler on a CPU and a minute for the first
+            block of each kind. Sums have another order then, so results differ in their last bits.
     """
 
     loss: BlockLoss = "mse"
@@ -70,6 +72,7 @@ class FitConfig(Settings, option="fit"):
     patience: Count | None = None
     max_skipped: CountOrZero = 8
     max_retries: CountOrZero = 3
+    compile: bool = False
 
     def check_together(self) -> None:
         """Check that something is trained."""
@@ -134,6 +137,7 @@ class _BlockFit:
         self.training, self.validation = split_samples(len(step.sorts), config)
         self.parameters = trainable_parameters(step.block, config)
         self.linears = fake_quant_linears(step.block)
+        self.block: Any = torch.compile(step.block) if config.compile else step.block
         before = self.evaluate()
         if not math.isfinite(before):
             raise broken_block(walker, step, f"a loss of {before} before the first step")
@@ -148,6 +152,7 @@ class _BlockFit:
         groups = [dict(group) for group in self.parameters]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
         peaks = [group["lr"] * lr_factor for group in optimizer.param_groups]
+        self.report.learning_rate = config.lr_weight * lr_factor
         epochs = [self._epoch(epoch) for epoch in range(config.epochs)]
         total = sum(map(len, epochs))
         taken, stale = 0, 0
@@ -234,13 +239,14 @@ class _BlockFit:
         """Return what this rank adds to the mean loss of a batch."""
         kind = self.config.loss
         if self.ranks.world == 1:
-            return block_loss(self.walker.run(self.step.block, self.step.call(part.mine), hidden), target, kind)
+            output = self.walker.run(self.block, self.step.call(part.mine), hidden)
+            return block_loss(output, target, kind, weights_BT=self.step.weights_of(part.mine))
         if not part.mine:
             if kind == "balanced":
                 part.joined(target)  # the others ask for the energies of all
             return torch.zeros((), device=self.walker.device)
-        output = self.walker.run(self.step.block, self.step.call(part.mine), hidden)
-        return block_loss(output, target, kind, part.joined) * part.share
+        output = self.walker.run(self.block, self.step.call(part.mine), hidden)
+        return block_loss(output, target, kind, part.joined, self.step.weights_of(part.mine)) * part.share
 
     def _validate(self) -> bool:
         loss = self.evaluate()

@@ -27,7 +27,13 @@ Joined = Callable[[Tensor], Tensor]
 """From one value for each token here to those of all tokens of a batch that is divided among processes."""
 
 
-def block_loss(output_BTH: Tensor, target_BTH: Tensor, kind: BlockLoss = "mse", joined: Joined | None = None) -> Tensor:
+def block_loss(
+    output_BTH: Tensor,
+    target_BTH: Tensor,
+    kind: BlockLoss = "mse",
+    joined: Joined | None = None,
+    weights_BT: Tensor | None = None,
+) -> Tensor:
     """Return the mean squared error between two blocks' hidden states (EfficientQAT, Block-AP).
 
     Args:
@@ -35,14 +41,20 @@ def block_loss(output_BTH: Tensor, target_BTH: Tensor, kind: BlockLoss = "mse", 
         target_BTH: of the full-precision block, float.
         kind: `mse`, or `balanced`, which weighs the error of each token by `token_weights` of the target.
         joined: as there.
+        weights_BT: how much each token counts besides; 0 leaves it out. None: all count alike.
     """
     output_BTH, target_BTH = output_BTH.float(), target_BTH.float()
-    if kind == "mse":
+    if kind == "balanced":
+        counts_BT1 = token_weights(target_BTH, joined, weights_BT)
+    elif weights_BT is None:
         return functional.mse_loss(output_BTH, target_BTH)
-    return (token_weights(target_BTH, joined) * (output_BTH - target_BTH).square()).mean()
+    else:
+        counts_BT1 = weights_BT.unsqueeze(-1)
+    error_BTH = counts_BT1 * (output_BTH - target_BTH).square()
+    return error_BTH.mean() if weights_BT is None else error_BTH.mean(-1).sum() / weights_BT.sum()
 
 
-def token_weights(hidden_TH: Tensor, joined: Joined | None = None) -> Tensor:
+def token_weights(hidden_TH: Tensor, joined: Joined | None = None, weights_T: Tensor | None = None) -> Tensor:
     """Return how much each token counts, min(1, median(e) / e) with e the mean square of its row, [..., T, 1].
 
     In deep blocks the hidden states of a few tokens (attention sinks) are hundreds of times larger than the rest;
@@ -51,10 +63,16 @@ def token_weights(hidden_TH: Tensor, joined: Joined | None = None) -> Tensor:
     Args:
         hidden_TH: float; the tokens of a batch, or a part of them.
         joined: gives the energies of the whole batch, where this is a part: the median is taken of those.
+        weights_T: how much each token counts besides; the median is of those that count at all.
     """
     energy_T1 = hidden_TH.square().mean(-1, keepdim=True).clamp(min=1e-12)
-    whole = energy_T1 if joined is None else joined(energy_T1)
-    return (whole.median() / energy_T1).clamp(max=1.0)
+    if weights_T is None:
+        whole = energy_T1 if joined is None else joined(energy_T1)
+        return (whole.median() / energy_T1).clamp(max=1.0)
+    counts_T1 = weights_T.unsqueeze(-1)
+    counted_T1 = energy_T1.masked_fill(counts_T1 == 0, torch.nan)
+    whole = counted_T1 if joined is None else joined(counted_T1)
+    return (whole.nanmedian() / energy_T1).clamp(max=1.0) * counts_T1
 
 
 def predictions_that_count(labels_BT: Tensor) -> tuple[Tensor, Tensor]:

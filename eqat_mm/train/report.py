@@ -25,6 +25,7 @@ class FitReport:
         tokens: tokens trained on.
         skipped: steps with a non-finite loss.
         retries: rollbacks.
+        learning_rate: peak rate of W, with which the last try trained.
     """
 
     loss_before: float
@@ -35,6 +36,7 @@ class FitReport:
     tokens: int = 0
     skipped: int = 0
     retries: int = 0
+    learning_rate: float = 0.0
 
     def relative_error(self, target_square: float) -> float | None:
         """Return the error of the kept weights, relative to targets of this mean square; None where all are 0."""

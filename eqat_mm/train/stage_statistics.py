@@ -126,7 +126,8 @@ def collect(
             of_fp = _inputs_of(step.block, paths, walker, call, fp)
         for (path, *_), total in zip(measured.stages, totals, strict=True):
             if path in of_q:  # an expert that no token is sent to is not called
-                total.add(*_pair(of_fp, of_q, path, behind, share))
+                weights = _weights_at(step.weights_of(share.mine), measured.experts, routing, path)
+                total.add(*_pair(of_fp, of_q, path, behind, share, weights))
     counts = torch.tensor([total.tokens for total in totals], dtype=torch.float32, device=walker.device)
     walker.ranks.sum_all_([*(total.hessian_II for total in totals), *(total.lack for total in totals), counts])
     for total, count in zip(totals, counts.tolist(), strict=True):
@@ -134,14 +135,38 @@ def collect(
     return totals
 
 
+def _weights_at(weights: Tensor | None, experts: str | None, routing: list[Tensor], path: str) -> Tensor | None:
+    """Return how much the tokens [T] that pass a stage count, of an expert those that are sent to it."""
+    if weights is None or experts is None:
+        return None if weights is None else weights.flatten()
+    number = int(path.removeprefix(f"{experts}.").partition(".")[0])
+    return weights.flatten()[torch.where(routing[0] == number)[0]]
+
+
 def _pair(
-    of_fp: dict[str, Tensor], of_q: dict[str, Tensor], path: str, behind: str | None, share: Portion
+    of_fp: dict[str, Tensor],
+    of_q: dict[str, Tensor],
+    path: str,
+    behind: str | None,
+    share: Portion,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the inputs of a stage, [T, I], and what they or its output lack, [T, .]; weighted where sums are known."""
-    if behind is None:
-        return of_q[path], of_fp[path] - of_q[path]
-    root_T1 = token_weights(of_q[behind], share.joined).sqrt()
-    return of_q[path] * root_T1, (of_fp[behind] - of_q[behind]) * root_T1
+    """Return the inputs of a stage, [T, I], and what they or its output lack, [T, .], of the tokens that count.
+
+    They are weighted where `weights` [T] are given, and where sums are known.
+    """
+    lacking = path if behind is None else behind
+    x_q, d = of_q[path], of_fp[lacking] - of_q[lacking]
+    if behind is not None:
+        counts_T1 = token_weights(of_q[behind], share.joined, weights)
+    elif weights is not None:
+        counts_T1 = weights.unsqueeze(-1)
+    else:
+        return x_q, d
+    if weights is not None:
+        x_q, d, counts_T1 = (each[weights > 0] for each in (x_q, d, counts_T1))
+    root_T1 = counts_T1.sqrt()
+    return x_q * root_T1, d * root_T1
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from eqat_mm.runtime.files import append_jsonl, write_jsonl
 from eqat_mm.runtime.memory import peak_bytes
-from eqat_mm.runtime.progress import duration, interactive, say
+from eqat_mm.runtime.progress import interactive, pace, place, say
 from eqat_mm.runtime.reporting import SILENT, Reporter
 
 
@@ -120,7 +120,8 @@ class Console(transformers.TrainerCallback):
             say(line_of(record, state.max_steps))
         elif "held_out_loss" in record:
             kl = f"  KL {record['held_out_kl']:.4f}" if "held_out_kl" in record else ""
-            say(f"{_at(state.global_step, state.max_steps)}  held out  loss {record['held_out_loss']:.4f}{kl}")
+            at = place("step", state.global_step, state.max_steps)
+            say(f"{at}  held out  loss {record['held_out_loss']:.4f}{kl}")
 
 
 class _Bar(ProgressCallback):
@@ -136,13 +137,4 @@ def line_of(record: dict[str, Any], total: int) -> str:
         total: optimizer steps of the whole run.
     """
     loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
-    skipped = f"  {record['skipped']} skipped" if "skipped" in record else ""
-    return (
-        f"{_at(record['step'], total)}  loss {loss}  lr {record['learning_rate']:.2e}{skipped}"
-        f"  {record['tokens_per_second']:,.0f} tok/s  {record['peak_bytes'] / 2**30:.2f} GiB"
-        f"  eta {duration(record['eta_seconds'])}"
-    )
-
-
-def _at(step: int, total: int) -> str:
-    return f"step {step:>{len(str(total))}}/{total} {step / total:>6.1%}"
+    return f"{place('step', record['step'], total)}  loss {loss}  {pace(record)}"

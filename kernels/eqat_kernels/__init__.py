@@ -9,6 +9,7 @@ from eqat_kernels.columns import compensate_columns, descend_columns
 from eqat_kernels.dequant import dequantize
 from eqat_kernels.dispatch import IMPLEMENTATIONS, select, use
 from eqat_kernels.fake_quant import fake_quant_linear, fake_quantize
+from eqat_kernels.levels import round_to_levels
 from eqat_kernels.narrow_linear import narrow_linear
 from eqat_kernels.packing import PackedLayout, pack, unpack
 from eqat_kernels.quant_linear import quant_linear
@@ -25,6 +26,7 @@ __all__ = [
     "narrow_linear",
     "pack",
     "quant_linear",
+    "round_to_levels",
     "select",
     "unpack",
     "use",

@@ -141,7 +141,6 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Saved:
         kept=kind.kept,
         full_precision=("model.embed_tokens", kind.norm, "lm_head"),
         tiny=lambda: (model, []),
-        norms=(),
     )
     return Saved(arch, folder, model, [{"input_ids": torch.randint(5, 99, (1, 24))} for _ in range(6)])
 
@@ -245,7 +244,6 @@ def test_factors_are_those_of_float32_whatever_the_files_hold(tmp_path: Path) ->
         stages=(QKV, ("self_attn.o_proj",), *MLP),
         full_precision=("model.embed_tokens", "model.norm", "lm_head"),
         tiny=lambda: (model, []),
-        norms=(),
     )
     inputs = {"input_ids": torch.randint(5, 99, (1, 24))}
     expected = outputs_of_blocks(
@@ -284,7 +282,6 @@ def test_blocks_that_share_keys_and_values_are_refused_by_name(tmp_path: Path) -
         kept=("per_layer_input_gate", "per_layer_projection"),
         full_precision=(*(f"model.{part}" for part in parts), "lm_head"),
         tiny=lambda: (model, []),
-        norms=(),
     )
     with pytest.raises(AdapterError) as caught:
         list(capture_front(open_model(tmp_path, arch), [{"input_ids": torch.randint(5, 99, (1, 12))}], torch.float32))

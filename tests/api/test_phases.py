@@ -17,8 +17,6 @@ from eqat_mm.checkpoint.manifest import read_manifest
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import main, parse_job
 from eqat_mm.commands.line.recipes import Recipe
-from eqat_mm.commands.verbs.quantize import BlockAPJob
-from eqat_mm.commands.verbs.tune import E2EQPJob
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.plan.models import shipped_config
 from eqat_mm.quant.packed_linear import PackedLinear
@@ -60,6 +58,14 @@ def words_of(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", json.dumps(value))]
 
 
+@pytest.mark.usefixtures("only_asked")
+def test_conversations_of_a_calibration_are_those_of_the_command() -> None:
+    job = job_of(eqat_mm.quantize, "llava-1.5-7b", conversations="mix.json", images="photos", image_share=0.25)
+    words = ["--conversations.source", "mix.json", "--image_folder", "photos", "--image_share", "0.25"]
+    assert job == parse_job("block-ap", ["--model", "llava-1.5-7b", *words])
+    assert (job.conversations.image_folder, job.image_share) == (Path("photos"), 0.25)
+
+
 # ---- the same job -----------------------------------------------------------------------------------
 
 
@@ -69,11 +75,11 @@ def words_of(settings: dict[str, Any]) -> list[str]:
 def test_every_spelling_of_a_model_gives_the_job_of_the_command(tmp_path: Path, model: str, bits: int) -> None:
     (tmp_path / "config.json").write_text(json.dumps(shipped_config(model)), encoding="utf-8")
     words = ["--quant.bits", str(bits)]
-    for command, function, kind in (
-        ("block-ap", eqat_mm.quantize, BlockAPJob),
-        ("e2e-qp", eqat_mm.tune, E2EQPJob),
+    for command, function in (
+        ("block-ap", eqat_mm.quantize),
+        ("e2e-qp", eqat_mm.tune),
     ):
-        wanted = vars(parse_job(command, kind, ["--model", model, *words])) | {"model": None}
+        wanted = vars(parse_job(command, ["--model", model, *words])) | {"model": None}
         more = {"bits": bits} if function is eqat_mm.quantize else {"quant.bits": bits}
         for spelling in (model, ALIASES[model], tmp_path, str(tmp_path)):
             assert vars(job_of(function, spelling, **more)) | {"model": None} == wanted
@@ -90,7 +96,7 @@ def test_a_model_in_memory_has_the_recipe_of_its_family(tmp_path: Path, monkeypa
     monkeypatch.setattr(phases, "require_full_precision", lambda model: None)
     monkeypatch.setattr(phases, "written", lambda model, folder, processor, overwrite: folder)
     job = job_of(eqat_mm.quantize, model, bits=3, output=tmp_path / "run")
-    wanted = parse_job("block-ap", BlockAPJob, ["llava-1.5-7b", "--quant.bits", "3"])
+    wanted = parse_job("block-ap", ["llava-1.5-7b", "--quant.bits", "3"])
     places = {"model": str(tmp_path / "run" / "source"), "output": tmp_path / "run"}
     assert vars(job) == vars(wanted) | places
     assert job.recipe_for == ("llava-1.5",)
@@ -104,7 +110,7 @@ def test_settings_have_the_names_of_the_options(tmp_path: Path) -> None:
         eqat_mm.quantize, "llava-1.5-7b", settings={"fit": {"epochs": 4}, "stream_dtype": "bfloat16"}, seed=3
     )
     words = ["llava-1.5-7b", "--fit.epochs", "4", "--seed", "3", "--stream_dtype", "bfloat16"]
-    assert flat == nested == parse_job("block-ap", BlockAPJob, words)
+    assert flat == nested == parse_job("block-ap", words)
     assert flat.fit.batch_size == job_of(eqat_mm.quantize, "llava-1.5-7b").fit.batch_size
     assert job_of(eqat_mm.quantize, "m", quant=QuantSpec(3, 128, True)).quant == QuantSpec(3, 128, True)
     own = tmp_path / "own.yaml"

@@ -42,6 +42,8 @@ def test_linears_are_those_of_all_stages_in_order() -> None:
         ({"full_precision": ("embd",)}, "embd", "embed"),
         ({"blocks": "model.blocks"}, "model.blocks", "blocks"),
         ({"sums": (("proj", "outer"),)}, "outer", ""),
+        ({"sums": (("projj", "norm"),)}, "projj", "proj"),
+        ({"norms": (("norm", "projj"),)}, "projj", "proj"),
     ],
 )
 def test_a_wrong_path_lists_near_names(change: dict[str, object], path: str, near: str) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.quant.spec import QuantSpec
 from tests.checkpoint.files import same_weights

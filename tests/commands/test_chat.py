@@ -214,7 +214,7 @@ def test_a_model_that_cannot_chat_is_refused_before_it_is_read(
 
 
 def test_the_words_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    job: ChatJob = parse_job("chat", ChatJob, ["llava-1.5-7b", "--template", "vicuna_v1", "--images", "crop"])
+    job: ChatJob = parse_job("chat", ["llava-1.5-7b", "--template", "vicuna_v1", "--images", "crop"])
     assert (job.model, job.template, job.images) == ("llava-1.5-7b", "vicuna_v1", "crop")
     assert run_command("chat", ["llava-1.5-7b", "--template", "vicuna"]) == 2
     assert "--template" in capsys.readouterr().err

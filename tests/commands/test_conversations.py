@@ -22,7 +22,7 @@ from eqat_mm.commands.verbs.llm_qat import LLMQATJob, llm_qat
 from eqat_mm.commands.verbs.prepare_data import PrepareDataJob, prepare_data
 from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.image_text.style import template_text
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import ConfigError, DataError, EqatError

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from eqat_mm.cli import main, parse_job
-from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.plumbing.end_to_end_job import EndToEndJob
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.files import write_json
@@ -33,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def decided(command: str, model: str, *words: str) -> EndToEndJob:
-    job: Any = parse_job(command, COMMANDS[command].load()[0], ["--model", model, *words])
+    job: Any = parse_job(command, ["--model", model, *words])
     decided: EndToEndJob = job.with_data_decided(model)
     return decided
 
@@ -104,5 +103,5 @@ def test_a_recipe_with_the_one_and_flags_with_the_other_are_refused_before_anyth
 @pytest.mark.parametrize("command", COMMANDS_OF_BOTH)
 def test_a_share_is_between_nothing_and_all(command: str, share: str) -> None:
     with pytest.raises(ConfigError, match="--text_share") as raised:
-        parse_job(command, COMMANDS[command].load()[0], ["m", *TALKS, *TEXT, "--text_share", share])
+        parse_job(command, ["m", *TALKS, *TEXT, "--text_share", share])
     assert_four_lines(raised.value)

@@ -6,12 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import eqat_mm
+from eqat_mm import adapters
 from eqat_mm.cli import main
+from eqat_mm.commands.plumbing.runs import model_fingerprint
 from eqat_mm.commands.verbs.export import ExportJob, export
-from eqat_mm.errors import CheckpointError, ConfigError, ExportError
+from eqat_mm.errors import CheckpointError, ConfigError, EqatError, ExportError
 from eqat_mm.export.folder import EXPORT, read_export
+from eqat_mm.export.form import FormatName
 from eqat_mm.quant.spec import QuantSpec
+from eqat_mm.verify.exported import export_checks
 from tests.export.made import packed
 
 SYMMETRIC, LOSSY = QuantSpec(4, 32, symmetric=True), QuantSpec(4, 32)
@@ -53,6 +59,43 @@ def test_card(exact: Path, tmp_path: Path) -> None:
     assert "--model tiny" in card
     assert "/somewhere" not in card
     assert "/elsewhere" not in card
+
+
+@pytest.fixture(scope="module")
+def applied(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with a task applied whose step sizes are a quarter larger."""
+    folder, model = tmp_path_factory.mktemp("task"), eqat_mm.load(exact)
+    with torch.no_grad():
+        for parameter in eqat_mm.train_only(model):
+            parameter.mul_(1.25)
+    task = adapters.save(model, folder / "task")
+    assert main(["adapter", "apply", str(exact), str(task), "--output", str(folder / "whole")]) == 0
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx", "onnx", "gptq"])
+def test_a_task_is_exported_with_its_step_sizes(form: FormatName, applied: Path, exact: Path, tmp_path: Path) -> None:
+    exported = export(ExportJob(str(applied), to=form, output=tmp_path / "out"))
+    assert [check.line for check in export_checks(exported, applied, None) if check.passed is False] == []
+    assert [check.name for check in export_checks(exported, exact, None) if check.passed is False] != []
+
+
+def test_evaluations_kept_elsewhere_are_on_the_card(exact: Path, tmp_path: Path) -> None:
+    found = {"model": "x", "fingerprint": model_fingerprint(exact), "perplexity": 14.36, "tokens": 1024}
+    (tmp_path / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    words = ["export", str(exact), "--to", "gguf", "--output", str(tmp_path / "out")]
+    assert main([*words, "--evaluations", str(tmp_path / "found.json")]) == 0
+    assert "- perplexity 14.36, on 1,024 tokens" in (tmp_path / "out" / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ['{"model": "x", "fingerprint": "other", "perplexity": 1.0}', "[]", "none", None])
+def test_evaluations_of_something_else_are_refused(text: str | None, exact: Path, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "found.json").write_text(text, encoding="utf-8")
+    job = ExportJob(str(exact), to="gguf", output=tmp_path / "out", evaluations=tmp_path / "found.json")
+    with pytest.raises(EqatError, match="found"):
+        export(job)
+    assert not (tmp_path / "out" / "model").exists()
 
 
 def test_the_folder_says_what_it_is(exact: Path, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_an_image_that_cannot_be_read_is_refused(packed: Path, tmp_path: Path, k
     ids=lambda words: " ".join(words) or "none",
 )
 def test_images_on_the_command_line(words: list[str], expected: list[str] | str) -> None:
-    job: GenerateJob = parse_job("generate", GenerateJob, ["--model", "llava-1.5-7b", *words])
+    job: GenerateJob = parse_job("generate", ["--model", "llava-1.5-7b", *words])
     assert job.image == expected
 
 
@@ -294,6 +294,6 @@ def test_a_terminal_that_lacks_a_character_shows_another(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("word", "expected"), [("true", True), ("false", False), ("auto", "auto")])
 def test_a_graph_on_the_command_line(word: str, expected: object) -> None:
-    job: GenerateJob = parse_job("generate", GenerateJob, ["m", "--cuda_graph", word])
+    job: GenerateJob = parse_job("generate", ["m", "--cuda_graph", word])
     assert job.cuda_graph == expected
     assert GenerateJob("m").cuda_graph == "auto"

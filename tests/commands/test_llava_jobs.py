@@ -23,7 +23,7 @@ LLAVAS = ["llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-mistral-7b", "llava-v1.6-
 
 
 def e2e_qp_job(*words: str) -> E2EQPJob:
-    job: E2EQPJob = parse_job("e2e-qp", E2EQPJob, words)
+    job: E2EQPJob = parse_job("e2e-qp", words)
     return job
 
 
@@ -63,7 +63,7 @@ def test_without_block_ap_the_message_has_the_command_that_makes_it(
     assert_four_lines(raised.value)
     command = shlex.split(raised.value.do.removeprefix("make it first: ").partition(", or ")[0])
     assert command[:2] == ["eqat", "block-ap"]
-    other: BlockAPJob = parse_job("block-ap", BlockAPJob, command[2:])
+    other: BlockAPJob = parse_job("block-ap", command[2:])
     assert (other.model, other.quant) == (job.model, job.quant)
     assert other.recipe_for == ("llava-1.5",)
     assert raised.value.where == f"--quantized {default_output(job.model, job.quant) / 'block-ap' / 'model'}"

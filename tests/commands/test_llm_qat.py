@@ -13,14 +13,13 @@ from transformers import GenerationMixin
 
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import main, parse_job
-from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.tables import llm_qat_table as table_module
 from eqat_mm.commands.tables.llm_qat_table import QUICK_SETTINGS, LLMQATTableJob, llm_qat_table, table
 from eqat_mm.commands.verbs import llm_qat as module
 from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
 from eqat_mm.commands.verbs.generate import GenerateJob, generate
 from eqat_mm.commands.verbs.llm_qat import LLMQATJob, llm_qat
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import AdapterError, ConfigError, EqatError
 from eqat_mm.quant.bit_widths import BitWidths
@@ -189,19 +188,15 @@ def test_generation_stores_integers(
 
 
 def test_the_command_takes_bits_and_smoothing() -> None:
-    job_class, _ = COMMANDS["llm-qat"].load()
-    job = parse_job(
-        "llm-qat", job_class, ["--model", "some", "--bits", "4-8-4", "--smooth", "0.5", "--loss", "cross-entropy"]
-    )
+    job = parse_job("llm-qat", ["--model", "some", "--bits", "4-8-4", "--smooth", "0.5", "--loss", "cross-entropy"])
     assert (job.bits, job.smooth, job.loss) == ("4-8-4", 0.5, "cross-entropy")
 
 
 def test_the_tuned_recipe_is_found_by_model_and_bits(capsys: pytest.CaptureFixture[str]) -> None:
-    job_class, _ = COMMANDS["llm-qat"].load()
-    tuned = parse_job("llm-qat", job_class, ["--model", "smollm2-135m", "--bits", "4-8-4"])
+    tuned = parse_job("llm-qat", ["--model", "smollm2-135m", "--bits", "4-8-4"])
     assert capsys.readouterr().out == "settings: recipe smollm2-135m-4-8-4-llm-qat, for llama: smollm2-135m, 135m\n"
     assert (tuned.bits, tuned.recipe_for) == ("4-8-4", ("smollm2-135m",))
-    assert parse_job("llm-qat", job_class, ["smollm2-135m", "--bits", "8-8-8"]).recipe_for == ()
+    assert parse_job("llm-qat", ["smollm2-135m", "--bits", "8-8-8"]).recipe_for == ()
 
 
 def test_settings_of_another_model_are_warned_of(tiny: Tiny, tmp_path: Path) -> None:

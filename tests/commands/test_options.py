@@ -26,7 +26,7 @@ FUZZ = settings(
 
 
 def job_of(command: str, *argv: str) -> Any:
-    return parse_job(command, COMMANDS[command].load()[0], argv)
+    return parse_job(command, argv)
 
 
 def refusal(command: str, *argv: str) -> EqatError:

@@ -75,7 +75,7 @@ def test_help_and_mistakes_are_answered_without_torch(words: list[str], status: 
 
 def helped(capsys: pytest.CaptureFixture[str], command: str, *words: str, how: str = "--help-all") -> str:
     with pytest.raises(SystemExit) as ended:
-        parse_job(command, COMMANDS[command].load()[0], [*words, how])
+        parse_job(command, [*words, how])
     assert ended.value.code == 0
     return capsys.readouterr().out
 

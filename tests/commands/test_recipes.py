@@ -11,7 +11,6 @@ import pytest
 import transformers
 
 from eqat_mm.cli import main, parse_job
-from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.families import LEFT_OUT, families
 from eqat_mm.commands.line.model_config import config_of
 from eqat_mm.commands.line.recipes import (
@@ -32,7 +31,7 @@ MODELS = ["llama-2-13b", "llava-1.5-7b", "llava-v1.6-mistral-7b", "smollm2-135m"
 
 
 def job_of(command: str, *argv: str) -> Any:
-    return parse_job(command, COMMANDS[command].load()[0], argv)
+    return parse_job(command, argv)
 
 
 def save_config(folder: Path, model: str, **changes: Any) -> Path:

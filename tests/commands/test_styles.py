@@ -17,12 +17,11 @@ from eqat_mm.checkpoint.speaker import load_speaker, restyled, style_digest
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import parse_job
 from eqat_mm.commands.plumbing.samples import image_text_samples
-from eqat_mm.commands.verbs.chat import ChatJob
 from eqat_mm.commands.verbs.evaluate import EvalJob, evaluate
 from eqat_mm.commands.verbs.generate import GenerateJob, generate
 from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.image_text.style import Style, template_text
 from eqat_mm.errors import ConfigError, EqatError
 from eqat_mm.quant.spec import QuantSpec
@@ -192,11 +191,11 @@ def test_the_options_have_one_name_everywhere(tmp_path: Path) -> None:
     mine = tmp_path / "mine.jinja"
     mine.write_text("mine", encoding="utf-8")
     words = ["--template", str(mine), "--images", "crop"]
-    for command, job in (("generate", GenerateJob), ("chat", ChatJob), ("eval", EvalJob)):
-        job = parse_job(command, job, ["--model", "demo-llava", *words])
+    for command in ("generate", "chat", "eval"):
+        job = parse_job(command, ["--model", "demo-llava", *words])
         assert (job.template, job.images) == (str(mine), "crop")
     words = ["--conversations.template", str(mine), "--conversations.images", "crop"]
-    trained: E2EQPJob = parse_job("e2e-qp", E2EQPJob, ["--model", "demo-llava", *words])
+    trained: E2EQPJob = parse_job("e2e-qp", ["--model", "demo-llava", *words])
     assert trained.conversations is not None
     assert trained.conversations.style == Style(str(mine), "crop")
 

@@ -15,7 +15,7 @@ from tests.checkpoint.files import assert_four_lines
 
 
 def job_of(command: str, *argv: str) -> Any:
-    return parse_job(command, COMMANDS[command].load()[0], argv)
+    return parse_job(command, argv)
 
 
 def test_dashes_and_underscores_are_one() -> None:

@@ -18,9 +18,6 @@ from eqat_mm.cli import parse_job
 from eqat_mm.commands.plumbing.answers import predictions_of
 from eqat_mm.commands.tables import vlm_ladder as module
 from eqat_mm.commands.tables.vlm_ladder import VLMLadderJob, rungs, table, vlm_ladder
-from eqat_mm.commands.verbs.evaluate import EvalJob
-from eqat_mm.commands.verbs.quantize import BlockAPJob
-from eqat_mm.commands.verbs.tune import E2EQPJob
 from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_json
@@ -79,19 +76,32 @@ def test_every_bit_width_has_its_rungs(job: VLMLadderJob) -> None:
 def test_the_commands_are_ones_that_eqat_takes(job: VLMLadderJob) -> None:
     by_stage = {rung.stage: rung for rung in rungs(replace(job, model="demo-llava", bits=(3,)), Path("full"))}
     fitted = by_stage["Block-AP"].folder
-    for stage, name, kind, trains in (
-        ("Block-AP", "block-ap", BlockAPJob, None),
-        ("Block-AP + LoRA", "e2e-qp", E2EQPJob, "lora"),
-        ("Block-AP + E2E-QP", "e2e-qp", E2EQPJob, "scales"),
+    for stage, name, trains in (
+        ("Block-AP", "block-ap", None),
+        ("Block-AP + LoRA", "e2e-qp", "lora"),
+        ("Block-AP + E2E-QP", "e2e-qp", "scales"),
     ):
         words = by_stage[stage].command
         assert words is not None
-        parsed: Any = parse_job(name, kind, words[words.index(name) + 1 :])
+        parsed: Any = parse_job(name, words[words.index(name) + 1 :])
         assert (parsed.model, parsed.quant.bits, parsed.quant.group_size) == ("demo-llava", 3, 64)
         assert parsed.recipe_for == ("demo-llava",)
         assert parsed.output == by_stage[stage].folder.parent
         if trains is not None:
             assert (parsed.trains, parsed.quantized) == (trains, fitted)
+
+
+def test_block_ap_sees_what_e2e_qp_learns_from(job: VLMLadderJob) -> None:
+    demo = replace(job, model="demo-llava", bits=(2,), images=True)
+    for asked, source in ((demo, "demo-easy-vqa"), (replace(demo, conversations="mix.json"), "mix.json")):
+        rung = {each.stage: each for each in rungs(asked, Path("full"))}["Block-AP on images"]
+        assert rung.command is not None
+        parsed: Any = parse_job("block-ap", rung.command[rung.command.index("block-ap") + 1 :])
+        assert parsed.conversations is not None
+        assert (parsed.conversations.source, parsed.image_share) == (source, 0.5)
+    with pytest.raises(ConfigError, match="no conversations") as raised:
+        list(rungs(replace(job, images=True), Path("full")))
+    assert_four_lines(raised.value)
 
 
 def test_e2e_qp_runs_under_deepspeed(job: VLMLadderJob) -> None:
@@ -151,7 +161,7 @@ def test_models_are_compared_with_what_full_precision_answered(job: VLMLadderJob
     assert "--reference" not in asked[0]
     assert all(words[words.index("--reference") + 1] == kept for words in asked[1:])
     assert all(words[words.index("--tasks") + 1] == "mini_vqa" for words in asked)
-    parsed: Any = parse_job("eval", EvalJob, asked[1][asked[1].index("eval") + 1 :])
+    parsed: Any = parse_job("eval", asked[1][asked[1].index("eval") + 1 :])
     assert (parsed.likelihood, parsed.limit, parsed.reference) == (True, 20, kept)
     learnt = [words[words.index("--conversations.source") + 1] for words in ran if "--trains" in words]
     assert learnt == ["demo-mini-vqa"] * 4

@@ -16,7 +16,7 @@ from eqat_mm.commands.verbs import quantize
 from eqat_mm.commands.verbs.llm_qat import llm_qat
 from eqat_mm.commands.verbs.quantize import RTNJob, block_ap, rtn
 from eqat_mm.commands.verbs.tune import E2EQPJob, e2e_qp
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime import reporting
 from eqat_mm.runtime.reporting import Reporter

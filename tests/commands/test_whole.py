@@ -83,7 +83,7 @@ def test_all_of_it_then_nothing_again(
     for line in said.partition("next:\n")[2].splitlines():
         if line.startswith("  eqat "):
             command, *rest = shlex.split(line)[1:]
-            assert parse_job(command, module_of(command), rest)
+            assert parse_job(command, rest)
     before = contents(root / "e2e-qp" / "model")
     for name in ("verbs.quantize.run_block_ap", "verbs.tune.run_e2e_qp", "tables.rungs.Bench.row"):
         monkeypatch.setattr(f"eqat_mm.commands.{name}", never, raising=True)

@@ -22,7 +22,8 @@ from eqat_mm.data.image_text.chat import IGNORED, Chat
 from eqat_mm.data.image_text.images import FORMATS, image_size
 from eqat_mm.data.image_text.kept import Kept
 from eqat_mm.data.image_text.problems import MissingImage, TooLong, say_late
-from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
+from eqat_mm.data.image_text.samples import image_text_data
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.errors import ConfigError, DataError
 from llava_adapters.tiny import tiny_config, tiny_vision_config
 from tests.data.tiny_processor import MARKED, SIDE, TILES, llava_next_processor, llava_processor

@@ -19,7 +19,8 @@ from eqat_mm.data.image_text.index import Index
 from eqat_mm.data.image_text.preparing import Preparation
 from eqat_mm.data.image_text.problems import MissingImage, UnreadableImage
 from eqat_mm.data.image_text.record_sources import open_source
-from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
+from eqat_mm.data.image_text.samples import image_text_data
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.errors import DataError
 from tests.data.tiny_processor import MISTRAL, llava_processor
 
@@ -221,3 +222,18 @@ def test_no_index_is_made_of_what_is_none(tmp_path: Path) -> None:
     assert Index.open(tmp_path / "none.safetensors") is None
     (tmp_path / "none.safetensors").write_bytes(b"no index")
     assert Index.open(tmp_path / "none.safetensors") is None
+
+
+@pytest.mark.parametrize("text", ["[]", "\n"], ids=["json", "jsonl"])
+def test_a_source_without_records_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / ("none.json" if text == "[]" else "none.jsonl")
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match="no records"):
+        preparation(path).index()
+
+
+def test_more_records_than_there_are_are_refused_with_what_takes_all(source: Path) -> None:
+    with pytest.raises(DataError) as raised:
+        preparation(source, count=7).index()
+    assert raised.value.allowed == "at least conversations.count, 7"
+    assert "to 6 or fewer, or to null" in raised.value.do

@@ -14,12 +14,12 @@ from PIL import Image
 
 from eqat_mm.data.image_text.chat import Chat
 from eqat_mm.data.image_text.prompt import Renderer
-from eqat_mm.data.image_text.record_sources import read_records
 from eqat_mm.data.image_text.style import TEMPLATES, Style, apply_style, template_text
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.files import write_json
 from tests.checkpoint.files import assert_four_lines
 from tests.data.published import SYSTEM, llama_tokenizer, published, records
+from tests.data.records import read_records
 from tests.data.tiny_processor import MARKED, MISTRAL, TILES, VICUNA
 from tests.tiny_llava import processor_of
 

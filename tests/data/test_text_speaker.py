@@ -11,7 +11,8 @@ from eqat_mm.data.image_text import preparing
 from eqat_mm.data.image_text.chat import IGNORED, Chat
 from eqat_mm.data.image_text.conversations import Conversation, Turn
 from eqat_mm.data.image_text.problems import BadSample
-from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
+from eqat_mm.data.image_text.samples import image_text_data
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.image_text.text_speaker import TextSpeaker
 from eqat_mm.errors import ConfigError, DataError
 from tests.checkpoint.files import assert_four_lines

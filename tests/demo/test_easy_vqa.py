@@ -24,9 +24,9 @@ from eqat_demo.easy_vqa import (
     parse_question,
     published_questions,
 )
-from eqat_mm.data.image_text.record_sources import read_records
 from eqat_mm.errors import DataError
 from tests.checkpoint.files import contents
+from tests.data.records import read_records
 
 PHRASES = {
     "what color is the shape?": Question("colour"),

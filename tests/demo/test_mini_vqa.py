@@ -21,8 +21,8 @@ from eqat_demo.mini_vqa.pictures import PARTS, Counts, Picture, pictures
 from eqat_demo.mini_vqa.scenes import GRID, SIDE, SQUARE, Scene
 from eqat_demo.mini_vqa.words import LETTERS, WORDS, Written, is_held_out
 from eqat_demo.python_code import python_library
-from eqat_mm.data.image_text.record_sources import read_records
 from tests.checkpoint.files import contents
+from tests.data.records import read_records
 
 FEW = Counts(scenes=6, charts=3, words=4)
 

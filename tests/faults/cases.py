@@ -15,7 +15,7 @@ from eqat_mm.commands.tables.ladder import LadderJob
 from eqat_mm.commands.tables.llm_qat_table import LLMQATTableJob
 from eqat_mm.commands.verbs.generate_data import GenerateDataJob
 from eqat_mm.commands.verbs.quantize import rtn
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from tests.commands.jobs import block_ap_job, e2e_qp_job, llm_qat_job, rtn_job
 from tests.tiny_llava import save_tiny_llava

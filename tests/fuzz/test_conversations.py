@@ -16,8 +16,9 @@ from PIL import Image
 
 from eqat_mm.data.image_text import record_sources as module
 from eqat_mm.data.image_text.conversations import IMAGE, Conversation
-from eqat_mm.data.image_text.record_sources import read_records
-from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
+from eqat_mm.data.image_text.samples import image_text_data
+from eqat_mm.data.image_text.settings import ImageTextData
+from tests.data.records import read_records
 from tests.data.tiny_processor import llava_processor
 from tests.fuzz.allowed import only_our_errors
 from tests.fuzz.damage import damaged

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from eqat_mm.plan.amounts import Amount
 from eqat_mm.plan.block_ap import plan_block_ap
-from eqat_mm.plan.e2e_qp import plan_e2e_qp
+from eqat_mm.plan.e2e_qp import keeps_teacher, plan_e2e_qp
 from eqat_mm.plan.end_to_end import image_text_work, text_work
 from eqat_mm.plan.finish import plan_checkpoint, plan_evaluation
 from eqat_mm.plan.llm_qat import plan_llm_qat
@@ -23,6 +24,7 @@ from tests.plan.shapes import shape
 
 SPEC = QuantSpec(bits=2, group_size=64)
 H100 = card("h100")
+WINDOWS = text_work(4096, 2048)
 STREAM = 4096 * 2048 * 4096 * 2
 """Bytes of a stream of a 7B in bfloat16."""
 IN_RAM = BlockAPConfig(stream_dtype="bfloat16", spool="ram")
@@ -37,13 +39,13 @@ def term(amount: Amount, what: str) -> float:
 
 
 def test_streams_in_memory_are_not_written() -> None:
-    phase = plan_block_ap(shape("llama-2-7b"), IN_RAM, 4096, 2048, H100)
+    phase = plan_block_ap(shape("llama-2-7b"), IN_RAM, WINDOWS, H100)
     assert term(phase.ram, "streams") == 2 * STREAM == 137_438_953_472
     assert phase.written.total == phase.disk.total == checkpoint_bytes(shape("llama-2-7b"), SPEC)
 
 
 def test_streams_on_disk_are_written_once_per_block() -> None:
-    phase = plan_block_ap(shape("llama-2-7b"), ON_DISK, 4096, 2048, H100)
+    phase = plan_block_ap(shape("llama-2-7b"), ON_DISK, WINDOWS, H100)
     assert term(phase.ram, "streams") == 0
     assert term(phase.disk, "streams") == 4 * STREAM
     assert term(phase.written, "streams") == 2 * 33 * STREAM == 4_535_485_464_576
@@ -51,26 +53,26 @@ def test_streams_on_disk_are_written_once_per_block() -> None:
 
 def test_float32_streams_are_twice_as_large() -> None:
     config = replace(IN_RAM, stream_dtype="float32")
-    phase = plan_block_ap(shape("llama-2-7b"), config, 4096, 2048, H100)
+    phase = plan_block_ap(shape("llama-2-7b"), config, WINDOWS, H100)
     assert term(phase.ram, "streams") == 4 * STREAM
 
 
 def test_what_is_trained_of_a_block() -> None:
-    phase = plan_block_ap(shape("llama-2-7b"), IN_RAM, 4096, 2048, H100)
+    phase = plan_block_ap(shape("llama-2-7b"), IN_RAM, WINDOWS, H100)
     trained = 202_375_168 + 2 * 202_375_168 // 64 + 2 * 4096
     assert phase.gpu.terms[0].value == 20 * trained
     symmetric = replace(IN_RAM, quant=QuantSpec(bits=2, group_size=64, symmetric=True))
-    less = plan_block_ap(shape("llama-2-7b"), symmetric, 4096, 2048, H100)
+    less = plan_block_ap(shape("llama-2-7b"), symmetric, WINDOWS, H100)
     assert phase.gpu.total - less.gpu.total == 20 * 202_375_168 // 64
 
 
 def test_time_grows_with_epochs_and_memory_with_the_batch() -> None:
     once, twice = (
-        plan_block_ap(shape("llama-2-7b"), replace(IN_RAM, fit=FitConfig(epochs=epochs)), 4096, 2048, H100)
+        plan_block_ap(shape("llama-2-7b"), replace(IN_RAM, fit=FitConfig(epochs=epochs)), WINDOWS, H100)
         for epochs in (1, 2)
     )
     assert term(twice.seconds, "training") == 2 * term(once.seconds, "training")
-    larger = plan_block_ap(shape("llama-2-7b"), replace(IN_RAM, fit=FitConfig(batch_size=8)), 4096, 2048, H100)
+    larger = plan_block_ap(shape("llama-2-7b"), replace(IN_RAM, fit=FitConfig(batch_size=8)), WINDOWS, H100)
     assert term(larger.gpu, "activations") == 4 * term(once.gpu, "activations")
 
 
@@ -97,6 +99,24 @@ def test_gradients_of_one_backward_come_as_activations_go() -> None:
 def test_a_teacher_is_there_as_well() -> None:
     phase = plan_e2e_qp(shape("llama-2-7b"), SPEC, E2EQPConfig(loss="kl"), text_work(4096, 4096), H100)
     assert term(phase.gpu, "teacher") == 2 * 6_738_415_616
+
+
+def test_a_teacher_in_a_file_is_gone_when_training_begins() -> None:
+    small, work = E2EQPConfig(loss="kl", epochs=2, teacher="memory"), text_work(192, 2048)
+    there = plan_e2e_qp(shape("llama-2-7b"), SPEC, small, work, H100)
+    kept = plan_e2e_qp(shape("llama-2-7b"), SPEC, replace(small, teacher="auto"), work, H100)
+    assert kept.gpu.total == 2 * 6_738_415_616 < there.gpu.total
+    assert term(kept.disk, "teacher's hidden states") == 192 * 2048 * 2 * 4096
+    saved = term(there.seconds, "products") - term(kept.seconds, "products")
+    assert saved == pytest.approx(192 * 2048 * 2 * shape("llama-2-7b").passed / H100.product)
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 5}, {"deepspeed": "zero-3"}, {"loss": "cross-entropy"}])
+def test_a_file_that_would_not_pay_is_not_made(changes: dict[str, Any]) -> None:
+    settings, work = replace(E2EQPConfig(loss="kl"), **changes), text_work(192, 2048)
+    assert not keeps_teacher(shape("llama-2-7b"), SPEC, settings, work, H100)
+    assert not keeps_teacher(shape("llama-2-7b"), SPEC, E2EQPConfig(loss="kl"), text_work(4096, 4096), H100)
+    assert not keeps_teacher(shape("llava-1.5-7b"), SPEC, E2EQPConfig(loss="kl"), work, H100)
 
 
 def test_more_cards_take_fewer_steps() -> None:
@@ -137,7 +157,7 @@ def test_llm_qat_is_divided_as_deepspeed_says() -> None:
         ("zero-2", ("AdamW", "gradients")),
         ("zero-3", states),
     ):
-        phase = plan_llm_qat(found, LLMQATConfig(deepspeed=settings), text_work(4096, 2048), card("h100", 8))
+        phase = plan_llm_qat(found, LLMQATConfig(deepspeed=settings), WINDOWS, card("h100", 8))
         expected = {what: each * number / (8 if what in divided else 1) for what, each in states.items()}
         assert {what: term(phase.gpu, what) for what in states} == expected
 
@@ -160,7 +180,7 @@ def test_a_checkpoint_is_its_tensors() -> None:
 def test_without_a_gpu_everything_is_in_ram(name: str) -> None:
     cpu = replace(H100, name="cpu", memory=None, precision="float32")
     for phase in (
-        plan_block_ap(shape(name), IN_RAM, 64, 256, cpu),
+        plan_block_ap(shape(name), IN_RAM, text_work(64, 256), cpu),
         plan_e2e_qp(shape(name), SPEC, E2EQPConfig(), text_work(64, 256), cpu),
         plan_evaluation(shape(name), 64, 512, 4, cpu),
     ):

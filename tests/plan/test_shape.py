@@ -10,7 +10,7 @@ from eqat_mm.blocks.source import weight_files
 from eqat_mm.commands.plumbing.shapes import model_shape
 from eqat_mm.commands.verbs.quantize import rtn
 from eqat_mm.errors import ConfigError
-from eqat_mm.plan.models import shipped_config, shipped_models
+from eqat_mm.plan.models import _files, shipped_config
 from eqat_mm.plan.shape import shape_of
 from eqat_mm.plan.storage import checkpoint_bytes, codes, linear_bytes, scales
 from eqat_mm.quant.spec import QuantSpec
@@ -41,7 +41,7 @@ PARAMETERS = {
 
 
 def test_every_shipped_configuration_is_listed_here() -> None:
-    assert set(shipped_models()) == set(PARAMETERS)
+    assert set(_files()) == set(PARAMETERS)
 
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())

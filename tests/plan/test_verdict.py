@@ -68,8 +68,8 @@ def test_flags_that_cure_it_are_named() -> None:
         BlockAPConfig(stream_dtype="bfloat16", spool="ram"),
         with_ram_and_disk(card("h100"), ram=100, disk=10_000),
     )
-    phase = plan_block_ap(shape("llama-2-7b"), config, 4096, 2048, machine)
-    verdict = judge(phase, machine, block_ap_options(shape("llama-2-7b"), config, 4096, 2048, machine))
+    phase = plan_block_ap(shape("llama-2-7b"), config, text_work(4096, 2048), machine)
+    verdict = judge(phase, machine, block_ap_options(shape("llama-2-7b"), config, text_work(4096, 2048), machine))
     assert [shortage.what for shortage in verdict.shortages] == ["RAM"]
     assert verdict.cures[:2] == ("--spool disk", "--calibration.count 2048")
     assert verdict.advice().startswith("it fits with --spool disk, or with --calibration.count 2048")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from eqat_kernels import fake_quantize, unpack
 from eqat_mm.quant import FakeQuantLinear, PackedLinear, QuantSpec
-from eqat_mm.quant.convert import to_dense, to_fake, to_packed
+from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.fake_linear import project
 from eqat_mm.quant.grid import quantize, smallest_step
 from eqat_mm.quant.init import initial_grid
@@ -118,21 +118,3 @@ def test_packing_leaves_the_trained_layer_alone() -> None:
     to_packed(fake)
     for name, tensor in fake.state_dict().items():
         assert torch.equal(tensor, before[name])
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_the_dense_layer_has_equal_outputs(spec: QuantSpec, bias: bool) -> None:
-    packed, x = to_packed(random_fake_linear(spec, bias=bias)), torch.randn(2, 3, 192)
-    dense = to_dense(packed)
-    assert torch.equal(dense.weight, packed.dequantize())
-    assert_close(dense(x), packed(x), "matmul")
-    assert not any(parameter.requires_grad for parameter in dense.parameters())
-    assert (dense.in_features, dense.out_features) == (192, 9)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_dense_layer_has_the_dtype_asked_for(dtype: torch.dtype) -> None:
-    dense = to_dense(to_packed(random_fake_linear(QuantSpec(2, 32))), dtype)
-    assert all(parameter.dtype is dtype for parameter in dense.parameters())
-    assert dense(torch.randn(3, 192, dtype=dtype)).dtype is dtype

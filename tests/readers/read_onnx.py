@@ -1,33 +1,34 @@
-"""Logits and greedy tokens of an exported folder from ONNX Runtime: FOLDER INPUTS OUTPUTS.
+"""Logits and greedy tokens of folders `--to onnx` from ONNX Runtime (`jobs.py` says how it is run).
 
-The folder is built into `OUTPUTS.onnx/` first, by onnxruntime-genai, as the card of the folder says. INPUTS and OUTPUTS
-are safetensors files: `input_ids` [B, T]; `logits` float32 [B, T, V] and `generated`, the first row and what follows
-it. eqat_mm is out of reach of this process.
+Each folder is first built into `OUTPUTS.onnx/` by onnxruntime-genai, as its card says. Inputs: `input_ids` [B, T].
+Outputs: `logits` float32 [B, T, V], `generated`, what follows the first row.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jobs  # type: ignore[import-not-found]  # beside this file
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-NEW = 8
 OPTIONS = ("nodes_to_exclude=/lm_head/MatMul", "shared_embeddings=false", "accuracy_level=1")
 
 
-def main(folder: str, inputs: str, outputs: str) -> None:
+def answer(folder: str, inputs: str, outputs: str) -> None:
     rows = load_file(inputs)["input_ids"]
     forward = session(build(folder, f"{outputs}.onnx"))
     logits = np.concatenate([forward(row[None]) for row in rows])
-    written = rows[:1, :24]
-    for _ in range(NEW):
+    written = rows[:1, : jobs.PROMPT]
+    for _ in range(jobs.NEW):
         written = np.concatenate([written, forward(written)[:, -1:].argmax(-1)], axis=1)
-    save_file({"logits": logits, "generated": written[0].copy()}, outputs)
+    save_file({"logits": logits, "generated": written[0, jobs.PROMPT :].copy()}, outputs)
+    shutil.rmtree(f"{outputs}.onnx")
 
 
 def build(folder: str, output: str) -> Path:
@@ -57,5 +58,4 @@ def session(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 if __name__ == "__main__":
-    sys.modules |= dict.fromkeys(("eqat_mm", "eqat_kernels", "llava_adapters"))  # type: ignore[arg-type]
-    main(*sys.argv[1:])
+    jobs.do(answer)

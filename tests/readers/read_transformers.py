@@ -1,37 +1,32 @@
-"""Logits and greedy tokens of a folder from transformers, and what it saves, read again: FOLDER INPUTS OUTPUTS [save].
+"""Logits and greedy tokens of folders from transformers, and what it saves, read again (`jobs.py` says how it is run).
 
-INPUTS and OUTPUTS are safetensors files: `input_ids` [B, T], and `pixel_values` and the like where there are images;
-`logits` float32 [B, T, V], `generated`, the first row and what follows it, and with `save` `reloaded`, the largest
-difference of the logits of the first row after save and load, -1 where it cannot save. eqat_mm is out of reach of this
-process.
+Inputs: `input_ids` [B, T], and `pixel_values` and the like where there are images. Outputs: `logits` float32 [B, T, V],
+`generated`, what follows the first row, and where a job has `save`, `reloaded`, the largest difference of the
+logits of the first row after save and load, -1 where it cannot save.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import Any
 
-for name in ("eqat_mm", "eqat_kernels", "llava_adapters"):
-    sys.modules[name] = None  # type: ignore[assignment]
-
+import jobs  # type: ignore[import-not-found]  # beside this file
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-NEW = 8
-
 
 @torch.no_grad()
-def main(folder: str, inputs: str, outputs: str, *save: str) -> None:
-    torch.set_num_threads(1)
+def answer(folder: str, inputs: str, outputs: str, save: bool = False) -> None:
     given = load_file(inputs)
     images = {name: value for name, value in given.items() if name != "input_ids"}
     rows = [{"input_ids": row[None]} | images for row in given["input_ids"]]
     model = loaded(folder)
     logits = torch.cat([model(**row).logits.float() for row in rows])
-    prompt = rows[0]["input_ids"] if images else rows[0]["input_ids"][:, :24]
-    written = model.generate(input_ids=prompt, **images, max_new_tokens=NEW, do_sample=False)
-    found = {"logits": logits, "generated": written[0].clone()}
+    prompt = rows[0]["input_ids"] if images else rows[0]["input_ids"][:, : jobs.PROMPT]
+    written = model.generate(input_ids=prompt, **images, max_new_tokens=jobs.NEW, do_sample=False)
+    found = {"logits": logits, "generated": written[0, prompt.shape[1] :].clone()}
     if save:
         found["reloaded"] = reloaded(model, rows[0], logits[:1], f"{outputs}.saved")
     save_file(found, outputs)
@@ -43,7 +38,9 @@ def reloaded(model: Any, row: dict[str, torch.Tensor], logits: torch.Tensor, fol
     except Exception as error:  # noqa: BLE001 - whatever a release makes of it
         print(error, file=sys.stderr)
         return torch.tensor([-1.0])
-    return (loaded(folder)(**row).logits.float() - logits).abs().max().reshape(1)
+    difference = (loaded(folder)(**row).logits.float() - logits).abs().max().reshape(1)
+    shutil.rmtree(folder)
+    return difference
 
 
 def loaded(folder: str) -> Any:
@@ -53,4 +50,5 @@ def loaded(folder: str) -> Any:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    jobs.do(answer)

@@ -12,6 +12,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 SEEN, PAGE = DOCS / "readers.json", DOCS / "formats.md"
 BEGIN, END = "<!-- written by tests/readers/survey.py -->\n", "<!-- to here -->\n"
 
+ABSENT = "not run here: "
+"""Begins the reason of what nobody asked."""
+
 EXACT = 1e-6
 """Nats per token: what two ways of computing the same float32 weights differ by."""
 
@@ -29,7 +32,9 @@ class Seen:
         agreement: share of tokens with the same most likely one.
         perplexity: of its predictions.
         ours: of ours.
-        written: of eight tokens that it writes those before the first that we do not.
+        written: tokens of a text of at most eight that it writes which we would write in their place, too.
+        tokens: those of the text.
+        apart: nats, the largest difference of log probabilities of these tokens; of an engine that tells them.
         reloaded: largest difference of logits after it saved and loaded the model, by the largest logit; negative where
             it could not save it.
     """
@@ -43,6 +48,8 @@ class Seen:
     perplexity: float | None = None
     ours: float | None = None
     written: int | None = None
+    tokens: int | None = None
+    apart: float | None = None
     reloaded: float | None = None
 
     @property
@@ -99,17 +106,19 @@ def cell(one: Seen, reasons: Sequence[str] = ()) -> str:
     """Return what the table says of a case."""
     if one.refused is not None:
         number = f" ({reasons.index(one.refused) + 1})" if one.refused in reasons else ""
-        return f"refused{number}"
+        return f"{'not run' if one.refused.startswith(ABSENT) else 'refused'}{number}"
     said = []
     if one.kl is not None:
         said.append("exact" if one.kl < EXACT else f"KL {one.kl:.0e}")
     elif one.perplexity is not None and one.ours:
         said.append(f"perplexity {one.perplexity / one.ours - 1:+.2%}")
-    if one.written is not None and one.written < 8:
-        said.append(f"{one.written} of 8 tokens")
+    elif one.apart is not None:
+        said.append(f"within {one.apart:.1g} nats")
+    if one.written != one.tokens:
+        said.append(f"{one.written} of {one.tokens} tokens")
     if one.reloaded is not None and not 0 <= one.reloaded < 1e-3:
         said.append("does not save it" if one.reloaded < 0 else "another one after saving")
-    return ", ".join(said) or "the same 8 tokens"
+    return ", ".join(said) or "the same text"
 
 
 def _short(value: object) -> object:

@@ -20,7 +20,7 @@ from eqat_mm.checkpoint.read import load
 from eqat_mm.commands.plumbing.models import load_model
 from eqat_mm.commands.plumbing.samples import Samples, image_text_samples
 from eqat_mm.commands.verbs.quantize import RTNJob, rtn
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.runtime.device import processes
 from eqat_mm.train.e2e_qp import E2EQPConfig, run_e2e_qp
 from eqat_mm.train.end_to_end import EndToEndConfig, WindowDataset, training_arguments

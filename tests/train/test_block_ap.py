@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -116,7 +117,8 @@ def test_one_line_per_block_is_printed(run: Run, tmp_path: Path, capsys: pytest.
     run(tmp_path)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("block ")]
     assert len(lines) == BLOCKS
-    assert all(word in lines[0] for word in ("1/3", "loss", "relative error", "tok/s", "GiB", "eta"))
+    form = r"block 1/3 +33\.3%  5 steps  loss [\d.e-]+ -> [\d.e-]+  relative error \d\.\d{3}  "
+    assert re.fullmatch(form + r"lr \d\.\d\de-0\d  [\d,]+ tok/s  \d+\.\d\d GiB  eta \d+s", lines[0])
 
 
 def test_norms_are_those_that_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,22 +453,22 @@ def stopped_run(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, config:
 
 def test_a_full_disk_is_noticed_first(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    opened, batches, config = open_model(tiny.folder, ARCH), batches_of(tiny), replace(CONFIG, spool="disk")
+    opened, tokens, config = open_model(tiny.folder, ARCH), SAMPLES * LENGTH, replace(CONFIG, spool="disk")
     with pytest.raises(ResourceError) as raised:
-        check_room(opened, batches, config, tmp_path / "run", CPU)
+        check_room(opened, tokens, config, tmp_path / "run", CPU)
     assert_four_lines(raised.value)
-    check_room(opened, batches, config, tmp_path / "run", CPU, written=2**30)  # by an earlier start
+    check_room(opened, tokens, config, tmp_path / "run", CPU, written=2**30)  # by an earlier start
 
 
 def test_too_little_memory_is_noticed_first(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 2 * SAMPLES * LENGTH * HIDDEN * 4
     monkeypatch.setattr(room, "available_bytes", lambda: needed - 1)
-    opened, batches = open_model(tiny.folder, ARCH), batches_of(tiny)
+    opened, tokens = open_model(tiny.folder, ARCH), SAMPLES * LENGTH
     with pytest.raises(ResourceError) as raised:
-        check_room(opened, batches, CONFIG, tmp_path, CPU)
+        check_room(opened, tokens, CONFIG, tmp_path, CPU)
     assert_four_lines(raised.value)
-    check_room(opened, batches, replace(CONFIG, stream_dtype="bfloat16"), tmp_path, CPU)
-    check_room(opened, batches, replace(CONFIG, spool="disk"), tmp_path, CPU)
+    check_room(opened, tokens, replace(CONFIG, stream_dtype="bfloat16"), tmp_path, CPU)
+    check_room(opened, tokens, replace(CONFIG, spool="disk"), tmp_path, CPU)
 
 
 def test_a_group_size_that_does_not_divide_is_noticed_first(run: Run, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -51,7 +51,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, broken: Broken, look: Callable[[in
     """Make the training loss of some steps, counted from 0, not a number."""
     calls = 0
 
-    def loss(output: Tensor, target: Tensor, kind: BlockLoss) -> Tensor:
+    def loss(output: Tensor, target: Tensor, kind: BlockLoss, **_: Any) -> Tensor:
         nonlocal calls
         if not torch.is_grad_enabled():
             return block_loss(output, target, kind)
@@ -127,6 +127,22 @@ def test_the_same_seed_gives_the_same_weights(tiny: Tiny) -> None:
     torch.manual_seed(99)
     assert same(fitted(0), first)
     assert not same(fitted(1), first)
+
+
+@pytest.mark.slow
+def test_a_compiled_block_learns_the_same(tiny: Tiny) -> None:
+    counted: Any = torch._dynamo.utils.counters
+    reports, graphs = [], []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        counted.clear()
+        walker = walker_of(tiny)
+        reports.append(fit_block(walker, step_to_fit(walker), replace(CONFIG, compile=compiled), seed=0))
+        graphs.append(counted["stats"]["unique_graphs"])
+    assert graphs[0] == 0
+    assert graphs[1] > 0
+    assert reports[1].loss_before == pytest.approx(reports[0].loss_before, rel=1e-4)
+    assert reports[1].loss_after == pytest.approx(reports[0].loss_after, rel=1e-3)
 
 
 def test_batches_from_pinned_memory_train_the_same(tiny: Tiny, walker: BlockWalker, step: BlockStep) -> None:
@@ -331,7 +347,7 @@ def test_a_rollback_comes_when_losses_are_read(
 def test_gradients_that_are_never_finite_change_nothing_and_are_no_matter_of_the_rate(
     walker: BlockWalker, step: BlockStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loss(output: Tensor, target: Tensor, kind: BlockLoss) -> Tensor:
+    def loss(output: Tensor, target: Tensor, kind: BlockLoss, **_: Any) -> Tensor:
         if output.requires_grad:
             output.register_hook(lambda gradient: gradient * math.inf)
         return block_loss(output, target, kind)

@@ -9,6 +9,7 @@ from torch import Tensor
 from eqat_mm.train import losses
 from eqat_mm.train.losses import (
     IGNORED,
+    BlockLoss,
     block_loss,
     cross_entropy,
     kl_divergence,
@@ -154,3 +155,32 @@ def test_the_gradient_has_the_dtype_of_the_logits(logits: Tensor, teacher: Tenso
 def test_how_many_rows_are_float32_at_a_time(device: str, rows: int) -> None:
     """Of a vocabulary of 32,000 words."""
     assert losses.rows_of_a_chunk(32000, torch.device(device)) == rows
+
+
+def test_tokens_that_count_nothing_are_as_if_they_were_not_there() -> None:
+    draw = torch.Generator().manual_seed(3)
+    output, target = (torch.randn(2, 6, 8, generator=draw) for _ in range(2))
+    target[0, 5] *= 1e3  # would move the median, and the mean
+    weights = torch.tensor([[1.0, 2, 0, 1, 1, 0], [0, 1, 1, 1, 0, 3]])
+    counted = weights > 0
+    errors = (output - target).square().mean(-1)[counted]
+    assert_close(
+        block_loss(output, target, weights_BT=weights),
+        (errors * weights[counted]).sum() / weights.sum(),
+        "elementwise",
+    )
+    shares = token_weights(target[counted]).squeeze(-1)
+    assert_close(
+        token_weights(target, weights_T=weights)[counted].squeeze(-1), shares * weights[counted], "elementwise"
+    )
+    expected = (errors * shares * weights[counted]).sum() / weights.sum()
+    assert_close(block_loss(output, target, "balanced", weights_BT=weights), expected, "elementwise")
+
+
+@pytest.mark.parametrize("kind", ["mse", "balanced"])
+def test_weights_of_one_change_nothing(kind: BlockLoss) -> None:
+    draw = torch.Generator().manual_seed(3)
+    output, target = (torch.randn(2, 6, 8, generator=draw) for _ in range(2))
+    assert_close(
+        block_loss(output, target, kind, weights_BT=torch.ones(2, 6)), block_loss(output, target, kind), "model"
+    )

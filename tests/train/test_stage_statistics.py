@@ -40,12 +40,28 @@ def saved(folder: Path) -> OpenModel:
     return open_model(folder, ARCH)
 
 
-def step_of(opened: OpenModel, ranks: Ranks = ALONE) -> tuple[BlockWalker, BlockStep]:
+def weights_of(index: int) -> Tensor:
+    """How much the tokens of a sample count: those at its end nothing, others 1 or 3."""
+    weights = torch.tensor([1.0, 3.0]).repeat(LENGTH // 2).unsqueeze(0)
+    weights[0, LENGTH - 5 * index :] = 0
+    return weights
+
+
+def step_of(opened: OpenModel, ranks: Ranks = ALONE, *, weighted: bool = False) -> tuple[BlockWalker, BlockStep]:
     """Block 0 with a quantized stream that differs, so that some tokens are sent elsewhere."""
     draw = torch.Generator().manual_seed(5)
     batches = [{"input_ids": torch.randint(0, 97, (1, LENGTH), generator=draw)} for _ in range(SAMPLES)]
     held = [batches[index] for index in ranks.share(SAMPLES)]
-    walker = BlockWalker(opened, capture_front(opened, held, torch.float32), device=CPU, batch_tokens=48, ranks=ranks)
+    captured = capture_front(opened, held, torch.float32)
+    weights = [weights_of(index) for index in ranks.share(SAMPLES)] if weighted else None
+    walker = BlockWalker(
+        opened,
+        captured,
+        device=CPU,
+        batch_tokens=48,
+        ranks=ranks,
+        weights=None if weights is None else lambda block: weights,
+    )
     step = next(walker.walk())
     for place, index in enumerate(ranks.share(SAMPLES)):
         noise = torch.randn(1, LENGTH, 64, generator=torch.Generator().manual_seed(index))
@@ -102,6 +118,22 @@ def test_so_they_do_behind_the_gate(tmp_path: Path) -> None:
         found = seen[f"mlp.experts.{number}.down_proj"]
         assert_close(found.hessian_II, inner_q.T @ inner_q, "gradient")
         assert_close(found.lack, (inner_fp - inner_q).T @ inner_q, "gradient")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_tokens_count_as_they_are_said_to(tmp_path: Path, world: int) -> None:
+    models = [saved(tmp_path) for _ in range(world)]
+    walker, step = step_of(saved(tmp_path))
+    x_fp, _ = seen_by(walker, step, "fp")
+    x_q, sent = seen_by(walker, step, "quantized")
+    weights = torch.cat([weights_of(index) for index in range(SAMPLES)]).flatten()
+    found = in_threads(world, lambda ranks: statistics_of(*step_of(models[ranks.rank], ranks, weighted=True)))[0]
+    for number in range(4):
+        mine = (sent == number).any(1) & (weights > 0)
+        seen, root = found[f"mlp.experts.{number}.gate_proj"], weights[mine, None].sqrt()
+        assert seen.tokens == int(mine.sum())
+        assert_close(seen.hessian_II, (x_q[mine] * root).T @ (x_q[mine] * root), "gradient")
+        assert_close(seen.lack, ((x_fp - x_q)[mine] * root).T @ (x_q[mine] * root), "gradient")
 
 
 def test_several_processes_give_the_sums_of_one(tmp_path: Path) -> None:

@@ -83,6 +83,10 @@ COMMANDS: dict[str, Command] = {
         "verbs.verify:VerifyJob:verify",
         "check a packed checkpoint, or an export of one: files, every weight, what was not to change, logits",
     ),
+    "check-run": Command(
+        "verbs.check_run:CheckRunJob:check_run",
+        "compare a run, finished or not, with its plan and with what is published of the same run",
+    ),
     "adapter": Command("verbs.adapter:AdapterJob:adapter", "tasks as small files of step sizes: save, apply, list"),
     "check-adapter": Command(
         "verbs.check_adapter:CheckAdapterJob:check_adapter",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from eqat_mm.commands.line.model_config import sees
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.settings import Share

@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import Conversations
 from eqat_mm.errors import DataError
 
 _REPOSITORIES = {
@@ -16,7 +16,7 @@ _REPOSITORIES = {
 """Published instruction data and the repository it is in."""
 
 
-def require_instructions(config: ImageTextData) -> None:
+def require_instructions(config: Conversations) -> None:
     """Check that LLaVA's instruction data and images are there, where they are named; other data is read as it is.
 
     Raises:

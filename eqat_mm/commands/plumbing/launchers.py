@@ -17,6 +17,7 @@ from eqat_mm.commands.plumbing.deepspeed_file import DeepSpeedFile
 from eqat_mm.commands.plumbing.runs import asked, opened_run, settings, settled
 from eqat_mm.plan.verdict import Verdict
 from eqat_mm.runtime.device import launched
+from eqat_mm.runtime.launcher import release_shared_names
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.progress import say
@@ -89,6 +90,7 @@ def training_run(
                     from_first=lambda begin: begin() if arguments.process_index == 0 else None,
                 )
             )
+        release_shared_names()
         yield job, arguments, run
 
 

@@ -10,7 +10,7 @@ import torch
 
 from eqat_mm.blocks.source import OpenModel
 from eqat_mm.commands.plumbing.shapes import model_shape
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import ResourceError
 from eqat_mm.plan.end_to_end import CONVERSATIONS, Work, image_text_work, text_work
@@ -27,7 +27,7 @@ from eqat_mm.train.e2e_qp import E2EQPConfig
 
 
 def announce_block_ap(
-    opened: OpenModel, config: BlockAPConfig, samples: int, length: int, device: torch.device, folder: Path
+    opened: OpenModel, config: BlockAPConfig, work: Work, device: torch.device, folder: Path
 ) -> Verdict:
     """Say what Block-AP will need; return the same.
 
@@ -35,15 +35,15 @@ def announce_block_ap(
         ResourceError: it needs more RAM, GPU memory or disk than there is, by more than the figures may be wrong.
     """
     shape, machine = shape_of(opened.model, opened.arch), this_machine(device, folder)
-    verdict = judged_block_ap(shape, config, samples, length, machine)
+    verdict = judged_block_ap(shape, config, work, machine)
     return announce(verdict, one_line(verdict.phase, machine))
 
 
 def spool_on(
-    opened: OpenModel, config: BlockAPConfig, samples: int, length: int, device: torch.device, folder: Path
+    opened: OpenModel, config: BlockAPConfig, work: Work, device: torch.device, folder: Path
 ) -> Literal["ram", "disk"]:
     """Return where Block-AP's streams are kept on this machine."""
-    return spool_for(shape_of(opened.model, opened.arch), config, samples, length, this_machine(device, folder))
+    return spool_for(shape_of(opened.model, opened.arch), config, work, this_machine(device, folder))
 
 
 def announce_e2e_qp(

@@ -18,7 +18,8 @@ from eqat_mm.data.image_text.batching import Collator, SampleOrder
 from eqat_mm.data.image_text.held_out import divided
 from eqat_mm.data.image_text.kept import Kept
 from eqat_mm.data.image_text.mixed import Mixed, windows_beside
-from eqat_mm.data.image_text.samples import ImageTextData, image_text_data
+from eqat_mm.data.image_text.samples import image_text_data
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.data.text.windows import TOO_LITTLE, digest_of, text_windows
 from eqat_mm.errors import DataError

@@ -15,6 +15,7 @@ from typing import Any
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.line.model_config import sees
 from eqat_mm.commands.line.resolved import job_of, words_of
+from eqat_mm.commands.plumbing.calibration import planned_work
 from eqat_mm.commands.plumbing.models import model_folder, require_weights
 from eqat_mm.commands.plumbing.preflight import require_fits, work_of
 from eqat_mm.commands.plumbing.runs import default_output, require_startable, settings
@@ -187,8 +188,8 @@ def _words(*given: dict[str, Any]) -> list[str]:
 def _verdicts(phases: _Phases, job: QuantizeJob) -> Iterator[Verdict]:
     """Yield what each phase needs here, before anything but the model's configuration is downloaded."""
     fit, machine = phases.fit, this_machine(best_device(job.device), phases.root)
-    shape, windows = model_shape(job.model, fit.adapter), fit.calibration.count or 4096
-    yield judged_block_ap(shape, fit, windows, fit.calibration.length, machine)
+    shape = model_shape(job.model, fit.adapter)
+    yield judged_block_ap(shape, fit, planned_work(shape, fit.calibration, fit.conversations, fit.image_share), machine)
     if phases.tuned is not None:
         work = work_of(shape, phases.tuned.conversations or phases.tuned.data)
         yield judged_e2e_qp(shape, fit.quant, phases.tuned, work, machine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from eqat_mm.export.folder import EXPORT, read_export, write_export
 from eqat_mm.export.form import Choices, Format, FormatName, format_called
 from eqat_mm.export.opened import PackedModel, open_packed
 from eqat_mm.report import find
+from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.place import Place
 from eqat_mm.runtime.plugins import MODELS, plugged
 from eqat_mm.runtime.progress import duration, say, size
@@ -43,6 +45,7 @@ class ExportJob(Settings):
         lossy: export also what the format cannot hold exactly; says how many weights differ, and the KL on text.
         data: text that this KL is measured on.
         embedding: GGUF: embedding and head in 8-bit blocks, or as float16.
+        evaluations: results of `eqat eval --output` for the card; those in the run's folder and beside it are found.
         overwrite: discard what is already in the output folder.
     """
 
@@ -52,6 +55,7 @@ class ExportJob(Settings):
     lossy: bool = False
     data: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=8))
     embedding: Literal["q8_0", "f16"] = "q8_0"
+    evaluations: list[Path] | Path = field(default_factory=list)
     overwrite: bool = False
 
     def check_together(self) -> None:
@@ -105,12 +109,14 @@ def _facts(job: ExportJob, model: PackedModel, form: Format, choices: Choices) -
     """Check that the format holds the model; return what its card says."""
     require_weights_alone(model, form)
     form.refuse(model, choices)
+    named = job.evaluations if isinstance(job.evaluations, list) else [job.evaluations]
+    quality = _quality(model, named)
     change = change_of(model, form)
     require_exact(model, form, change, lossy=job.lossy)
     bits = bits_per_weight(model.folder)
     assert bits is not None, "a packed checkpoint"
     said = _measured(job, model, form, change) if change.weights else ""
-    return Facts(form.name, bits, quality=_quality(model), licence=_licence(model), change=said)
+    return Facts(form.name, bits, quality=quality, licence=_licence(model), change=said)
 
 
 def _measured(job: ExportJob, model: PackedModel, form: Format, change: Change) -> str:
@@ -124,14 +130,27 @@ def _measured(job: ExportJob, model: PackedModel, form: Format, change: Change) 
     return said
 
 
-def _quality(model: PackedModel) -> list[str]:
-    """Return what evaluations beside the run have found of the checkpoint."""
-    lines: list[str] = []
+def _quality(model: PackedModel, files: Sequence[Path]) -> list[str]:
+    """Return what evaluations have found of the checkpoint, those in files and those beside the run."""
+    own, lines = model_fingerprint(model.folder), [line for path in files for line in _named(path, model.folder)]
     with suppress(CheckpointError):
         for one in find(model.folder.parent, model_fingerprint).measured:
-            if one.fingerprint == model_fingerprint(model.folder):
+            if one.fingerprint == own:
                 lines += _lines(one.numbers)
-    return lines
+    return list(dict.fromkeys(lines))
+
+
+def _named(path: Path, folder: Path) -> list[str]:
+    """Return what an evaluation has found, if it is one of this checkpoint."""
+    numbers = read_json_object(path)
+    if numbers.get("fingerprint") != model_fingerprint(folder):
+        raise ConfigError(
+            where=f"--evaluations {path}",
+            given=f"an evaluation of {numbers.get('model', 'something else')}",
+            allowed=f"the result of `eqat eval --model {folder} --output FILE`",
+            do="evaluate this checkpoint, or leave it out",
+        )
+    return _lines(numbers)
 
 
 def _lines(numbers: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from eqat_mm.commands.plumbing.runs import require_startable
 from eqat_mm.commands.plumbing.samples import Samples, checked_samples, problems_of, samples_of
 from eqat_mm.commands.verbs.quantize import open_full_precision
 from eqat_mm.data.image_text.problems import say_late
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.runtime.device import best_device, processes
 from eqat_mm.runtime.files import write_jsonl

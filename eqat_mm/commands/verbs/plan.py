@@ -10,9 +10,10 @@ from typing import Any
 
 from eqat_mm.blocks.quantized import refuse_named_quantized
 from eqat_mm.commands.line.recipes import fitting_recipe
+from eqat_mm.commands.plumbing.calibration import planned_work
 from eqat_mm.commands.plumbing.models import refuse_packed
 from eqat_mm.commands.plumbing.shapes import configuration_of, shape_of
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import Conversations, ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.plan.amounts import Phase, billions
 from eqat_mm.plan.end_to_end import CONVERSATIONS, Work, image_text_work, text_work
@@ -26,7 +27,7 @@ from eqat_mm.plan.table import details, summary
 from eqat_mm.plan.verdict import Verdict, judge, with_ram_and_disk
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.settings import Count, PositiveOrZero
+from eqat_mm.runtime.settings import Count, Fraction, PositiveOrZero
 from eqat_mm.train.block_ap import BlockAPConfig
 from eqat_mm.train.e2e_qp import E2EQPConfig
 from eqat_mm.train.llm_qat import LLMQATConfig
@@ -46,7 +47,8 @@ class PlanJob(BlockAPConfig):
         calibration: text of Block-AP.
         e2e_qp: settings of E2E-QP; null takes the recipe for the model, or the defaults.
         data: text of E2E-QP; null takes the recipe for the model, or 4096 windows of 4096 tokens.
-        conversations: number of conversations about images, of a vision-language model.
+        image_share: share of conversations about images among the samples of Block-AP.
+        conversations: number of conversations about images of E2E-QP, of a vision-language model.
         llm_qat: settings of LLM-QAT.
         evaluation: held-out text.
         adapter: name of the architecture, where config.json does not decide it.
@@ -63,6 +65,7 @@ class PlanJob(BlockAPConfig):
     calibration: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
     e2e_qp: E2EQPConfig | None = None
     data: TextWindows | None = None
+    image_share: Fraction = 0.0
     conversations: Count = CONVERSATIONS
     llm_qat: LLMQATConfig = field(default_factory=LLMQATConfig)
     evaluation: TextWindows = field(default_factory=lambda: TextWindows(part="held_out", length=512, count=64))
@@ -98,7 +101,8 @@ def _machine(job: PlanJob) -> Machine:
 
 def _verdicts(job: PlanJob, shape: ModelShape, machine: Machine) -> Iterator[Verdict]:
     samples, length = job.calibration.count or 4096, job.calibration.length
-    yield judged_block_ap(shape, job, samples, length, machine)
+    seen = Conversations("") if job.image_share else None
+    yield judged_block_ap(shape, job, planned_work(shape, job.calibration, seen, job.image_share), machine)
     for config, work in _end_to_end(job, shape):
         yield judged_e2e_qp(shape, job.quant, config, work, machine)
     work = text_work(samples, length)

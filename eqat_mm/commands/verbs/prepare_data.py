@@ -11,7 +11,8 @@ import numpy as np
 from eqat_mm.checkpoint.speaker import load_listener
 from eqat_mm.commands.plumbing.models import model_folder
 from eqat_mm.data.image_text.index import Index
-from eqat_mm.data.image_text.samples import ImageTextData, prepare
+from eqat_mm.data.image_text.samples import prepare
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.runtime.progress import duration, say
 from eqat_mm.runtime.settings import Settings
 

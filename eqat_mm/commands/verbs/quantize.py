@@ -12,12 +12,17 @@ import torch
 from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.checkpoint.companions import TOKENIZER, files_like
 from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.checkpoint.speaker import restyled
 from eqat_mm.commands.line.recipes import warn_without_recipe
+from eqat_mm.commands.plumbing.calibration import ImageShare, calibration_of, modalities_of
 from eqat_mm.commands.plumbing.models import model_folder, refuse_packed, require_finite, require_model
 from eqat_mm.commands.plumbing.preflight import announce_block_ap, spool_on
 from eqat_mm.commands.plumbing.runs import asked, default_output, opened_run, settings, settled
+from eqat_mm.commands.plumbing.samples import problems_of
+from eqat_mm.data.image_text.problems import say_late
+from eqat_mm.data.image_text.settings import Conversations
 from eqat_mm.data.text.settings import TextWindows
-from eqat_mm.data.text.windows import digest_of, text_windows
+from eqat_mm.errors import ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.place import Place
@@ -42,7 +47,9 @@ class BlockAPJob(BlockAPConfig):
         model: model folder, alias (`eqat assets`) or hub repository.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/block-ap. On several machines, a
             folder that all of them see.
-        calibration: text that the blocks are fitted on.
+        calibration: text that the blocks are fitted on; its count is that of all samples.
+        conversations: about images, of a vision-language model: some of the samples, in place of windows of text.
+        image_share: share of conversations among the samples, where there are any; 1 takes no text.
         adapter: name of the architecture, where config.json does not decide it.
         device: what to compute on: cpu, cuda, cuda:N, or auto. Of several processes on GPUs each takes its own.
         overwrite: discard a run that is already in the output folder.
@@ -52,10 +59,31 @@ class BlockAPJob(BlockAPConfig):
     model: str = field(kw_only=True)
     output: Path | None = None
     calibration: TextWindows = field(default_factory=lambda: TextWindows(count=4096))
+    conversations: Conversations | None = None
+    image_share: ImageShare = 0.5
     adapter: str | None = None
     device: str = "auto"
     overwrite: bool = False
     recipe_for: tuple[str, ...] = ()
+
+    def check_together(self) -> None:
+        """Check that there are tokens of two kinds, where they are to be told apart."""
+        if self.conversations is None and self.token_weights != "equal":
+            raise ConfigError(
+                where=f"--token_weights {self.token_weights}",
+                given="no conversations: all tokens are text",
+                allowed="equal, or conversations about images beside the text",
+                do="add --conversations.source FILE --conversations.image_folder FOLDER, or leave --token_weights out",
+            )
+
+    def require_data(self) -> None:
+        """Check that what is read is named, before any work.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if self.conversations is None or self.image_share < 1:
+            self.calibration.require_source("--calibration.source")
 
 
 @dataclass(frozen=True)
@@ -83,7 +111,7 @@ def block_ap(job: BlockAPJob) -> Path:
     Raises:
         EqatError: any bad input, before anything is written.
     """
-    job.calibration.require_source("--calibration.source")
+    job.require_data()
     require_reporter(job.report_to)
     device = best_device(own_device(job.device))
     with launched_ranks(device) as ranks:
@@ -98,27 +126,31 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     if ranks.rank == 0:
         warn_without_recipe(job.model, job.recipe_for, "block-ap")
     check_groups(opened, job.quant)
-    windows = text_windows(load_tokenizer(opened.folder), job.calibration)
-    batches = [{"input_ids": window.unsqueeze(0)} for window in windows]
     folder = job.output or default_output(job.model, job.quant) / "block-ap"
     place = Place.within(folder)
-    inputs: dict[str, Path | str] = {"model": opened.folder, "data": digest_of(windows)}
+    found = calibration_of(opened.folder, job.calibration, job.conversations, job.image_share, folder)
+    style = None if job.conversations is None else job.conversations.style
+    restyled(opened.folder, style)  # what cannot be stored is found out now
+    inputs: dict[str, Path | str] = {"model": opened.folder, "data": found.digest}
     require_same(ranks, {"data": inputs["data"]})
-    amounts = (len(windows), windows.shape[1], device, folder)
+    amounts = (found.work, device, folder)
     job = ranks.from_first(lambda: _settled(job, place, device, lambda: spool_on(opened, job, *amounts)))
 
     def prepare(run: Run) -> dict[str, Any]:
         verdict = announce_block_ap(opened, job, *amounts)
-        check_room(opened, batches, job, folder, device, ranks, run.written)
+        check_room(opened, round(found.work.samples * found.work.mean), job, folder, device, ranks, run.written)
         return {"plan": verdict.phase.totals}
 
     wanted = asked("block-ap", job, device, inputs)
     with opened_run(place, wanted, prepare, overwrite=job.overwrite, from_first=ranks.from_first) as run:
         if not run.finished:
             options: dict[str, Any] = {"device": device, "source": job.model, "provenance": run.record, "ranks": ranks}
+            options["style"] = style
+            options["modalities"] = modalities_of(opened, found, job, folder, device, ranks)
             with reported(job.report_to, folder, settings(job)) as reporter:
-                run_block_ap(opened, batches, job, folder, reporter=reporter, **options)
+                run_block_ap(opened, found.batches, job, folder, reporter=reporter, **options)
             ranks.from_first(run.finish)
+            say_late(problems_of(folder))
             say(f"checkpoint: {folder / 'model'}")
     return folder / "model"
 

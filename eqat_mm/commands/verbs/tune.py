@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 
 from eqat_mm.checkpoint.adapters import add_adapters, require_peft
-from eqat_mm.checkpoint.manifest import MANIFEST, read_manifest
+from eqat_mm.checkpoint.manifest import MANIFEST, checkpoint_folder, read_manifest
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.speaker import restyled
 from eqat_mm.checkpoint.verify import verify_checkpoint
@@ -19,12 +20,19 @@ from eqat_mm.commands.line.recipes import warn_without_recipe
 from eqat_mm.commands.plumbing.deepspeed_file import deepspeed_settings
 from eqat_mm.commands.plumbing.end_to_end_job import EndToEndJob
 from eqat_mm.commands.plumbing.launchers import training_run, watched, whole_models
-from eqat_mm.commands.plumbing.models import load_model, model_folder, require_teacher
+from eqat_mm.commands.plumbing.models import model_folder, require_teacher
 from eqat_mm.commands.plumbing.preflight import announce_e2e_qp
-from eqat_mm.commands.plumbing.runs import default_output, require_startable
+from eqat_mm.commands.plumbing.runs import default_output, require_startable, settled
 from eqat_mm.commands.plumbing.samples import Samples, checked_samples, problems_of
+from eqat_mm.commands.plumbing.teacher import (
+    hidden_states_of,
+    in_memory,
+    kept_or_in_memory,
+    require_cacheable,
+    teacher_for,
+)
 from eqat_mm.data.image_text.problems import say_late
-from eqat_mm.data.image_text.samples import ImageTextData
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.spec import QuantSpec
@@ -46,7 +54,7 @@ class E2EQPJob(E2EQPConfig, EndToEndJob):
     Attributes:
         model: the full-precision model; it names the default folders, and teaches with `loss: kl`.
         quant: finds the default Block-AP run of `model`; the checkpoint itself knows its spec.
-        quantized: packed checkpoint to start from. Default: runs/MODEL-SPEC/block-ap/model.
+        quantized: packed checkpoint, or its run, to start from. Default: runs/MODEL-SPEC/block-ap/model.
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/e2e-qp; lora or
             projector in place of e2e-qp where step sizes are not trained.
         data: text to train on.
@@ -67,7 +75,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     require_reporter(job.report_to)
     deepspeed = deepspeed_settings(job)
     runs = default_output(job.model, job.quant)
-    base = job.quantized or runs / "block-ap" / "model"
+    base = checkpoint_folder(job.quantized or runs / "block-ap" / "model")
     job = job.with_data_decided(str(base), job.model)
     stage = stage_of(job)
     folder, device = job.output or runs / stage, best_device(job.device)
@@ -77,6 +85,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     require_startable(job, Place.within(folder))
     if "lora" in job.trained:
         require_peft(f"--trains {job.trains}")
+    require_cacheable(job, base, 0 if deepspeed is None else deepspeed.stage)
     inputs: dict[str, Path | str] = {"quantized": base}
     job.require_judged()
     if job.loss == "kl":
@@ -87,6 +96,9 @@ def e2e_qp(job: E2EQPJob) -> Path:
     samples = checked_samples(base, job, folder)
     verify_checkpoint(base)
     inputs["data"] = samples.digest
+    if job.loss == "kl":
+        keeps = kept_or_in_memory(job, base, samples, folder, device)
+        job = settled(job, Place.within(folder), {"teacher": lambda: keeps})
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
     given: dict[str, Any] = {"inputs": inputs, "device": device, "deepspeed": deepspeed, "room": room, "plan": plan}
     with training_run(job, Place.within(folder), STAGE, **given) as (job, arguments, run):
@@ -94,7 +106,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
             if arguments.process_index == 0:
                 samples.keep(folder)
             with watched(job, folder) as watch:
-                model, log = _trained(job, base, samples, arguments, watch)
+                model, log = _trained(job, base, samples, arguments, watch, folder)
             if arguments.process_index == 0:
                 write_jsonl(folder / "metrics.jsonl", log)
                 save_like(model, folder / "model", base, stage, run.record, style)
@@ -110,18 +122,21 @@ def stage_of(job: E2EQPConfig) -> str:
 
 
 def _trained(
-    job: E2EQPJob, base: Path, samples: Samples, arguments: transformers.TrainingArguments, watch: Watch
+    job: E2EQPJob, base: Path, samples: Samples, arguments: transformers.TrainingArguments, watch: Watch, folder: Path
 ) -> tuple[transformers.PreTrainedModel, list[dict[str, Any]]]:
     """Load the packed model, train it; return it with the Trainer's log."""
     held_out = samples.judge(job, arguments)
     with whole_models(arguments):
         kept = frozen_dtype(resolve(job.precision, arguments.device), arguments.device)
-        teacher = load_model(model_folder(job.model), arguments.device, kept) if job.loss == "kl" else None
+        cached = hidden_states_of(job, samples, arguments, folder) if job.teacher == "cache" else None
+        teacher: nn.Module | None = in_memory(job, arguments) if job.loss == "kl" and cached is None else None
         if held_out is not None and job.judged_by_full_precision:
-            judge = teacher or load_model(model_folder(job.model), arguments.device, kept)
+            judge = teacher or in_memory(job, arguments)
             held_out.record(judge, arguments.device, resolve(job.precision, arguments.device))
             del judge
         model = load(base, dtype=kept, device=arguments.device, verify=False)
+    if cached is not None:
+        teacher = teacher_for(model, samples, cached)
     if "lora" in job.trained:
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
     projector = arch_for(read_manifest(base).arch, f"{base}: the adapter that made it").find_projector(model)
@@ -145,7 +160,7 @@ def _require_block_ap(base: Path, job: E2EQPJob) -> None:
         where=f"--quantized {base}",
         given="no packed checkpoint there",
         allowed="the output of Block-AP (or of round-to-nearest)",
-        do=makes if base.name == "model" else "check the path: it is the folder `model` of a run",
+        do=makes if base.name == "model" else "check the path: a run, or the folder `model` in it",
     )
 
 

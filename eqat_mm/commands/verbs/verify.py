@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
 from eqat_mm.blocks.config import CONFIG
 from eqat_mm.checkpoint.manifest import MANIFEST, checkpoint_folder, read_manifest
+from eqat_mm.commands.plumbing.checks import print_checks
 from eqat_mm.commands.plumbing.models import model_folder
 from eqat_mm.errors import CheckpointError, EqatError
 from eqat_mm.export.folder import EXPORT
 from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.plugins import MODELS, plugged
-from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.settings import Settings
 from eqat_mm.verify.checkpoint import checkpoint_checks
 from eqat_mm.verify.checks import Check
@@ -59,28 +58,13 @@ def verify(job: VerifyJob) -> list[Check]:
         CheckpointError: it is neither checkpoint nor export; or something is not as it should be.
     """
     folder = _folder(job.model)
-    done = []
-    for check in _checks(job, folder):
-        done.append(check)
-        if not job.json:
-            say(check.line)
-    failed = [check for check in done if check.passed is False]
-    if job.json:
-        say(json.dumps({"folder": str(folder), "passed": not failed, "checks": [asdict(check) for check in done]}))
-    _require_none(folder, failed, len(done))
-    if not job.json:
-        say(f"{folder}: {sum(check.passed is True for check in done)} checks passed")
-    return done
-
-
-def _require_none(folder: Path, failed: list[Check], count: int) -> None:
-    if failed:
-        raise CheckpointError(
-            where=str(folder),
-            given=f"{len(failed)} of {count} checks failed, the first: {failed[0].name}: {failed[0].said}",
-            allowed="a folder as it was written, of which every number is what it should be",
-            do="copy the folder again, or make it again",
-        )
+    return print_checks(
+        folder,
+        _checks(job, folder),
+        allowed="a folder as it was written, of which every number is what it should be",
+        do="copy the folder again, or make it again",
+        as_json=job.json,
+    )
 
 
 def _checks(job: VerifyJob, folder: Path) -> Iterable[Check]:

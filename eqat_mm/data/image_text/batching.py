@@ -130,6 +130,16 @@ class Collator:
             for name in dict.fromkeys(name for other in others for name in other)
         }
 
+    def filled(self, sample: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        """Return a batch of one sample, its rows filled up on the right to a length, [1, length, ...]."""
+        rows = rows_of({"attention_mask": torch.ones_like(sample["input_ids"])} | sample)
+        missing = (0, length - len(sample["input_ids"]))
+        batch = {
+            name: functional.pad(row, (0, 0) * (row.dim() - 1) + missing, value=self._fill.get(name, 0)).unsqueeze(0)
+            for name, row in rows.items()
+        }
+        return batch | images_of(sample)
+
     def _stacked(self, name: str, rows: list[dict[str, Tensor]]) -> Tensor:
         """Return the rows of one name together, [samples, T, ...]."""
         like, fill = next(row[name] for row in rows if name in row), self._fill.get(name, 0)

@@ -142,8 +142,8 @@ class Preparation:
             raise DataError(
                 self._source.name,
                 f"{total:,} records",
-                f"at least count ({self._count:,})",
-                "lower count, or leave it out to take all records",
+                f"at least conversations.count, {self._count:,}",
+                f"set conversations.count to {total:,} or fewer, or to null, which takes all records",
             )
         order = torch.randperm(total, generator=generator(self._seed, "image-text records"))
         return sorted(order[: self._count].tolist())

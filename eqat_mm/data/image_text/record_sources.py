@@ -97,19 +97,6 @@ def open_source(name: str, image_folder: Path | None = None) -> Source:
     return Source(name, folder, file=path)
 
 
-def read_records(name: str, image_folder: Path | None = None) -> Records:
-    """Return all records of a source; arguments and errors as of `open_source`.
-
-    Raises:
-        DataError: a file is not UTF-8, not JSON, or no list; or there is no record.
-    """
-    source = open_source(name, image_folder)
-    records = source.records(source.places())
-    if not len(records):
-        raise DataError(printable(name), "no records", "at least one", "check the contents")
-    return records
-
-
 def _table(name: str) -> Any:
     table = load_hub(name)
     if "conversations" not in table.column_names:

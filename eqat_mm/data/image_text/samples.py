@@ -22,11 +22,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,75 +44,20 @@ from eqat_mm.data.image_text.problems import (
     KINDS,
     BadSample,
     LateProblems,
-    OnBadSample,
     Problem,
     Tolerance,
     TooLong,
-    TooLongSample,
     refusals,
     report,
 )
 from eqat_mm.data.image_text.record_sources import Source, open_source
-from eqat_mm.data.image_text.style import AUTO, ImageShape, Style, require_template
+from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.image_text.worker_errors import told_outside
 from eqat_mm.data.text.files import package_missing
 from eqat_mm.data.user_files import printable
 from eqat_mm.errors import DataError
 from eqat_mm.runtime.plugins import CONVERSATIONS, plugged, plugged_function
 from eqat_mm.runtime.progress import say
-from eqat_mm.runtime.settings import Count, CountOrZero, Fraction, Seed, Settings
-
-
-@dataclass(frozen=True)
-class ImageTextData(Settings, option="conversations"):
-    """Which conversations about images, and how they are checked and ordered.
-
-    Attributes:
-        source: conversations in LLaVA's format: a .json or .jsonl file, `hf:NAME[:CONFIG[:SPLIT]]`, or a name of
-            `eqat assets`.
-        image_folder: what the records' image paths are relative to. Default: the folder of the source file.
-        count: number of records, drawn at random; None takes all.
-        template: of the conversation: `auto` (the one that the model was trained with), `vicuna_v1`, `model` (the one
-            in its folder), or the path of a .jinja file. The checkpoint keeps it.
-        images: what becomes of images that are no squares: `pad`, `crop`, `model` (what its folder says), or `auto`
-            (what the model was trained with). The checkpoint keeps it.
-        max_length: most tokens of a sample; those of its images count.
-        too_long: what becomes of longer ones: `truncate` cuts them, as LLaVA does; one of which no answer, or only a
-            part of an image, would be left is a bad sample. `skip` leaves them out, `error` stops before training.
-        check: how images are checked before training: `header`, or `decode`, which takes as long as reading them all.
-        on_bad_sample: what a bad sample does: `error` stops before training, `skip` leaves such samples out and says
-            how many.
-        max_skipped: largest share of the samples that `skip` may leave out; up to ten may always be.
-        text_warmup_steps: optimizer steps at the beginning over which the share of samples without images falls from
-            all to none; after that, samples come as they are drawn. 0: no warm-up.
-        held_out: number of samples to judge the model by; drawn at random, and not trained on.
-        held_out_source: other conversations to judge it by instead, in the same format, with the same image folder.
-        seed: which records are drawn, and their order.
-    """
-
-    source: str
-    image_folder: Path | None = None
-    count: Count | None = None
-    template: str = AUTO
-    images: ImageShape = AUTO
-    max_length: Count = 2048
-    too_long: TooLongSample = "truncate"
-    check: Literal["header", "decode"] = "header"
-    on_bad_sample: OnBadSample = "error"
-    max_skipped: Fraction = 0.1
-    text_warmup_steps: CountOrZero = 0
-    held_out: CountOrZero = 0
-    held_out_source: str | None = None
-    seed: Seed = 0
-
-    def check_together(self) -> None:
-        """Check that the template is there, before anything is read."""
-        require_template(self.template, f"--{self.option}template")
-
-    @property
-    def style(self) -> Style:
-        """How the model is addressed."""
-        return Style(self.template, self.images)
 
 
 class ImageTextDataset(Dataset[dict[str, Tensor]]):
@@ -131,6 +75,7 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
         known: contents and tokens of each sample.
         lengths: tokens of each sample, cut where they are to be.
         text_only: for each sample, whether it has no image.
+        visual: the tokens that stand for images, int64 [n].
     """
 
     def __init__(
@@ -145,6 +90,7 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
         self.known = known
         self.lengths: list[int] = np.minimum(known.lengths, config.max_length).tolist()
         self.text_only: list[bool] = known.text_only.tolist()
+        self.visual: Tensor = chat.of_images
 
     def __len__(self) -> int:
         return len(self._places)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eqat_kernels.fake_quant.triton_impl import round_half_even
+from eqat_kernels.fake_quant.triton_impl import round_to_levels
 
 TILE = 1024
 """Weights of a program: 8 for each of 128 threads."""
@@ -26,12 +26,6 @@ TILE = 1024
 def column(tile_RB, at_B, j):
     """Return column j of a tile, [R]."""
     return tl.sum(tl.where((at_B == j)[None, :], tile_RB, 0.0), axis=1)
-
-
-@triton.jit
-def centred_code(steps, z, top):
-    """Round to the nearest code that there is, less z."""
-    return tl.clamp(round_half_even(steps) + z, 0.0, top.to(tl.float32)) - z
 
 
 @triton.jit
@@ -50,7 +44,7 @@ def compensate_kernel(
     for j in range(columns):
         factor = tl.load(factor_ptr + j * factor_row + at, mask=at < columns, other=0.0)
         w_j = column(w, at, j)
-        lost = w_j - centred_code(tl.div_rn(w_j, s), z, top) * s
+        lost = w_j - round_to_levels(tl.div_rn(w_j, s), z, top.to(tl.float32)) * s
         error = tl.div_rn(lost, tl.load(factor_ptr + j * factor_row + j))
         errors = tl.where((at == j)[None, :], error[:, None], errors)
         w = tl.where((at > j)[None, :], w - error[:, None] * factor[None, :], w)
@@ -76,7 +70,7 @@ def descend_kernel(
         h = tl.load(h_ptr + j * h_row + at, mask=at < columns, other=0.0)
         c_j = column(c, at, j)
         wanted_j = c_j + tl.div_rn(column(r, at, j), tl.load(h_ptr + j * h_row + j) * s)
-        rounded = centred_code(wanted_j, z, top)
+        rounded = round_to_levels(wanted_j, z, top.to(tl.float32))
         r -= ((rounded - c_j) * s)[:, None] * h[None, :]
         c = tl.where((at == j)[None, :], rounded[:, None], c)
         wanted = tl.where((at == j)[None, :], wanted_j[:, None], wanted)

@@ -1,12 +1,12 @@
 """Fake quantization with straight-through gradients, in plain torch.
 
-With u = W / s, zr = round(z), v = round(u) + zr, q = clamp(v, 0, Q), Q = 2^N - 1 (elementwise, s and z per
+With u = W / s, zr = round(z), level = clamp(round(u) + zr, 0, Q) - zr, Q = 2^N - 1 (elementwise, s and z per
 group):
 
-    W_hat   = (q - zr) * s
-    inside  = (v == q)
+    W_hat   = level * s
+    inside  = (level == round(u))
     dW      = dW_hat * inside
-    ds      = sum over the group of dW_hat * (q - zr - inside * u)
+    ds      = sum over the group of dW_hat * (level - inside * u)
     dz      = sum over the group of dW_hat * (-s) * (1 - inside)
 
 which is the table of EfficientQAT's per-element gradients written without cases. The backward recomputes u
@@ -25,6 +25,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from eqat_kernels.levels import round_to_levels
+
 SLICE = 1 << 18
 """Elements of W handled at a time: 1 MiB in float32, a common second-level cache."""
 
@@ -35,7 +37,7 @@ def forward(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype:
     result = torch.empty_like(weight)
     for w_OGg, s_OG1, z_OG1, out_OGg in _slices(weight, scale, zero_point, result):
         torch.div(w_OGg, s_OG1, out=out_OGg)
-        out_OGg.round_().add_(z_OG1).clamp_(0, top).sub_(z_OG1).mul_(s_OG1)
+        round_to_levels(out_OGg, z_OG1, top).mul_(s_OG1)
     return result.to(dtype)
 
 
@@ -62,10 +64,9 @@ def backward(
     grads_s, grads_z = [], []
     for w_OGg, s_OG1, z_OG1, grad_OGg, grad_w_OGg in _slices(weight, scale, zero_point, grad, grad_w):
         u_OGg = w_OGg / s_OG1
-        v_OGg = u_OGg.round().add_(z_OG1)
-        q_OGg = v_OGg.clamp(0, top)
-        inside_OGg = v_OGg.eq_(q_OGg)  # 1.0 or 0.0: products with a bool tensor are several times slower
-        slope_OGg = q_OGg.sub_(z_OG1).sub_(u_OGg.mul_(inside_OGg))
+        level_OGg = round_to_levels(u_OGg.clone(), z_OG1, top)
+        inside_OGg = u_OGg.round().eq_(level_OGg)  # 1.0 or 0.0: products with a bool tensor are several times slower
+        slope_OGg = level_OGg.sub_(u_OGg.mul_(inside_OGg))
         grads_s.append(slope_OGg.mul_(grad_OGg).sum(-1))
         total_OG = grad_OGg.sum(-1)
         torch.mul(grad_OGg, inside_OGg, out=grad_w_OGg)

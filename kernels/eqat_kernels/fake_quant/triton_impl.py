@@ -34,6 +34,12 @@ def round_half_even(x):
 
 
 @triton.jit
+def round_to_levels(steps, z, top):
+    """Round W / s to the levels of its grid, codes less zero point, as `eqat_kernels.levels` does."""
+    return tl.clamp(round_half_even(steps) + z, 0.0, top) - z
+
+
+@triton.jit
 def per_group(tensor_ptr, row, group, stride_row, stride_group, inside, default):
     """Load one value per group, float32 [R]."""
     return tl.load(tensor_ptr + row * stride_row + group * stride_group, mask=inside, other=default).to(tl.float32)
@@ -58,9 +64,9 @@ def forward_kernel(
         at = (group * size)[:, None] + column[None, :]
         w = tl.load(w_ptr + row[:, None] * w_row + at * w_column, mask=inside, other=0.0).to(tl.float32)
         # correctly rounded division: the codes trained with are the codes that are stored in the end
-        q = tl.clamp(round_half_even(tl.div_rn(w, s)) + z, 0.0, TOP)
+        level = round_to_levels(tl.div_rn(w, s), z, TOP)
         out = out_ptr + row[:, None] * out_row + at * out_column
-        tl.store(out, ((q - z) * s).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out, (level * s).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -88,16 +94,16 @@ def backward_kernel(
         w = tl.load(w_ptr + row[:, None] * w_row + at * w_column, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + row[:, None] * grad_row + at * grad_column, mask=inside, other=0.0).to(tl.float32)
         u = tl.div_rn(w, s_R[:, None])
-        v = round_half_even(u) + z
-        q = tl.clamp(v, 0.0, TOP)
-        grad_w = tl.where(v == q, grad, 0.0)
-        sum_s += tl.sum(grad * (q - z - tl.where(v == q, u, 0.0)), axis=1)
+        level = round_to_levels(u, z, TOP)
+        inside_grid = level == round_half_even(u)
+        grad_w = tl.where(inside_grid, grad, 0.0)
+        sum_s += tl.sum(grad * (level - tl.where(inside_grid, u, 0.0)), axis=1)
         sum_clipped += tl.sum(grad - grad_w, axis=1)
         to = grad_w_ptr + row[:, None] * grad_w_row + at * grad_w_column
         tl.store(to, grad_w.to(grad_w_ptr.dtype.element_ty), mask=inside)
         if out_ptr is not None:
             out = out_ptr + row[:, None] * (groups * size) + at
-            tl.store(out, ((q - z) * s_R[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out, (level * s_R[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_s_ptr + index, sum_s.to(grad_s_ptr.dtype.element_ty), mask=inside_R)
     tl.store(grad_z_ptr + index, (-s_R * sum_clipped).to(grad_z_ptr.dtype.element_ty), mask=inside_R)
 
