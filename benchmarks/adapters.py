@@ -3,9 +3,10 @@
     python benchmarks/adapters.py [NAME ...] [--folder FOLDER] [--write]
 
 For each a tiny random model is saved in a folder with its tokenizer or processor, and commands are run on it: the
-contract, `block-ap`, `e2e-qp` on text and on conversations (an image, two images of different sizes, none, and all of
-these with several turns), `eval`, `generate` (with an image, where it sees), and plain transformers in a process that
-cannot import this package. `--write` puts the table into the document.
+contract, `block-ap` on text, and with images whose tokens count by gradient, `e2e-qp` on text and on conversations (an
+image, two images of different sizes, none, and all of these with several turns), `eval`, `generate` (with an image,
+where it sees), and plain transformers in a process that cannot import this package. `--write` puts the table into the
+document.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from llava_adapters.tiny_processor import WORDS, chat_template, word_tokenizer
 
 DOCUMENT = Path(__file__).parents[1] / "docs/adding_a_model.md"
 SHOWN = ("one image", "several images", "no image", "several turns")
-COLUMNS = ("contract", "block-ap", "e2e-qp: text", *SHOWN, "eval", "generate", "transformers")
+COLUMNS = ("contract", "block-ap", "block-ap: images", "e2e-qp: text", *SHOWN, "eval", "generate", "transformers")
 SPEC = ("--quant.bits", "4", "--quant.group_size", "32", "--quant.symmetric", "true")
 TEXT = ("--data.length", "16", "--data.count", "8")
 TRAINED = ("--max_steps", "1", "--batch_size", "2", "--accumulation", "2", "--learning_rate", "1e-3")
@@ -86,7 +87,10 @@ def tried(arch: Arch, folder: Path) -> dict[str, str]:
     one.attempt("contract", lambda: _contract(arch, folder / "contract"))
     calibration = [word.replace("--data.", "--calibration.") for word in source]
     fit = ("--fit.epochs", "1", "--fit.validation_samples", "0")
-    one.attempt("block-ap", lambda: eqat(["block-ap", str(model), "--output", str(made), *SPEC, *calibration, *fit]))
+    block_ap = ["block-ap", str(model), *SPEC, *calibration, *fit]
+    one.attempt("block-ap", lambda: eqat([*block_ap, "--output", str(made)]))
+    if one.sees:
+        one.attempt("block-ap: images", lambda: _with_images(folder, block_ap))
     packed = made / "model"
     tune = ["e2e-qp", str(model), "--quantized", str(packed), *SPEC, *TRAINED]
     one.attempt("e2e-qp: text", lambda: eqat([*tune, "--output", str(folder / "e2e"), *source, *alone]))
@@ -98,6 +102,12 @@ def tried(arch: Arch, folder: Path) -> dict[str, str]:
     one.attempt("generate", lambda: _generate(one, packed))
     one.attempt("transformers", lambda: _read_elsewhere(arch, folder, packed))
     return one.found
+
+
+def _with_images(folder: Path, block_ap: Sequence[str]) -> int:
+    talks = _conversations(folder, "several turns")
+    words = ["--conversations.source", str(talks), "--conversations.max_length", "256", "--token_weights", "gradient"]
+    return eqat([*block_ap, "--output", str(folder / "with-images"), *words])
 
 
 def _saved(arch: Arch, folder: Path) -> Path:

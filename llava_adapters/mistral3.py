@@ -1,4 +1,4 @@
-"""Mistral-Small 3.1 and later, with images: a Pixtral tower, images of any size."""
+"""Mistral-Small 3.1 and later, and Ministral-3, with images: a Pixtral tower, images of any size."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def processor(merged: int = 2) -> Any:
     )
 
 
-def tiny() -> Any:
+def tiny(tower: str = "mistral", **of_tower: Any) -> Any:
     """Return a tiny model and its batches."""
     fields: dict[str, Any] = {"image_token_index": 96, "spatial_merge_size": 2, "tie_word_embeddings": False}
-    text = text_config("mistral", head_dim=16)
+    text = text_config(tower, head_dim=16, **of_tower)
     return tiny_vlm("mistral3", processor(), text=text, vision=PIXTRAL, image=IMAGE, **fields)
 
 

@@ -137,7 +137,7 @@ class _BlockFit:
         self.training, self.validation = split_samples(len(step.sorts), config)
         self.parameters = trainable_parameters(step.block, config)
         self.linears = fake_quant_linears(step.block)
-        self.block = torch.compile(step.block) if config.compile else step.block
+        self.block: Any = torch.compile(step.block) if config.compile else step.block
         before = self.evaluate()
         if not math.isfinite(before):
             raise broken_block(walker, step, f"a loss of {before} before the first step")

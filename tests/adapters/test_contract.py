@@ -14,6 +14,13 @@ from llava_adapters.tiny import tiny_llava, tiny_llava_next
 from llava_adapters.tiny_vlm import text_config, tiny_vlm
 
 
+def tiny_ministral3() -> Any:
+    """Return a tiny Mistral3 with the tower of Ministral-3, whose queries grow with their position, and its batches."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+    return mistral3.tiny("ministral3", max_position_embeddings=32, rope_parameters=rope)
+
+
 def tiny_pixtral() -> Any:
     """Return a tiny model in the layout of Pixtral-12B, which is a LLaVA's, and its batches."""
     fields: dict[str, Any] = {
@@ -29,6 +36,7 @@ CASES = known_archs() | {
     "llava, mistral tower": replace(arch_for("llava"), tiny=lambda: tiny_llava("mistral")),
     "llava, tied head": replace(arch_for("llava"), tiny=lambda: tiny_llava("llama", tie_word_embeddings=True)),
     "llava, pixtral tower": replace(arch_for("llava"), tiny=tiny_pixtral, processor=lambda: mistral3.processor(1)),
+    "mistral3, ministral3 tower": replace(arch_for("mistral3"), tiny=tiny_ministral3),
     "llava_next, llama tower": replace(arch_for("llava_next"), tiny=lambda: tiny_llava_next("llama")),
 }
 
@@ -40,6 +48,7 @@ ALIKE = (
     "llava_next, llama tower",
     "llava_next_video",
     "ministral",
+    "mistral3, ministral3 tower",
     "qwen2",
     "smollm3",
     "smolvlm",

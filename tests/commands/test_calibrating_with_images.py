@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 
@@ -36,11 +37,12 @@ from eqat_mm.train.losses import block_loss
 from eqat_mm.train.modalities import PADDING, VISUAL, Modalities, equal_weights, kinds_of
 from eqat_mm.train.warm_start import WarmStartConfig
 from llava_adapters import arch_for
+from llava_adapters.llava import ARCH as LLAVA
 from llava_adapters.tiny_processor import WORDS
 from tests.checkpoint.files import assert_four_lines, same_weights
 from tests.thread_ranks import in_threads
 from tests.tolerances import assert_close
-from tests.train.results import assert_same_result
+from tests.train.results import assert_same_result, records_of
 from tests.train.stopping import Stopped
 
 CPU = torch.device("cpu")
@@ -340,6 +342,14 @@ def test_text_alone_is_what_it_was(bed: Bed, tmp_path: Path, monkeypatch: pytest
     assert options["modalities"] is None
 
 
+def test_the_checkpoint_keeps_how_it_was_addressed(bed: Bed, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.get('text', '<image>') }} {% endfor %}{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(template)
+    talks = replace(bed.talks, template=str(tmp_path / "mine.jinja"))
+    made = block_ap(bed.job(tmp_path / "run", conversations=talks, fit=replace(FIT, epochs=0)))
+    assert (made / "chat_template.jinja").read_text() == template
+
+
 # ---- what a user types -------------------------------------------------------------------------------
 
 
@@ -364,7 +374,7 @@ def test_text_is_asked_for_unless_there_is_none(bed: Bed, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"--calibration\.count") as raised:
         block_ap(bed.job(tmp_path, calibration=replace(bed.text, count=None)))
     assert_four_lines(raised.value)
-    with pytest.raises(DataError, match="at least count"):
+    with pytest.raises(DataError, match="lower --image_share"):
         block_ap(bed.job(tmp_path, calibration=TextWindows(count=30), image_share=1.0))
     assert not tmp_path.joinpath("run.json").exists()
 
@@ -374,3 +384,64 @@ def test_the_plan_knows_images(bed: Bed) -> None:
     work = planned_work(shape, bed.text, bed.talks, 0.25)
     assert (work.samples, work.longest, work.images) == (COUNT, 500, 0.25)
     assert planned_work(shape, bed.text, None, 0.25).images == 0
+
+
+# ---- towers with cross-attention ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_blocks_that_look_at_images_are_reached(tmp_path: Path) -> None:
+    """A tiny Mllama, which no adapter serves: blocks are called with what its vision tower says of each sample."""
+    model = _mllama()
+    model.save_pretrained(tmp_path / "full")
+    cross = (("cross_attn.q_proj",), ("cross_attn.k_proj", "cross_attn.v_proj"), ("cross_attn.o_proj",))
+    parts = tuple("model.vision_model" if each == "model.vision_tower" else each for each in LLAVA.full_precision)
+    arch = replace(LLAVA, name="mllama", stages=(*LLAVA.stages, *cross), sums=(), norms=(), full_precision=parts)
+    opened = open_model(tmp_path / "full", arch)
+    draw = torch.Generator().manual_seed(0)
+    batches = [_mllama_inputs(draw) for _ in range(4)]
+    last: list[Tensor] = []
+    with arch.find_blocks(model)[-1].register_forward_hook(lambda module, args, output: last.append(output)):
+        for batch in batches:
+            model(**batch)
+    walker = BlockWalker(opened, capture_front(opened, batches, torch.float32), device=CPU)
+    for step in walker.walk():
+        walker.advance_fp(step)
+    assert all(torch.equal(walker.fp.read(index), own) for index, own in enumerate(last))
+    fit = replace(FIT, lr_weight=1e-4, lr_scale=1e-4, epochs=2, validation_samples=0)
+    config = BlockAPConfig(SPEC, fit=fit, precision="float32")
+    modalities = Modalities(torch.tensor([96]), equal_weights(2))
+    options: dict[str, Any] = {"device": CPU, "source": "tiny", "provenance": {"config": {}}, "modalities": modalities}
+    with torch.enable_grad():
+        manifest = run_block_ap(open_model(tmp_path / "full", arch), batches, config, tmp_path / "run", **options)
+    assert manifest.stage == "block-ap"
+    losses = [(record["loss_before"], record["loss_after"]) for record in records_of(tmp_path / "run")]
+    assert all(after < before for before, after in losses)
+
+
+def _mllama() -> Any:
+    text = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1], "bos_token_id": 1}
+    text |= {"eos_token_id": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 4}
+    vision |= {"intermediate_size": 48, "image_size": 16, "patch_size": 8, "max_num_tiles": 2}
+    vision |= {"intermediate_layers_indices": [0], "vision_output_dim": 64, "supported_aspect_ratios": [[1, 1], [1, 2]]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=96)
+        model = transformers.MllamaForConditionalGeneration(config).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or "gate" in name:  # closed at first: nothing would be seen
+                torch.nn.init.normal_(parameter, mean=0.3 if "gate" in name else 0.0, std=0.1)
+    return model
+
+
+def _mllama_inputs(draw: torch.Generator) -> dict[str, Tensor]:
+    ids = torch.randint(3, 90, (1, 12), generator=draw)
+    ids[0, 1] = 96
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "aspect_ratio_ids": torch.tensor([[1]])}
+    inputs |= {"pixel_values": torch.randn(1, 1, 2, 3, 16, 16, generator=draw)}
+    return inputs | {
+        "aspect_ratio_mask": torch.tensor([[[1, 0]]]),
+        "cross_attention_mask": torch.ones(1, 12, 1, 2, dtype=torch.long),
+    }

@@ -91,6 +91,19 @@ def test_the_commands_are_ones_that_eqat_takes(job: VLMLadderJob) -> None:
             assert (parsed.trains, parsed.quantized) == (trains, fitted)
 
 
+def test_block_ap_sees_what_e2e_qp_learns_from(job: VLMLadderJob) -> None:
+    demo = replace(job, model="demo-llava", bits=(2,), images=True)
+    for asked, source in ((demo, "demo-easy-vqa"), (replace(demo, conversations="mix.json"), "mix.json")):
+        rung = {each.stage: each for each in rungs(asked, Path("full"))}["Block-AP on images"]
+        assert rung.command is not None
+        parsed: Any = parse_job("block-ap", rung.command[rung.command.index("block-ap") + 1 :])
+        assert parsed.conversations is not None
+        assert (parsed.conversations.source, parsed.image_share) == (source, 0.5)
+    with pytest.raises(ConfigError, match="no conversations") as raised:
+        list(rungs(replace(job, images=True), Path("full")))
+    assert_four_lines(raised.value)
+
+
 def test_e2e_qp_runs_under_deepspeed(job: VLMLadderJob) -> None:
     words = {rung.stage: rung.command for rung in rungs(replace(job, processes=4), Path("full"))}["Block-AP + E2E-QP"]
     assert "deepspeed.launcher.runner --num_gpus 4 " in shlex.join(words or [])

@@ -155,6 +155,14 @@ def test_evaluations_of_different_texts_are_told_apart(found: Found, tmp_path: P
     assert "measured on different texts" not in page_of(found, tmp_path)
 
 
+def test_a_ladder_of_tasks_has_no_empty_columns(found: Found, tmp_path: Path) -> None:
+    judged = [replace(one, numbers={"tasks": {"easy_vqa": {"accuracy": 0.5}}}) for one in found.measured]
+    page = page_of(replace(found, measured=judged), tmp_path)
+    assert "easy_vqa" in page
+    assert "same top-1" not in page
+    assert "same top-1" in page_of(found, tmp_path)
+
+
 def test_settings_are_flattened() -> None:
     assert flat({"a": {"b": 1, "c": None}, "d": [1, 2]}) == [("a.b", "1"), ("a.c", "none"), ("d", "[1, 2]")]
 

@@ -173,9 +173,9 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one(
             spoiled.append(step.fp.read(5 // walker.ranks.world).clone())
         return fit_block(walker, step, *args, **kwargs)
 
-    def loss(output: Tensor, target: Tensor, *args: Any) -> Tensor:
+    def loss(output: Tensor, target: Tensor, *args: Any, **more: Any) -> Tensor:
         bad = torch.is_grad_enabled() and any(torch.equal(row, spoiled[-1][0]) for row in target)
-        return block_loss(output, target, *args) * (torch.nan if bad else 1.0)
+        return block_loss(output, target, *args, **more) * (torch.nan if bad else 1.0)
 
     assert marked.shape == (1, LENGTH)
     monkeypatch.setattr(block_ap, "fit_block", targets)

@@ -16,12 +16,14 @@ from eqat_mm.commands.plumbing.runs import model_fingerprint
 from eqat_mm.commands.plumbing.samples import Samples
 from eqat_mm.commands.plumbing.shapes import model_shape
 from eqat_mm.errors import ConfigError
+from eqat_mm.plan.amounts import size
 from eqat_mm.plan.e2e_qp import keeps_teacher
 from eqat_mm.plan.end_to_end import text_work
 from eqat_mm.plan.machine import this_machine
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import processes
 from eqat_mm.runtime.precision import frozen_dtype, resolve
+from eqat_mm.runtime.progress import say
 from eqat_mm.train.kept_teacher import KeptTeacher, is_kept, keep_hidden_states
 
 
@@ -78,7 +80,10 @@ def hidden_states_of(job: Any, samples: Samples, arguments: transformers.Trainin
     hidden_size = model_shape(job.model).hidden
     with arguments.main_process_first(local=False):
         if not is_kept(path, windows, hidden_size):
-            keep_hidden_states(in_memory(job, arguments), windows, path, job.batch_size, precision)
+            made = folder / "trainer" / path.name  # what a kill leaves there goes with the run
+            keep_hidden_states(in_memory(job, arguments), windows, made, job.batch_size, precision)
+            made.replace(path)
+            say(f"the teacher's hidden states are kept in {path}, {size(path.stat().st_size)}")
     return path
 
 

@@ -1,9 +1,10 @@
 """`eqat demo-vlm`: the ladder of stages on a vision-language model, as commands.
 
-For every bit width: round-to-nearest; Block-AP, on text; Block-AP + LoRA, the baseline, where asked for; Block-AP +
-E2E-QP, on conversations about images, in several processes under DeepSpeed: of the step sizes, and where asked for of
-the projector, too. Every rung is asked the questions of a task of lmms-eval. Each command is printed as it could be
-typed, and continues or skips what an earlier start of it has done; so does the ladder.
+For every bit width: round-to-nearest; Block-AP, on text; where asked for on images and text; Block-AP + LoRA, the
+baseline, where asked for; Block-AP + E2E-QP, on conversations about images, in several processes under DeepSpeed: of
+the step sizes, and where asked for of the projector, too. Every rung is asked the questions of a task of lmms-eval.
+Each command is printed as it could be typed, and continues or skips what an earlier start of it has done; so does the
+ladder.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from eqat_mm.commands.line.recipes import fitting_recipe
 from eqat_mm.commands.plumbing.answers import predictions_of
 from eqat_mm.commands.plumbing.launchers import free_port
 from eqat_mm.commands.plumbing.lmms import require_lmms_eval
@@ -49,10 +51,11 @@ class VLMLadderJob(Settings):
         model: full-precision model: folder, alias (`eqat assets`) or hub repository.
         bits: bit widths, one ladder each.
         group_size: weights that share a step size.
+        images: adds Block-AP on images and text.
         lora: adds the LoRA baseline, on the samples of E2E-QP and for as many steps.
         projector: adds E2E-QP of step sizes and projector together.
         processes: of E2E-QP, under DeepSpeed.
-        conversations: that E2E-QP and the baseline learn from; null takes those of the recipe.
+        conversations: that E2E-QP and the baseline learn from, and Block-AP sees; null takes those of the recipe.
         task: of lmms-eval, whose questions every model is asked; easy_vqa, mini_vqa, or another that gives answers.
         questions: questions each quantized model answers, the first ones; null for all.
         questions_full_precision: the same for the full-precision model, no fewer.
@@ -64,6 +67,7 @@ class VLMLadderJob(Settings):
     model: str = "demo-llava"
     bits: Annotated[tuple[Bits, ...], Filled()] = (2,)
     group_size: GroupSize = 64
+    images: bool = False
     lora: bool = False
     projector: bool = False
     processes: Count = 2
@@ -141,12 +145,31 @@ def rungs(job: VLMLadderJob, full_precision: Path) -> Iterator[Rung]:
             start += ["--conversations.source", job.conversations]
         yield _rung(job, bits, "round-to-nearest", _eqat("rtn"), "rtn")
         yield _rung(job, bits, "Block-AP", _eqat("block-ap"), "block-ap")
+        if job.images:
+            yield _rung(job, bits, "Block-AP on images", _eqat("block-ap"), "block-ap-images", *_seen(job, bits))
         if job.lora:
             yield _rung(job, bits, "Block-AP + LoRA", _deepspeed(job.processes), "lora", *start, "--trains", "lora")
         yield _rung(job, bits, "Block-AP + E2E-QP", _deepspeed(job.processes), "e2e-qp", *start)
         if job.projector:
             more = [*start, "--trains", "scales+projector"]
             yield _rung(job, bits, "E2E-QP + projector", _deepspeed(job.processes), "e2e-qp-projector", *more)
+
+
+def _seen(job: VLMLadderJob, bits: Bits) -> list[str]:
+    """Return the options that name the conversations which Block-AP sees: those that E2E-QP learns from."""
+    recipe = fitting_recipe("e2e-qp", job.model, str(bits), job.group_size)
+    named = {} if recipe is None else dict(recipe.settings.get("conversations", {}))
+    if job.conversations is not None:
+        named = {"source": job.conversations}
+    if "source" not in named:
+        raise ConfigError(
+            where="--images true",
+            given=f"no conversations, and no recipe of {job.model} that names some",
+            allowed="conversations about images, in LLaVA's format",
+            do="name them with --conversations FILE, or leave --images out",
+        )
+    places = ("source", "image_folder", "max_length")
+    return [word for name in places if name in named for word in (f"--conversations.{name}", str(named[name]))]
 
 
 def _root(job: VLMLadderJob, bits: Bits) -> Path:
