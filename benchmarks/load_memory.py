@@ -61,7 +61,7 @@ def table(folder: Path, tiny: Path) -> None:
     print("| | dtype | loaded, MB | of the files | all read | of the files | forward of 16 tokens |")
     print("|---|---|---|---|---|---|---|")
     for way in WAYS:
-        for dtype in ("bfloat16", "float32"):
+        for dtype in ("auto", "bfloat16", "float32"):
             found = child(folder, tiny, way, dtype)
             shares = (f"{found[stage] / 1e6:.1f} | {found[stage] / files:.2f}" for stage in ("loaded", "all read"))
             print(f"| {way} | {dtype} | {' | '.join(shares)} | {found['forward'] / 1e6:.1f} |")
@@ -83,7 +83,7 @@ def used(folder: Path, way: str, dtype: str) -> dict[str, int]:
     skeleton(folder, manifest)  # imports what there is
     teach_peft()
     before, found = resident("VmRSS"), {}
-    kept = getattr(torch, dtype)
+    kept = getattr(torch, dtype, dtype)
     model: Any = eqat_mm.load(folder, dtype=kept) if way == WAYS[0] else auto.from_pretrained(folder, dtype=kept)
     found["loaded"] = resident("VmHWM") - before
     for tensor in model.state_dict().values():

@@ -71,6 +71,8 @@ def installed(folder: Path) -> Path:
         # First torch alone: asked for every package, an index that is out of reach costs many minutes.
         subprocess.run([*install, "--no-deps", "--extra-index-url", WHEELS, *TORCH], check=True)
         subprocess.run([*install, *PACKAGES], check=True)
+        # vLLM does without these, but not with ones that were compiled for another torch.
+        subprocess.run([python, "-m", "pip", "uninstall", "-qq", "-y", "torchaudio", "torchcodec"], check=True)
         mend_torchvision(python)
         done.touch()
     return python

@@ -8,10 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from eqat_mm.checkpoint.origin import Origin
 from eqat_mm.checkpoint.write import save_into
+from eqat_mm.quant.narrow import computed_dtype
 from eqat_mm.runtime.provenance import provenance
 
 _OF_A_PUSH = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
@@ -21,6 +23,11 @@ class SavesPacked:
     """Mixed into the class of a loaded model: saving writes the packed checkpoint, not its bare tensors."""
 
     checkpoint_origin: Origin
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: matrices may be narrower."""
+        return computed_dtype(self) or super().dtype  # type: ignore[arg-type, misc]
 
     def save_pretrained(
         self,

@@ -6,7 +6,7 @@ of their tensors is compared with it before anything is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from eqat_mm.checkpoint.source import PackedSource, packed_names, published_pack
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.bit_widths import UNQUANTIZED
+from eqat_mm.quant.narrow import HALVES, compute_wide, narrow_matrices
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import require_kernels
@@ -56,7 +57,8 @@ def load(
 
     Args:
         folder: written by Block-AP, E2E-QP or LLM-QAT, the folder of such a run, or a folder with one run in it.
-        dtype: of the unquantized parts; `auto` is bfloat16 on a GPU that computes in it, float32 on a CPU.
+        dtype: of the unquantized parts; `auto` is bfloat16 on a GPU that computes in it, float32 on a CPU, where
+            matrices stay in the 16 bits of their file and are computed with in float32.
         device: to load to.
         device_map: in place of `device`, for a model on several: `auto`, or path of a module -> device.
         verify: check the SHA-256 of every file first.
@@ -67,6 +69,7 @@ def load(
             kernels that cannot run on this device.
     """
     folder, device = checkpoint_folder(Path(folder)), main_device(device, device_map)
+    as_stored = dtype == "auto" and device.type == "cpu"
     dtype = unquantized_dtype(dtype, device)
     require_kernels(device)
     manifest = verify_checkpoint(folder) if verify else read_manifest(folder)
@@ -86,8 +89,11 @@ def load(
     missing = {name for name in wanted if name not in headers}
     require_match(wanted, headers, str(folder), spare=_given_by_ties(model, missing))
     devices = Devices(model, {"": device} if device_map is None else device_map, dtype)
-    _fill(model, source, missing | ignored, dtype, devices.of)
+    narrow = narrow_matrices(model) if as_stored else set()
+    _fill(model, source, missing | ignored, dtype, devices.of, narrow)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    if narrow:
+        compute_wide(model, dtype)
     teach_peft()
     if manifest.has_adapters:
         load_adapters(model, folder / ADAPTER)
@@ -145,8 +151,11 @@ def _fill(
     leave: set[str],
     dtype: torch.dtype,
     device_of: Callable[[str], torch.device],
+    narrow: Set[str] = frozenset(),
 ) -> None:
     """Give every tensor of a module its stored value, but those to `leave`; packed linears compute in float32.
+
+    What is `narrow` stays in the 16 bits it is stored in.
 
     Raises:
         CheckpointError: a tensor that is not finite, or a packed weight that says it has another shape.
@@ -160,7 +169,8 @@ def _fill(
             value = source.read(name)
             if isinstance(module, PackedLinear) and leaf == "weight_shape":
                 _require_shape(name, value, module, str(source.folder))
-            value = value.to(device_of(name), kept if value.is_floating_point() else value.dtype)
+            as_it_is = not value.is_floating_point() or (name in narrow and value.dtype in HALVES)
+            value = value.to(device_of(name), value.dtype if as_it_is else kept)
             if value.nbytes < _SMALL:
                 value = value.clone()
             setattr(

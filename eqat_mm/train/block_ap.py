@@ -20,6 +20,7 @@ from eqat_mm.blocks.source import OpenModel
 from eqat_mm.blocks.walker import BlockStep, BlockWalker, capture_front
 from eqat_mm.checkpoint.manifest import Manifest, read_manifest
 from eqat_mm.checkpoint.write import CheckpointWriter
+from eqat_mm.data.image_text.style import Style
 from eqat_mm.quant.convert import to_fake, to_packed
 from eqat_mm.quant.fake_linear import FakeQuantLinear
 from eqat_mm.quant.spec import QuantSpec
@@ -99,6 +100,7 @@ def run_block_ap(
     source: str,
     provenance: dict[str, Any],
     modalities: Modalities | None = None,
+    style: Style | None = None,
     ranks: Ranks = ALONE,
     reporter: Reporter = SILENT,
 ) -> Manifest:
@@ -116,6 +118,7 @@ def run_block_ap(
         source: name of the model, for the manifest.
         provenance: record of the run, for the manifest.
         modalities: how much tokens count; None where there are no images and no filling: all count alike.
+        style: how the model was addressed in its samples, which the checkpoint keeps; None takes that of the model.
         ranks: processes that share the work; the result does not depend on their number, but for rounding.
         reporter: takes the numbers of each block.
 
@@ -161,7 +164,7 @@ def run_block_ap(
         reporter.add(step.index + 1, record)
     release_freed_memory()
     if ranks.rank == 0:
-        writer.finish(STAGE, source, provenance, digests=state.digests)
+        writer.finish(STAGE, source, provenance, style=style, digests=state.digests)
     ranks.barrier()
     state.clean()
     return read_manifest(folder / "model")

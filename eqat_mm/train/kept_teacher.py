@@ -61,6 +61,8 @@ class KeptTeacher(nn.Module):
         path: file that `keep_hidden_states` wrote of them.
     """
 
+    student: Any
+
     def __init__(self, student: transformers.PreTrainedModel, windows: Tensor, path: Path) -> None:
         super().__init__()
         self.__dict__["student"] = student  # past nn.Module, which would take its parameters for the teacher's

@@ -2,7 +2,8 @@
 
 What the error of a token costs at the end differs by kind: those of an image are many, and much alike. `gradient` lets
 each kind count by the mean size of the loss's gradient at the output of each block of the full-precision model, as MBQ
-(arXiv 2412.19509) does: to first order an error e of a token changes the loss by g . e.
+(arXiv 2412.19509) does: to first order an error e of a token changes the loss by g . e. Kinds are compared in the same
+samples: what a window of text predicts has gradients of another size than an answer that is nearly certain.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Decoding in which one step of the model is a CUDA graph.
+"""Decoding in which one step of the model is recorded and replayed: as a CUDA graph, on a CPU as a list of C calls.
 
-A decode step launches hundreds of small kernels, and Python needs longer to launch them than a GPU to run them. A graph
-records the launches of one step and replays them in one call. It replays addresses and shapes, so everything a step
-reads and writes has its place from the beginning:
+A decode step launches hundreds of small kernels, and Python needs longer to launch them than a GPU to run them, or a
+CPU those of a small model. A recording keeps the launches of one step and makes them again in one call. It replays
+addresses and shapes, so everything a step reads and writes has its place from the beginning:
 
     cache      transformers' `StaticCache`, as long as prompt and answer; a layer counts its tokens on the device
     token      the token that was chosen last, one for each sequence
     position   of that token, counted without the padding
     mask       what is added to the scores: 0 where there is a token, the lowest number where there is none yet
 
-The prompt, images included, is read as ever. The first steps of a decode are run from Python, as a warm-up, then one is
-recorded. Logits leave the graph, and the choice of a token is made outside: as in transformers' `generate`, number for
-number.
+The prompt, images included, is read as ever. On a GPU the first steps of a decode are run from Python, as a warm-up,
+then one is recorded; on a CPU the first one is. Logits leave the recording, and the choice of a token is made outside:
+as in transformers' `generate`, number for number.
 
 Shape letters: B sequences, P tokens of the padded prompt, L length of the cache, V vocabulary.
 """
@@ -29,6 +29,8 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation.streamers import BaseStreamer
 
 from eqat_eval.finite import not_finite, predicts
+from eqat_kernels import cpu_library
+from eqat_kernels.recording import Recording, record
 from eqat_mm.blocks.attention import kv_cache_bits
 from eqat_mm.blocks.experts import SplitExperts
 from eqat_mm.errors import ConfigError
@@ -45,13 +47,17 @@ LINE = 16
 
 
 def uses_graph(model: Any, wanted: CudaGraph) -> bool:
-    """Decide whether `model` decodes with a CUDA graph; `auto` says so where it cannot on a GPU.
+    """Decide whether `model` decodes with a recorded step; `auto` says so where it cannot on a GPU.
+
+    On a CPU `auto` records where the model computes in float32, whose sums hardly depend on their order.
 
     Raises:
         ConfigError: `wanted` is True and it cannot.
     """
-    if wanted is False or (wanted == "auto" and model.device.type != "cuda"):
+    if wanted is False or (wanted == "auto" and model.device.type not in ("cuda", "cpu")):
         return False
+    if wanted == "auto" and model.device.type == "cpu":
+        return model.dtype is torch.float32 and cpu_library.obstacle() is None and obstacle(model) is None
     reason = obstacle(model) if model.device.type == "cuda" else f"the model is on {model.device}"
     if reason is not None and wanted == "auto":
         say(f"decoding without a CUDA graph: {reason}")
@@ -104,7 +110,7 @@ def decode(
         eos_token_id: tokens that end a sequence.
         pad_token_id: what follows the end of a sequence while others go on.
         streamer: is given the tokens as they come.
-        graph: replay a CUDA graph; otherwise the same step is run from Python, anywhere.
+        graph: replay a recorded step; otherwise the same step is run from Python, anywhere.
 
     Returns:
         Prompts and answers, [B, P + new tokens].
@@ -114,7 +120,7 @@ def decode(
     """
     choice = _Choice(temperature, top_p, eos_token_id, pad_token_id)
     with _device_of(model):
-        step = _Step(model, inputs, max_new_tokens, graph=graph)
+        step = DecodeStep(model, inputs, max_new_tokens, graph=graph)
         logits_BV, tokens = step.first_logits, [inputs["input_ids"]]
         _put(streamer, tokens[0])
         for left in reversed(range(max_new_tokens)):
@@ -140,8 +146,8 @@ def _put(streamer: BaseStreamer | None, tokens: Tensor) -> None:
         streamer.put(tokens.cpu())
 
 
-class _Step:
-    """Reads the prompt, then one token of each sequence at a time."""
+class DecodeStep:
+    """Reads the prompt, then one token of each sequence at a time; arguments as in `decode`."""
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int, *, graph: bool) -> None:
         self.model, self.records = model, graph
@@ -155,6 +161,7 @@ class _Step:
         self.mask_B11L = self._mask(length)
         self.run_before = 0
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.recording: Recording | None = None
         self.logits_BV = self.first_logits
 
     def _read_prompt(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -178,6 +185,8 @@ class _Step:
     def __call__(self, token_B: Tensor) -> Tensor:
         """Return the logits [B, V] behind these tokens; valid until the next call."""
         self.token_B1.copy_(token_B[:, None])
+        if self.records and self.token_B1.device.type == "cpu":
+            return self._replayed_on_cpu()
         if not self.records or self.run_before < WARM_UP:
             self.run_before += 1
             return self._run()
@@ -187,6 +196,14 @@ class _Step:
                 self.logits_BV = self._run()
         self.graph.replay()
         return self.logits_BV
+
+    def _replayed_on_cpu(self) -> Tensor:
+        if self.recording is None:
+            self.recording = record(self._run)
+        else:
+            self.recording()
+        logits: Tensor = self.recording.result
+        return logits
 
     def _run(self) -> Tensor:
         """Do a step on the tensors of this object, and prepare them for the next one."""

@@ -10,6 +10,7 @@ from eqat_kernels.dequant import dequantize
 from eqat_kernels.dispatch import IMPLEMENTATIONS, select, use
 from eqat_kernels.fake_quant import fake_quant_linear, fake_quantize
 from eqat_kernels.levels import round_to_levels
+from eqat_kernels.narrow_linear import narrow_linear
 from eqat_kernels.packing import PackedLayout, pack, unpack
 from eqat_kernels.quant_linear import quant_linear
 
@@ -22,6 +23,7 @@ __all__ = [
     "descend_columns",
     "fake_quant_linear",
     "fake_quantize",
+    "narrow_linear",
     "pack",
     "quant_linear",
     "round_to_levels",

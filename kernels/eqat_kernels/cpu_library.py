@@ -1,4 +1,4 @@
-"""Compiles `cpu_library.c` with the machine's own C compiler at first use, and calls it.
+"""Compiles `cpu_library.c` and `cpu_steps.c` with the machine's own C compiler at first use, and calls it.
 
 The library is kept in `$EQAT_CACHE/kernels` (by default `~/.cache/eqat-mm/kernels`) under a hash of source, compiler,
 flags and processor, so a folder shared by different machines is no danger. It takes a few seconds, once. Where there
@@ -15,9 +15,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from eqat_kernels.layout import PackedLayout
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = (SOURCE, SOURCE.with_name("cpu_steps.c"))
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     "-fno-math-errno",  # lets rintf and comparisons be vectorized; values stay those of IEEE arithmetic
@@ -35,13 +38,7 @@ FLAGS = (
 )
 
 
-class _Structure(ctypes.Structure):
-    def data_ptr(self) -> int:
-        """Return where it lies, as tensors do."""
-        return ctypes.addressof(self)
-
-
-class Packed(_Structure):
+class Packed(ctypes.Structure):
     """`Packed` of the C source."""
 
     _fields_ = (
@@ -57,7 +54,7 @@ def packed(words: Tensor, zeros: Tensor | None, layout: PackedLayout, rows: rang
     return Packed(start, end, zero_start, layout.in_features, layout.groups, words.shape[1], rows.start, rows.stop)
 
 
-class Cache(_Structure):
+class Cache(ctypes.Structure):
     """`Cache` of the C source."""
 
     _fields_ = (
@@ -71,13 +68,57 @@ def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 else torch.float32
 
 
-def call(function: str, *arguments: int | Tensor | _Structure | None) -> None:
+Argument = int | Tensor | ctypes.Structure | None
+MOST = 12
+"""Arguments of a call that is replayed, the number of threads among them."""
+
+_listener: Callable[[str, tuple[Argument, ...]], None] | None = None
+
+
+def call(function: str, *arguments: Argument) -> None:
     """Run a function of the library on torch's number of threads; tensors are passed as pointers, None as null."""
-    numbers = [
-        value if isinstance(value, int) else 0 if value is None else value.data_ptr()
-        for value in arguments
-    ]  # fmt: skip
-    _function(function, len(numbers))(*numbers, torch.get_num_threads())
+    _function(function, len(arguments))(*map(_number, arguments), torch.get_num_threads())
+    if _listener is not None:
+        _listener(function, arguments)
+
+
+def _number(argument: Argument) -> int:
+    if isinstance(argument, int):
+        return argument
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.addressof(argument)
+    return 0 if argument is None else argument.data_ptr()
+
+
+@contextmanager
+def listening(listener: Callable[[str, tuple[Argument, ...]], None]) -> Iterator[None]:
+    """Tell `listener` of every call inside the block, behind it."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (("function", ctypes.c_void_p), ("numbers", ctypes.c_int64 * MOST))
+
+
+def replayed(calls: Sequence[tuple[str, tuple[Argument, ...]]]) -> Callable[[], None]:
+    """Return what makes these calls again, in one call from Python; it keeps what they point at."""
+    library, reason = _load()
+    assert library is not None, reason
+    array = (_Call * len(calls))()
+    for place, (name, arguments) in zip(array, calls, strict=True):
+        numbers = (*map(_number, arguments), torch.get_num_threads())
+        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+        place.function, place.numbers[: len(numbers)] = address, numbers
+    return partial(_replay, list(calls), array)
+
+
+def _replay(calls: list[Any], array: Any) -> None:
+    _function("replay", 1)(ctypes.addressof(array), len(calls))
 
 
 @cache
@@ -115,14 +156,14 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 def _compiled(compiler: str) -> Path:
     """Return the path of the compiled library; compile it unless it is there."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    identity = "\0".join((SOURCE.read_text("utf-8"), version, *FLAGS, _processor()))
+    identity = "\0".join((*(source.read_text("utf-8") for source in SOURCES), version, *FLAGS, _processor()))
     folder = Path(os.environ.get("EQAT_CACHE") or "~/.cache/eqat-mm").expanduser() / "kernels"
     path = folder / f"{SOURCE.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
+            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(built), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             built.replace(path)  # whole or not at all: several processes may do this at once
     return path

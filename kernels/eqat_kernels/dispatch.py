@@ -32,6 +32,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "fake_quantize": _ALL,
     "dequantize": _ALL,
     "quant_linear": _ALL,
+    "narrow_linear": ("cpu", "reference"),
     "pack": _ALL,
     "unpack": _ALL,
     "columns": ("triton", "reference"),

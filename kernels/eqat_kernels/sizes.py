@@ -42,6 +42,22 @@ def check_product(x: Tensor, bias: Tensor | None, words: Tensor, layout: PackedL
         raise _wrong("bias", bias, (layout.out_features,), f"on {device}")
 
 
+def check_narrow(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check x, [..., I], a weight of 16 bits, [O, I], and the bias, [O] or None.
+
+    Raises:
+        ValueError: as `check_packed`.
+    """
+    device = weight.device
+    if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float16):
+        raise _wrong("weight", weight, ("O", "I"), "bfloat16 or float16")
+    rows, columns = weight.shape
+    if not x.shape or x.shape[-1] != columns or not x.is_floating_point() or x.device != device:
+        raise _wrong("x", x, ("...", columns), f"floating point, on {device}")
+    if bias is not None and (bias.shape != (rows,) or bias.device != device):
+        raise _wrong("bias", bias, (rows,), f"on {device}")
+
+
 def check_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> None:
     """Check a weight, [O, I], and its step sizes and zero points, [O, G] with I a multiple of G.
 

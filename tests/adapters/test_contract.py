@@ -14,6 +14,13 @@ from llava_adapters.tiny import tiny_llava, tiny_llava_next
 from llava_adapters.tiny_vlm import text_config, tiny_vlm
 
 
+def tiny_ministral3() -> Any:
+    """Return a tiny Mistral3 with the tower of Ministral-3, whose queries grow with their position, and its batches."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+    return mistral3.tiny("ministral3", max_position_embeddings=32, rope_parameters=rope)
+
+
 def tiny_pixtral() -> Any:
     """Return a tiny model in the layout of Pixtral-12B, which is a LLaVA's, and its batches."""
     fields: dict[str, Any] = {
@@ -23,13 +30,6 @@ def tiny_pixtral() -> Any:
     }
     text = text_config("mistral", head_dim=16, max_position_embeddings=256)
     return tiny_vlm("llava", mistral3.processor(1), text=text, vision=mistral3.PIXTRAL, image=mistral3.IMAGE, **fields)
-
-
-def tiny_ministral3() -> Any:
-    """Return a tiny model with the tower of Ministral-3, whose queries grow with their position, and its batches."""
-    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8}
-    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
-    return mistral3.tiny("ministral3", max_position_embeddings=32, rope_parameters=rope)
 
 
 CASES = known_archs() | {

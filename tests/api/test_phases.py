@@ -58,6 +58,14 @@ def words_of(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", json.dumps(value))]
 
 
+@pytest.mark.usefixtures("only_asked")
+def test_conversations_of_a_calibration_are_those_of_the_command() -> None:
+    job = job_of(eqat_mm.quantize, "llava-1.5-7b", conversations="mix.json", images="photos", image_share=0.25)
+    words = ["--conversations.source", "mix.json", "--image_folder", "photos", "--image_share", "0.25"]
+    assert job == parse_job("block-ap", ["--model", "llava-1.5-7b", *words])
+    assert (job.conversations.image_folder, job.image_share) == (Path("photos"), 0.25)
+
+
 # ---- the same job -----------------------------------------------------------------------------------
 
 

@@ -48,7 +48,7 @@ def assert_read_alike(folder: Path, spec: QuantSpec, inputs: Inputs) -> None:
     `eqat_mm.checkpoint.layout.quantization_config`); other folders are decompressed in float32.
     """
     rounded = read_json(folder / "config.json")["quantization_config"].get("dequantize", False)
-    ours, theirs = eqat_mm.load(folder), foreign(folder)
+    ours, theirs = eqat_mm.load(folder, dtype="float32"), foreign(folder)
     their_logits = logits_of(theirs, inputs)
     assert their_logits.abs().max() > 0.5
     dtype = spec.storage_dtype if rounded else torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from eqat_mm.checkpoint.read import load_block
 from eqat_mm.checkpoint.write import CheckpointWriter
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant.bit_widths import BitWidths
+from eqat_mm.quant.narrow import NarrowEmbedding, NarrowLinear, narrow_matrices
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import BITS, GROUP_SIZES, QuantSpec
 from eqat_mm.runtime.files import read_json, write_json
@@ -37,6 +39,8 @@ from tests.checkpoint.files import (
     shard_of,
     tensors_of,
 )
+from tests.tiny_model import tiny_llama
+from tests.tolerances import assert_close
 
 
 @pytest.fixture
@@ -214,7 +218,7 @@ def test_the_spec_travels_in_the_config(bits: int, group_size: int, symmetric: b
 
 
 def test_by_default_the_unquantized_parts_are_float32_on_a_cpu(folder: Path) -> None:
-    assert eqat_mm.load(folder).lm_head.weight.dtype is torch.float32
+    assert eqat_mm.load(folder).dtype is torch.float32
     assert eqat_mm.load(folder, dtype="bfloat16").lm_head.weight.dtype is torch.bfloat16
 
 
@@ -308,3 +312,43 @@ def test_a_folder_with_one_run_in_it_is_that_run(pack: Pack, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="2 runs: block-ap, e2e-qp") as caught:
         eqat_mm.load(tmp_path / "runs")
     assert_four_lines(caught.value)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_on_a_cpu_matrices_stay_in_their_16_bits(pack: Pack, tied: bool) -> None:
+    folder, tokens = pack(tie_word_embeddings=tied), torch.tensor([[1, 2, 3]])
+    model, wide = eqat_mm.load(folder), eqat_mm.load(folder, dtype="float32")
+    for matrix in (model.lm_head.weight, model.get_input_embeddings().weight):
+        assert matrix.dtype is torch.bfloat16
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert model.model.norm.weight.dtype is model.dtype is torch.float32
+    with torch.no_grad():
+        assert_close(model(input_ids=tokens).logits, wide(input_ids=tokens).logits, "model")
+    assert {type(module) for module in wide.modules()} & {NarrowLinear, NarrowEmbedding} == set()
+
+
+def test_narrow_matrices_are_cast_with_their_model_and_copied(folder: Path) -> None:
+    model, tokens = eqat_mm.load(folder), torch.tensor([[1, 2, 3]])
+    assert torch.equal(copy.deepcopy(model)(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    wanted = eqat_mm.load(folder, dtype="bfloat16")(input_ids=tokens).logits
+    found = nn.Module.to(model, torch.bfloat16)
+    assert found.dtype is torch.bfloat16
+    assert_close(found(input_ids=tokens).logits, wanted, "model")
+
+
+def test_gradients_pass_a_narrow_head(folder: Path) -> None:
+    tokens, found = torch.tensor([[1, 2, 3]]), []
+    for dtype in ("auto", "float32"):
+        model = eqat_mm.load(folder, dtype=dtype)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        found.append(model.model.layers[0].mlp.up_proj.weight_scale.grad)
+    assert_close(*found, "gradient")
+
+
+def test_a_matrix_that_another_class_shares_is_wide() -> None:
+    class Head(nn.Linear):
+        pass
+
+    model = tiny_llama(tie_word_embeddings=True)
+    model.lm_head.__class__ = Head
+    assert not narrow_matrices(model) & {"lm_head.weight", "model.embed_tokens.weight"}

@@ -342,6 +342,14 @@ def test_text_alone_is_what_it_was(bed: Bed, tmp_path: Path, monkeypatch: pytest
     assert options["modalities"] is None
 
 
+def test_the_checkpoint_keeps_how_it_was_addressed(bed: Bed, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.get('text', '<image>') }} {% endfor %}{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(template)
+    talks = replace(bed.talks, template=str(tmp_path / "mine.jinja"))
+    made = block_ap(bed.job(tmp_path / "run", conversations=talks, fit=replace(FIT, epochs=0)))
+    assert (made / "chat_template.jinja").read_text() == template
+
+
 # ---- what a user types -------------------------------------------------------------------------------
 
 
@@ -366,7 +374,7 @@ def test_text_is_asked_for_unless_there_is_none(bed: Bed, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"--calibration\.count") as raised:
         block_ap(bed.job(tmp_path, calibration=replace(bed.text, count=None)))
     assert_four_lines(raised.value)
-    with pytest.raises(DataError, match="at least count"):
+    with pytest.raises(DataError, match="lower --image_share"):
         block_ap(bed.job(tmp_path, calibration=TextWindows(count=30), image_share=1.0))
     assert not tmp_path.joinpath("run.json").exists()
 

@@ -93,7 +93,7 @@ def test_evaluations_of_something_else_are_refused(text: str | None, exact: Path
     if text is not None:
         (tmp_path / "found.json").write_text(text, encoding="utf-8")
     job = ExportJob(str(exact), to="gguf", output=tmp_path / "out", evaluations=tmp_path / "found.json")
-    with pytest.raises(EqatError, match="found.json"):
+    with pytest.raises(EqatError, match="found"):
         export(job)
     assert not (tmp_path / "out" / "model").exists()
 

@@ -96,7 +96,7 @@ def test_block_ap_sees_what_e2e_qp_learns_from(job: VLMLadderJob) -> None:
     for asked, source in ((demo, "demo-easy-vqa"), (replace(demo, conversations="mix.json"), "mix.json")):
         rung = {each.stage: each for each in rungs(asked, Path("full"))}["Block-AP on images"]
         assert rung.command is not None
-        parsed: BlockAPJob = parse_job("block-ap", BlockAPJob, rung.command[rung.command.index("block-ap") + 1 :])
+        parsed: Any = parse_job("block-ap", rung.command[rung.command.index("block-ap") + 1 :])
         assert parsed.conversations is not None
         assert (parsed.conversations.source, parsed.image_share) == (source, 0.5)
     with pytest.raises(ConfigError, match="no conversations") as raised:

@@ -21,6 +21,10 @@ class Talks(list[dict[str, Tensor]]):
     def lengths(self) -> list[int]:
         return [len(sample["input_ids"]) for sample in self]
 
+    @property
+    def text_only(self) -> list[bool]:
+        return [length == 17 for length in self.lengths]
+
 
 def talk(tokens: int) -> dict[str, Tensor]:
     ids = torch.arange(100, 100 + tokens)
@@ -68,7 +72,6 @@ def test_the_model_is_given_no_labels(samples: CalibrationSamples) -> None:
     assert torch.equal(window["labels"], window["input_ids"])
 
 
-def test_some_of_either_kind(samples: CalibrationSamples) -> None:
-    chosen = [samples.lengths[index] == 20 for index in samples.some(4)]
-    assert chosen == [False, False, True, True]
-    assert len(samples.some(100)) == 7
+def test_those_with_images(samples: CalibrationSamples) -> None:
+    assert sorted(samples.lengths[index] for index in samples.with_images(9)) == [9, 36, 40]
+    assert samples.with_images(2) == samples.with_images(9)[:2]

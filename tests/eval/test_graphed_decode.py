@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
 from eqat_eval.generation import generate_text
 from eqat_eval.graphed_decode import decode, obstacle, uses_graph
 from eqat_eval.inference import inference
+from eqat_kernels import cpu_library
 from eqat_mm.errors import ConfigError
 from eqat_mm.train.llm_qat import LLMQATConfig, prepare
 from llava_adapters import arch_for
@@ -20,6 +21,7 @@ from tests.checkpoint.files import assert_four_lines
 from tests.quant.test_compile import packed_llama
 from tests.tiny_model import tiny_llama
 
+needs_compiler = pytest.mark.skipif(cpu_library.obstacle() is not None, reason=str(cpu_library.obstacle()))
 GREEDY: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0}
 
 
@@ -42,18 +44,30 @@ def decoded(model: Any, inputs: dict[str, Tensor], count: int, *, graph: bool = 
         return decode(model, inputs, count, graph=graph, **(GREEDY | options))
 
 
+recorded_or_not = pytest.mark.parametrize("graph", [False, pytest.param(True, marks=needs_compiler)])
+
+
+@recorded_or_not
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_tokens_are_those_of_generate(attention: str, rows: int) -> None:
+def test_tokens_are_those_of_generate(attention: str, rows: int, graph: bool) -> None:
     model, inputs = tiny_llama(attn_implementation=attention).eval(), padded_prompts(rows)
     assert obstacle(model) is None
-    assert torch.equal(decoded(model, inputs, 20), generated(model, inputs, 20))
+    assert torch.equal(decoded(model, inputs, 20, graph=graph), generated(model, inputs, 20))
 
 
+@recorded_or_not
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_packed_models_too(bits: int) -> None:
+def test_packed_models_too(bits: int, graph: bool) -> None:
     model, inputs = packed_llama(bits), padded_prompts()
-    assert torch.equal(decoded(model, inputs, 12), generated(model, inputs, 12))
+    assert torch.equal(decoded(model, inputs, 12, graph=graph), generated(model, inputs, 12))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["qwen3", "granite", "olmo2", "smollm3"])
+def test_a_recorded_step_of_other_models(kind: str) -> None:
+    model, inputs = tiny_causal_lm(kind, pad_token_id=0)[0].eval(), padded_prompts()
+    assert torch.equal(decoded(model, inputs, 12, graph=True), generated(model, inputs, 12))
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 1.7, "top_p": 0.8}], ids=str)
@@ -82,8 +96,9 @@ def test_it_stops_where_all_have_ended() -> None:
     assert found.shape[1] <= 9
 
 
+@recorded_or_not
 @pytest.mark.parametrize("make", [lambda: tiny_llava("llama"), lambda: tiny_llava_next("mistral")], ids=["1.5", "1.6"])
-def test_images_are_in_the_prompt(make: Any) -> None:
+def test_images_are_in_the_prompt(make: Any, graph: bool) -> None:
     model, batches = make()
     model.eval()
     checked = 0
@@ -91,7 +106,7 @@ def test_images_are_in_the_prompt(make: Any) -> None:
         inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
         if "pixel_values" not in inputs or not inputs["attention_mask"][:, -1].all():
             continue
-        assert torch.equal(decoded(model, inputs, 8), generated(model, inputs, 8))
+        assert torch.equal(decoded(model, inputs, 8, graph=graph), generated(model, inputs, 8))
         checked += 1
     assert checked
 
@@ -111,10 +126,16 @@ def test_what_has_no_fixed_shape_is_named() -> None:
     assert "dynamic" in str(obstacle(tiny_llama(rope_parameters=rope)))
 
 
-def test_a_cpu_has_no_graphs() -> None:
+@needs_compiler
+def test_a_cpu_records_in_float32() -> None:
+    assert uses_graph(tiny_llama(), "auto")
+    assert not uses_graph(tiny_llama(), False)
+    assert not uses_graph(tiny_llama().bfloat16(), "auto")
+    assert not uses_graph(tiny_causal_lm("mistral", sliding_window=4)[0], "auto")
+
+
+def test_a_cpu_has_no_cuda_graphs() -> None:
     model = tiny_llama()
-    assert not uses_graph(model, "auto")
-    assert not uses_graph(model, False)
     with pytest.raises(ConfigError, match="the model is on cpu") as raised:
         uses_graph(model, True)
     assert_four_lines(raised.value)

@@ -23,6 +23,7 @@ from eqat_kernels import (
     dequantize,
     dispatch,
     fake_quantize,
+    narrow_linear,
     pack,
     quant_linear,
     select,
@@ -62,6 +63,8 @@ def call(op: str, impl: str) -> torch.Tensor:
     if op == "cached_attention":
         rows = torch.randint(0, 64, (1, 1, 3, 18), dtype=torch.uint8)
         return cached_attention(torch.randn(1, 2, 1, 16), rows, rows, 8, impl=impl)
+    if op == "narrow_linear":
+        return narrow_linear(torch.randn(2, 32), torch.randn(3, 32).bfloat16(), impl=impl)
     assert op == "quant_linear"
     return quant_linear(torch.randn(2, 32), packed.words, packed.scale, packed.zero_words, packed.layout, impl=impl)
 

@@ -66,7 +66,7 @@ ENVIRONMENTS = {
         )
         for version in ("0.12.2", "0.15.0.1", "0.16.0", "0.18.0", "0.20.0")
     },
-    "vllm": Environment(whole=VLLM, proof="vllm"),
+    "vllm": Environment(whole=VLLM, proof="vllm.entrypoints.llm"),
     "llama.cpp": Environment(npm="@node-llama-cpp/linux-x64@3.22.1"),
     "gptqmodel": Environment(
         (
@@ -104,13 +104,13 @@ def made(name: str) -> Path:
         DataError: a program that makes it failed, or what was made does not run.
     """
     folder, one = root() / name, ENVIRONMENTS[name]
-    whole = folder / _WHOLE
-    if not whole.is_file() or whole.read_text(encoding="utf-8") != repr(one):
+    whole, content = folder / _WHOLE, repr((one.packages, one.whole, one.npm, one.source))
+    if not whole.is_file() or whole.read_text(encoding="utf-8") != content:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         _make(name, one, folder)
         _try(name, one)
-        whole.write_text(repr(one), encoding="utf-8")
+        whole.write_text(content, encoding="utf-8")
     return folder
 
 

@@ -12,6 +12,7 @@ import torch
 from eqat_mm.blocks.source import OpenModel, open_model
 from eqat_mm.checkpoint.companions import TOKENIZER, files_like
 from eqat_mm.checkpoint.folders import load_tokenizer
+from eqat_mm.checkpoint.speaker import restyled
 from eqat_mm.commands.line.recipes import warn_without_recipe
 from eqat_mm.commands.plumbing.calibration import ImageShare, calibration_of, modalities_of
 from eqat_mm.commands.plumbing.models import model_folder, refuse_packed, require_finite, require_model
@@ -47,8 +48,7 @@ class BlockAPJob(BlockAPConfig):
         output: run folder; the checkpoint is `OUTPUT/model`. Default: runs/MODEL-SPEC/block-ap. On several machines, a
             folder that all of them see.
         calibration: text that the blocks are fitted on; its count is that of all samples.
-        conversations: about images, of a vision-language model: some of the samples, in place of windows of text. The
-            checkpoint keeps the template and image settings of the model, whatever they say.
+        conversations: about images, of a vision-language model: some of the samples, in place of windows of text.
         image_share: share of conversations among the samples, where there are any; 1 takes no text.
         adapter: name of the architecture, where config.json does not decide it.
         device: what to compute on: cpu, cuda, cuda:N, or auto. Of several processes on GPUs each takes its own.
@@ -129,6 +129,8 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     folder = job.output or default_output(job.model, job.quant) / "block-ap"
     place = Place.within(folder)
     found = calibration_of(opened.folder, job.calibration, job.conversations, job.image_share, folder)
+    style = None if job.conversations is None else job.conversations.style
+    restyled(opened.folder, style)  # what cannot be stored is found out now
     inputs: dict[str, Path | str] = {"model": opened.folder, "data": found.digest}
     require_same(ranks, {"data": inputs["data"]})
     amounts = (found.work, device, folder)
@@ -143,6 +145,7 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     with opened_run(place, wanted, prepare, overwrite=job.overwrite, from_first=ranks.from_first) as run:
         if not run.finished:
             options: dict[str, Any] = {"device": device, "source": job.model, "provenance": run.record, "ranks": ranks}
+            options["style"] = style
             options["modalities"] = modalities_of(opened, found, job, folder, device, ranks)
             with reported(job.report_to, folder, settings(job)) as reporter:
                 run_block_ap(opened, found.batches, job, folder, reporter=reporter, **options)

@@ -22,7 +22,7 @@ class CalibrationSamples(Sequence[Batch]):
     """Conversations and windows, mixed; a conversation is read, and so are its images, when it is asked for.
 
     Args:
-        conversations: samples of tokens [T] and images, with `lengths`.
+        conversations: samples of tokens [T] and images, with `lengths` and `text_only`.
         windows: int64 [n, T].
         collator: makes a batch of a conversation.
         seed: of the order.
@@ -45,11 +45,10 @@ class CalibrationSamples(Sequence[Batch]):
         """Return what the model is given of a sample: rows of tokens [1, T, ...], tensors of its images."""
         return {name: value for name, value in self.labelled(index).items() if name != "labels"}
 
-    def some(self, most: int) -> list[int]:
-        """Return the numbers of the first samples of each kind, as many of either where there are."""
-        talks = [index for index, number in enumerate(self._order) if number < len(self._conversations)]
-        windows = [index for index, number in enumerate(self._order) if number >= len(self._conversations)]
-        return talks[: most // 2] + windows[: most // 2]
+    def with_images(self, most: int) -> list[int]:
+        """Return the numbers of the first conversations about images."""
+        no_images = [*self._conversations.text_only, *[True] * len(self._windows)]
+        return [index for index, number in enumerate(self._order) if not no_images[number]][:most]
 
     def labelled(self, index: int) -> Batch:
         """Return the same, and the `labels` [1, T]: of a window all its tokens, of a conversation its answers."""
