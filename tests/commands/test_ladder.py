@@ -90,7 +90,7 @@ def test_texts_of_another_kind_are_columns(
 
 def test_every_rung_leaves_a_checkpoint(climbed: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, _ = climbed
-    (teacher,) = folder.glob("teacher-*.bin")  # of all that learn from the same text
+    (teacher,) = folder.glob("teacher-*.bin")  # for both runs of E2E-QP
     assert {path.name for path in folder.iterdir()} == {*FOLDERS, "eval", "results.json", teacher.name}
     for name, stage in FOLDERS.items():
         assert verify_checkpoint(folder / name / "model").stage == stage

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from eqat_kernels import quant_linear
+from eqat_kernels import cpu_library, quant_linear
 from tests.kernels.naive import PackedWeight, random_packed_weight
 from tests.tolerances import assert_close
 
@@ -164,3 +164,21 @@ def test_the_integers_are_left_alone() -> None:
     check(torch.randn(5, 96), packed, None)
     for tensor, copy in zip((packed.words, packed.scale, packed.zero_words), before, strict=True):
         assert torch.equal(tensor, copy)
+
+
+@pytest.mark.skipif(cpu_library.obstacle() is not None, reason=str(cpu_library.obstacle()))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_row_of_any_size_of_numbers(bits: int, symmetric: bool) -> None:
+    """On a CPU it may be computed in whole numbers: what is largest, tiny, far apart, of one sign or not finite."""
+    for groups, size in ((3, 64), (2, 128), (1, 576), (5, 32)):
+        packed = random_packed_weight(bits, 9, groups, size, symmetric=symmetric)
+        x = torch.randn(1, groups * size)
+        far = x.clone()
+        far[0, 5], far[0, -1] = 3000.0, -1e4
+        for given in (x, x.abs(), far, x * 1e-33, x * 1e31, torch.zeros_like(x), torch.full_like(x, -7.7)):
+            y = quant_linear(given, packed.words, packed.scale, packed.zero_words, packed.layout, impl="cpu")
+            assert_close(y, given.double() @ packed.dense().T, "matmul")
+        for bad in (float("nan"), float("inf")):
+            y = quant_linear(x.fill_(bad), packed.words, packed.scale, packed.zero_words, packed.layout, impl="cpu")
+            assert not y.isfinite().any()
