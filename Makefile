@@ -45,7 +45,7 @@ test-all: setup  ## the default and the slow tests (offline, no GPU)
 test-faults: setup  ## kills, full disks and damaged files by the hundred: tens of minutes, and a table at the end
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/faults
 
-test-readers: setup  ## other engines over our folders: makes their environments (5 GB), and holds them to the table in docs/formats.md
+test-readers: setup  ## other engines over our folders: makes their environments (4 GB) and folders (4 GB), and holds them to the table in docs/formats.md
 	$(BIN)/python -m tests.readers.environments
 	$(BIN)/python -m pytest -q -n 0 -m readers tests/readers
 

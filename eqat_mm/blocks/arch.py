@@ -133,9 +133,9 @@ class Arch:
                 allowed="a ModuleList with at least one decoder block",
                 do="correct the path of the decoder blocks in the adapter",
             )
-        self._require_quantized([*(linear for linear, _ in self.sums), *(linear for _, linear in self.norms)])
         for index, block in enumerate(blocks):
             self._require_linears(block, index, self.linears_of(block))
+        self._require_quantized([*(linear for linear, _ in self.sums), *(linear for _, linear in self.norms)])
         self._require_every_parameter(model)
         return blocks
 

@@ -3,7 +3,8 @@
     H = sum x_q x_q^T,   D = sum d x_q^T
 
 x_q is a stage's input in the quantized stream, behind the stages already rounded; d is what the output lacks, see
-`train.warm_start`. Where the sums with the residual stream are known, tokens count by `train.losses.token_weights`.
+`train.warm_start`. Where the sums with the residual stream are known, tokens count by `train.losses.token_weights`;
+where samples hold images or filling, by the weights of the step as well.
 
 Of a mixture of experts the router of the quantized stream decides which tokens an expert is measured on, as it does
 when the model is used. The FP stream's tokens are sent to the same experts, so x_fp and x_q are of one token, and d is

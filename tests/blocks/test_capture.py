@@ -207,6 +207,15 @@ def test_calls_that_cannot_be_joined_differ(left: BlockCall, right: BlockCall) -
     assert signature(left, shape) != signature(right, shape)
 
 
+def test_rotary_tables_in_three_directions_are_joined_along_the_batch() -> None:
+    tables = [torch.rand(3, 1, 4, 8) for _ in range(2)]
+    left, right = (call(table=table) for table in tables)
+    shape = torch.Size((1, 4, 8))
+    assert signature(left, shape) == signature(right, shape)
+    assert torch.equal(collate([left, right]).kwargs["table"], torch.cat(tables, 1))
+    assert collate([left, left]).kwargs["table"].shape == (3, 2, 4, 8)
+
+
 def test_hidden_states_of_other_length_differ() -> None:
     assert signature(call(), torch.Size((1, 4, 8))) != signature(call(), torch.Size((1, 5, 8)))
 

@@ -374,7 +374,7 @@ def test_text_is_asked_for_unless_there_is_none(bed: Bed, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"--calibration\.count") as raised:
         block_ap(bed.job(tmp_path, calibration=replace(bed.text, count=None)))
     assert_four_lines(raised.value)
-    with pytest.raises(DataError, match="at least count"):
+    with pytest.raises(DataError, match="lower --image_share"):
         block_ap(bed.job(tmp_path, calibration=TextWindows(count=30), image_share=1.0))
     assert not tmp_path.joinpath("run.json").exists()
 

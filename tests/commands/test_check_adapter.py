@@ -30,7 +30,7 @@ def test_an_adapter_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_broken_one_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine.py").write_text(GOOD.replace("tiny=", 'norms=(("input_layernorm", 2),), tiny='))
+    (tmp_path / "mine.py").write_text(GOOD.replace("tiny=", 'norms=(("input_layernorm", "mlp.gate_proj"),), tiny='))
     assert main(["check-adapter", str(tmp_path / "mine.py")]) == 2
     said = capsys.readouterr()
     (failed,) = (line for line in said.out.splitlines() if line.startswith("  FAIL"))

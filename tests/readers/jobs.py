@@ -2,7 +2,8 @@
 
 Jobs are a JSON list. Each has at least `folder`, `inputs` and `outputs`: a folder to read, and two safetensors files,
 the second of which the reader writes. Where it fails, `outputs` with `.error` behind it holds the traceback. A reader
-is started once for many folders, because to import an engine takes longer than to ask it.
+is started once for many folders, because to import an engine takes longer than to ask it. What it has answered can be
+read while it goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def do(answer: Callable[..., None]) -> None:
     jobs: list[dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     for job in jobs:
         try:
-            answer(*sys.argv[2:], **job)
+            partial = f"{job['outputs']}.partial"
+            answer(*sys.argv[2:], **job | {"outputs": partial})
+            Path(partial).rename(job["outputs"])
         except Exception:  # noqa: BLE001 - whatever an engine makes of a folder
             Path(f"{job['outputs']}.error").write_text(traceback.format_exc(), encoding="utf-8")
         gc.collect()

@@ -26,8 +26,8 @@ def answer(folder: str, inputs: str, outputs: str, end: int) -> None:
         "logits": logits,
         "generated": _written(more, given["input_ids"][:1, : None if seeing else jobs.PROMPT], end),
     }
-    mx.save_safetensors(f"{outputs}.partial", found)  # it adds an ending itself
-    Path(f"{outputs}.partial.safetensors").rename(outputs)
+    mx.save_safetensors(outputs, found)
+    Path(f"{outputs}.safetensors").rename(outputs)  # it adds the ending itself
 
 
 def _written(more: Any, row: Any, end: int) -> Any:

@@ -13,7 +13,9 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +77,13 @@ def _answers(reader: Reader, folders: dict[Case, Path], scratch: Path) -> Iterat
     ]
     while todo:
         (scratch / "jobs.json").write_text(json.dumps([job for _, job in todo]))
-        wrong = _run(reader, [str(scratch / "jobs.json"), *reader.words], SECONDS * len(todo))
-        done = [_answer(Path(job["outputs"])) for _, job in todo]
-        given = list(itertools.takewhile(lambda answer: answer is not None, done)) or [wrong or "no answer"]
-        yield from ((case, answer or "") for (case, _), answer in zip(todo, given, strict=False))
-        todo = todo[len(given) :]
+        with _started(reader, scratch) as process:
+            while todo:
+                case, job = todo.pop(0)
+                answer = _awaited(Path(job["outputs"]), process)
+                yield case, _why(process, scratch) if answer is None else answer
+                if answer is None:
+                    break  # the next ones are for a new process
 
 
 def _job(reader: Reader, case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
@@ -108,6 +112,39 @@ def _answer(outputs: Path) -> Answer | None:
     if error.is_file():
         return table.reason_in([line.strip() for line in error.read_text().splitlines() if line.strip()])
     return load_file(outputs) if outputs.is_file() else None
+
+
+@contextmanager
+def _started(reader: Reader, scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a reader on its jobs; it ends behind the body."""
+    line, variables = command(reader.environment, HERE / reader.program, str(scratch / "jobs.json"), *reader.words)
+    with (scratch / "said").open("wb") as said:
+        process = subprocess.Popen(line, stdout=said, stderr=said, env=variables, cwd=scratch)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _awaited(outputs: Path, process: subprocess.Popen[bytes]) -> Answer | None:
+    """Wait for an answer; None where the reader ends without one, or takes too long."""
+    began = time.monotonic()
+    while time.monotonic() - began < SECONDS:
+        ended = process.poll() is not None
+        answer = _answer(outputs)
+        if answer is not None or ended:
+            return answer
+        time.sleep(0.2)
+    return None
+
+
+def _why(process: subprocess.Popen[bytes], scratch: Path) -> str:
+    """Return why a reader gave no answer."""
+    if process.poll() is None:
+        return f"no answer in {SECONDS} seconds"
+    said = [each.strip() for each in (scratch / "said").read_text(errors="replace").splitlines() if each.strip()]
+    return table.reason_in(said) or f"exit status {process.returncode}"
 
 
 def _of_llama_cpp(reader: Reader, folder: Path, model: str, scratch: Path) -> Answer:

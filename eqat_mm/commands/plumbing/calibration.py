@@ -18,11 +18,12 @@ from eqat_mm.commands.plumbing.instructions import require_instructions
 from eqat_mm.commands.plumbing.samples import problems_of
 from eqat_mm.data.image_text.batching import Collator
 from eqat_mm.data.image_text.calibration import CalibrationSamples
-from eqat_mm.data.image_text.samples import image_text_data
+from eqat_mm.data.image_text.preparing import TOO_FEW
+from eqat_mm.data.image_text.samples import ImageTextDataset, image_text_data
 from eqat_mm.data.image_text.settings import Conversations
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.data.text.windows import digest_of, text_windows
-from eqat_mm.errors import ConfigError
+from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.plan.end_to_end import Work, image_text_work, mixed, text_work
 from eqat_mm.plan.shape import ModelShape
 from eqat_mm.runtime.memory import release_freed_memory
@@ -84,13 +85,28 @@ def calibration_of(
     require_instructions(conversations)
     count = images_among(text, image_share)
     processor = load_listener(folder, conversations.style)
-    data = image_text_data(processor, conversations.drawn(count), problems_of(output))
+    data = _talks(processor, conversations, count, problems_of(output))
     windows = _windows(folder, text, _total(text) - count)
     samples = CalibrationSamples(data, windows, Collator(processor.tokenizer), conversations.seed)
     seen = len(data) - sum(data.text_only)
     say(f"{len(data):,} conversations, {seen:,} about images, and {len(windows):,} windows of text")
     digest = f"{data.digest()} {style_digest(processor)} {digest_of(windows)}"
     return Calibration(samples, _work(samples, seen), digest, samples, data.visual)
+
+
+def _talks(processor: Any, conversations: Conversations, count: int, problems: Path) -> ImageTextDataset:
+    """Return so many conversations."""
+    try:
+        return image_text_data(processor, conversations.drawn(count), problems)
+    except DataError as error:
+        if TOO_FEW not in error.allowed:
+            raise
+        raise DataError(
+            where=error.where,
+            given=error.given,
+            allowed=f"{count:,} or more: --image_share of --calibration.count",
+            do="give more conversations, or lower --image_share or --calibration.count",
+        ) from error
 
 
 def _windows(folder: Path, text: TextWindows, count: int) -> Tensor:
@@ -172,10 +188,10 @@ def _by_gradient(
 ) -> Tensor:
     assert calibration.samples is not None
     assert calibration.visual is not None
-    model: Any = load_for_inference(opened.folder, device, frozen_dtype(precision, device))
     chosen = calibration.samples.with_images(_WEIGHED)
     if not chosen:
         return equal_weights(len(opened.blocks))
+    model: Any = load_for_inference(opened.folder, device, frozen_dtype(precision, device))
     mine = [chosen[index] for index in ranks.share(len(chosen))]
     read = map(calibration.samples.labelled, mine)
     samples = progress(read, what="weights of tokens", total=len(mine), unit="sample")

@@ -80,7 +80,9 @@ def hidden_states_of(job: Any, samples: Samples, arguments: transformers.Trainin
     hidden_size = model_shape(job.model).hidden
     with arguments.main_process_first(local=False):
         if not is_kept(path, windows, hidden_size):
-            keep_hidden_states(in_memory(job, arguments), windows, path, job.batch_size, precision)
+            made = folder / "trainer" / path.name  # what a kill leaves there goes with the run
+            keep_hidden_states(in_memory(job, arguments), windows, made, job.batch_size, precision)
+            made.replace(path)
             say(f"the teacher's hidden states are kept in {path}, {size(path.stat().st_size)}")
     return path
 

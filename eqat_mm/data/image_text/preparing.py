@@ -57,6 +57,10 @@ _PROBE = (
 )
 
 
+TOO_FEW = "conversations.count"
+"""What an error asks for where a source has fewer records than were asked for."""
+
+
 class Preparation:
     """How the index of a source is made and found.
 
@@ -142,7 +146,7 @@ class Preparation:
             raise DataError(
                 self._source.name,
                 f"{total:,} records",
-                f"at least conversations.count, {self._count:,}",
+                f"at least {TOO_FEW}, {self._count:,}",
                 f"set conversations.count to {total:,} or fewer, or to null, which takes all records",
             )
         order = torch.randperm(total, generator=generator(self._seed, "image-text records"))
