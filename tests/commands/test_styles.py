@@ -136,7 +136,7 @@ def test_training_generate_and_tasks_see_the_same(
 ) -> None:
     style = {"template": template}
     trained = inputs_of_training(place / folder, place, **style)
-    job = GenerateJob(str(place / folder), QUESTION, [str(place / "0.png")], device="cpu", **style)  # type: ignore[arg-type]
+    job = GenerateJob(str(place / folder), QUESTION, [str(place / "0.png")], device="cpu", cuda_graph=False, **style)  # type: ignore[arg-type]
     written = inputs_of(generation, monkeypatch, lambda: generate(job))
     judged = inputs_of_lmms_eval(place / folder, place, monkeypatch, **style)
     for name in ("input_ids", "pixel_values"):
@@ -154,7 +154,7 @@ def test_a_run_keeps_what_it_used(place: Path, tmp_path: Path, images: Any, monk
     assert spoken(folder) == (template_text("llava_hf"), "LlavaImageProcessor", images == "pad")
     verify_checkpoint(folder)
     trained = inputs_of_training(folder, place)
-    job = GenerateJob(str(folder), QUESTION, [str(place / "0.png")], device="cpu")
+    job = GenerateJob(str(folder), QUESTION, [str(place / "0.png")], device="cpu", cuda_graph=False)
     written = inputs_of(generation, monkeypatch, lambda: generate(job))
     for name in ("input_ids", "pixel_values"):
         assert torch.equal(trained[name], written[name])

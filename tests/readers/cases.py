@@ -24,7 +24,7 @@ from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.data.image_text.prompt import Renderer
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.data.text.windows import text_windows
-from eqat_mm.errors import EqatError
+from eqat_mm.errors import ExportError
 from eqat_mm.export.folder import EXPORT
 from eqat_mm.quant.spec import QuantSpec
 from tests.readers.environments import root
@@ -97,7 +97,7 @@ def folder_of(model: str, spec: str, form: str) -> Path:
     """Return a folder of a model, made where it is not there yet; the last of its files says that it is whole.
 
     Raises:
-        EqatError: the format does not hold it.
+        ExportError: the format does not hold it.
     """
     place = root() / "folders" / f"{model}-{spec}"
     if form == "checkpoint":
@@ -105,10 +105,11 @@ def folder_of(model: str, spec: str, form: str) -> Path:
         return made if (made / MANIFEST).is_file() else rtn(RTNJob(model, place / "rtn", SPECS[spec]))
     if (place / form / "model" / EXPORT).is_file():
         return place / form / "model"
-    job: dict[str, Any] = {"model": str(folder_of(model, spec, "checkpoint")), "to": form, "output": place / form}
+    made = folder_of(model, spec, "checkpoint")
+    job: dict[str, Any] = {"model": str(made), "to": form, "output": place / form, "overwrite": True}
     try:
         return export(ExportJob(**job))
-    except EqatError:
+    except ExportError:
         return export(ExportJob(**job, lossy=True, data=TEXT))
 
 

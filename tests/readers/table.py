@@ -93,7 +93,7 @@ def text(found: Iterable[Seen]) -> str:
 def _of_model(model: str, seen: list[Seen]) -> str:
     specs = sorted({one.spec for one in seen})
     reasons = list(dict.fromkeys(one.refused for one in seen if one.refused))
-    rows = dict.fromkeys(one.reader for one in seen)
+    rows = sorted({one.reader for one in seen}, key=str.lower)
     lines = [f"| {model} | {' | '.join(specs)} |", f"|---|{'---|' * len(specs)}"]
     for reader in rows:
         cells = {one.spec: cell(one, reasons) for one in seen if one.reader == reader}

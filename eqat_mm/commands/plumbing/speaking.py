@@ -27,8 +27,8 @@ class Speaking(Settings):
         seed: of the sampling.
         dtype: of what is not quantized, and of matrix products; `auto` takes bfloat16 on a GPU, float32 on a CPU.
         device: what to compute on: cpu, cuda, cuda:N, or auto.
-        cuda_graph: replay decode steps from a CUDA graph; `auto` does so on a GPU and says where it cannot, and replays
-            them in C on a CPU.
+        cuda_graph: replay decode steps from a CUDA graph; `auto` does so on a GPU and says where it cannot, and on a
+            CPU replays them in C where it can.
     """
 
     system: str | None = None
