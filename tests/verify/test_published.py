@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from eqat_mm.cli import parse_job
-from eqat_mm.commands.verbs.quantize import BlockAPJob
 from eqat_mm.plan.models import shipped_config
 from eqat_mm.report.found import Stage
 from eqat_mm.verify.checks import Check
@@ -28,7 +27,7 @@ def checks(config: dict[str, Any], losses: dict[str, list[float]] = FOUND, **rec
 def recipe(spec: str, model: str = "llama-2-7b") -> dict[str, Any]:
     """Return the settings of a run as it records them."""
     words = ["--config", f"llama-2-{spec}-block-ap", "--model", model, "--output", "run"]
-    return asdict(parse_job("block-ap", BlockAPJob, words))
+    return asdict(parse_job("block-ap", words))
 
 
 @pytest.mark.parametrize("spec", ["w2g64", "w3g128", "w4g128"])
