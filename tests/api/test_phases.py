@@ -192,7 +192,7 @@ def test_begun_by_the_command_ended_in_python(
     assert not (output / "model" / "eqat.json").exists()
     capsys.readouterr()
     quantized(tiny, output)
-    assert "block   1/2" not in capsys.readouterr().out
+    assert "block 1/2" not in capsys.readouterr().out
     assert same_files(output / "model", packed / "model")
     assert main(command_words(tiny, output)) == 0
     assert f"already finished: {output / 'model'}" in capsys.readouterr().out

@@ -68,7 +68,7 @@ def two(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in two processes, never stopped."""
     folder = tmp_path_factory.mktemp("two")
     said = run_well(command(tiny, DATA_PARALLEL, folder))
-    assert said.count("block   1/3") == said.count("checkpoint:") == 1
+    assert said.count("block 1/3") == said.count("checkpoint:") == 1
     return folder
 
 
@@ -92,9 +92,9 @@ def test_a_killed_process_ends_the_run_and_any_number_continues_it(
     assert 0 < len(read_json(killed / "state.json")["records"]) < BLOCKS
     assert not (killed / "model" / "eqat.json").exists()
     shutil.copytree(killed, by_one)
-    assert "block   1/" not in run_well(command(tiny, DATA_PARALLEL, killed, **options))
+    assert "block 1/" not in run_well(command(tiny, DATA_PARALLEL, killed, **options))
     assert same_weights(killed / "model", two / "model")
-    assert "block   1/" not in run_well(command(tiny, ALONE, by_one, **options))
+    assert "block 1/" not in run_well(command(tiny, ALONE, by_one, **options))
     assert_same_result(by_one, alone)
 
 

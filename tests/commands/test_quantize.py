@@ -198,7 +198,7 @@ def test_a_killed_run_gives_the_weights_of_one_that_was_not(tmp_path: Path, caps
     assert not (killed / "model" / MANIFEST).exists()
     torch.manual_seed(99)
     assert main(command(tiny, killed)) == 0
-    assert "block   1/" not in capsys.readouterr().out
+    assert "block 1/" not in capsys.readouterr().out
     assert main(command(tiny, undisturbed)) == 0
     assert same_weights(killed / "model", undisturbed / "model")
     lines = (killed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
