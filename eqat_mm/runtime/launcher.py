@@ -19,11 +19,7 @@ def is_first() -> bool:
 
 
 def release_shared_names() -> None:
-    """Take the names from what DeepSpeed's processes share on a CPU: 66 MB each, which it would leave in memory.
-
-    To be called when every process has opened that of every other: what is open stays until the last one ends,
-    however it ends.
-    """
+    """Free what DeepSpeed's processes share on a CPU, 66 MB each, which it leaves in memory; to be called at the end."""
     place = (str(os.getuid()), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
     name = "_".join(("deepspeed_allreduce_buffer", *place, os.environ.get("RANK", "0")))
     (_SHARED / name).unlink(missing_ok=True)

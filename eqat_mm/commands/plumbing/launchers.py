@@ -90,7 +90,7 @@ def training_run(
                     from_first=lambda begin: begin() if arguments.process_index == 0 else None,
                 )
             )
-        release_shared_names()
+        stack.callback(release_shared_names)
         yield job, arguments, run
 
 
