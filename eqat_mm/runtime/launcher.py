@@ -19,7 +19,7 @@ def is_first() -> bool:
 
 
 def release_shared_names() -> None:
-    """Free what DeepSpeed's processes share on a CPU, 66 MB each, which it leaves in memory; to be called at the end."""
+    """Free what DeepSpeed's processes share on a CPU, 66 MB each, which it leaves in memory; to be called last."""
     place = (str(os.getuid()), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
     name = "_".join(("deepspeed_allreduce_buffer", *place, os.environ.get("RANK", "0")))
     (_SHARED / name).unlink(missing_ok=True)
