@@ -11,10 +11,10 @@ clock.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -75,20 +75,9 @@ def ours_of(folder: Path) -> Callable[[int], object]:
 
 def theirs_of(libraries: Path, file: Path) -> Callable[[int], object]:
     """Return the same of llama.cpp."""
-    reader = Reader(libraries, file)
-    reader.logits(list(range(PROMPT)))
-    place = PROMPT
-
-    def read(token: int) -> ctypes._Pointer[ctypes.c_float]:
-        nonlocal place
-        batch = reader.batch
-        batch.count, batch.token[0], batch.position[0] = 1, token, place
-        batch.sequences[0], batch.wanted[0], batch.sequence[0][0] = 1, 1, 0
-        assert reader.library.llama_decode(reader.context, batch) == 0
-        place += 1
-        return reader.library.llama_get_logits_ith(reader.context, 0)  # type: ignore[no-any-return]
-
-    return read
+    reader, places = Reader(libraries, file), count(PROMPT)
+    reader.read(list(range(PROMPT)))
+    return lambda token: reader.read([token], next(places))
 
 
 if __name__ == "__main__":

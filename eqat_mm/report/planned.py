@@ -37,9 +37,9 @@ def _rows(stage: Stage) -> Iterator[Beside]:
     plan, record = table(stage.record.get("plan")), stage.record
     yield _row("time", number(plan.get("seconds")), stage.seconds, duration)
     yield _row("RAM at the peak", number(plan.get("ram")), number(record.get("peak_ram")) or _on_cpu(stage), size)
-    if number(plan.get("gpu")) or not _computed_on_cpu(stage):
+    if number(plan.get("gpu")) or not computed_on_cpu(stage):
         yield _row(
-            "GPU memory at the peak", number(plan.get("gpu")), None if _computed_on_cpu(stage) else peak_of(stage), size
+            "GPU memory at the peak", number(plan.get("gpu")), None if computed_on_cpu(stage) else peak_of(stage), size
         )
 
 
@@ -50,8 +50,9 @@ def _row(what: str, planned: float | None, measured: float | None, words: Callab
 
 
 def _on_cpu(stage: Stage) -> float | None:
-    return peak_of(stage) if _computed_on_cpu(stage) else None
+    return peak_of(stage) if computed_on_cpu(stage) else None
 
 
-def _computed_on_cpu(stage: Stage) -> bool:
+def computed_on_cpu(stage: Stage) -> bool:
+    """Whether a run computed without a GPU."""
     return table(stage.record.get("environment")).get("device") in ("cpu", None)

@@ -17,6 +17,7 @@ from typing import Any
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.report.curves import peak_of
 from eqat_mm.report.found import Record, Stage, number, table
+from eqat_mm.report.planned import computed_on_cpu
 from eqat_mm.verify.checks import Check
 
 FACTOR = 2.0
@@ -110,8 +111,8 @@ def _losses(stage: Stage, published: dict[str, list[float]], *, judged: bool) ->
 
 
 def _memory(stage: Stage, published: Published, *, judged: bool) -> Iterator[Check]:
-    peak, on_cpu = peak_of(stage), table(stage.record.get("environment")).get("device") == "cpu"
-    if published.peak_gb is not None and peak is not None and not on_cpu:
+    peak = None if computed_on_cpu(stage) else peak_of(stage)
+    if published.peak_gb is not None and peak is not None:
         said = f"{peak / 1e9:.2f} GB at the peak, published {published.peak_gb} GB"
         yield Check("published memory", peak <= 1e9 * published.peak_gb if judged else None, said)
 

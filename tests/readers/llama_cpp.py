@@ -86,6 +86,10 @@ class Reader:
 
     def logits(self, ids: list[int], begin: int = 0) -> np.ndarray:
         """Return the logits behind every token of a text, or of what follows `begin` tokens, float32 [T, V]."""
+        return np.stack([np.ctypeslib.as_array(row, (self.size,)).copy() for row in self.read(ids, begin)])
+
+    def read(self, ids: list[int], begin: int = 0) -> list[Any]:
+        """Return the same as pointers to a row for each token, valid until it reads again."""
         if begin == 0:
             self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
         self.batch.count = len(ids)
@@ -94,8 +98,7 @@ class Reader:
             self.batch.sequences[place], self.batch.wanted[place] = 1, 1
             self.batch.sequence[place][0] = 0
         assert self.library.llama_decode(self.context, self.batch) == 0, "llama.cpp cannot decode"
-        rows = [self.library.llama_get_logits_ith(self.context, place) for place in range(len(ids))]
-        return np.stack([np.ctypeslib.as_array(row, (self.size,)).copy() for row in rows])
+        return [self.library.llama_get_logits_ith(self.context, place) for place in range(len(ids))]
 
     def ids(self, text: str, special: bool) -> list[int]:
         """Return the tokens of a text, those that begin every text among them; special ones are read where asked."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from eqat_mm.commands.line.model_config import sees
 from eqat_mm.commands.plumbing.models import load_model, model_folder
@@ -24,7 +24,7 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import processes
 from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
-from eqat_mm.train.kept_teacher import KeptTeacher, is_kept, keep_hidden_states
+from eqat_mm.train.kept_teacher import is_kept, keep_hidden_states
 
 
 def require_cacheable(job: Any, base: Path, zero_stage: int) -> None:
@@ -85,8 +85,3 @@ def hidden_states_of(job: Any, samples: Samples, arguments: transformers.Trainin
             made.replace(path)
             say(f"the teacher's hidden states are kept in {path}, {size(path.stat().st_size)}")
     return path
-
-
-def teacher_for(student: transformers.PreTrainedModel, samples: Samples, hidden_states: Path) -> nn.Module:
-    """Return the teacher that a file stands for."""
-    return KeptTeacher(student, samples.dataset.windows, hidden_states)

@@ -132,7 +132,8 @@ def _measured(job: ExportJob, model: PackedModel, form: Format, change: Change) 
 
 def _quality(model: PackedModel, files: Sequence[Path]) -> list[str]:
     """Return what evaluations have found of the checkpoint, those in files and those beside the run."""
-    own, lines = model_fingerprint(model.folder), [line for path in files for line in _named(path, model.folder)]
+    own = model_fingerprint(model.folder)
+    lines = [line for path in files for line in _named(path, own, model.folder)]
     with suppress(CheckpointError):
         for one in find(model.folder.parent, model_fingerprint).measured:
             if one.fingerprint == own:
@@ -140,10 +141,10 @@ def _quality(model: PackedModel, files: Sequence[Path]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _named(path: Path, folder: Path) -> list[str]:
-    """Return what an evaluation has found, if it is one of this checkpoint."""
+def _named(path: Path, own: str, folder: Path) -> list[str]:
+    """Return what an evaluation has found, if it is one of the checkpoint in `folder`, whose fingerprint is `own`."""
     numbers = read_json_object(path)
-    if numbers.get("fingerprint") != model_fingerprint(folder):
+    if numbers.get("fingerprint") != own:
         raise ConfigError(
             where=f"--evaluations {path}",
             given=f"an evaluation of {numbers.get('model', 'something else')}",

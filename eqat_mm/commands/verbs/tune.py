@@ -24,13 +24,7 @@ from eqat_mm.commands.plumbing.models import model_folder, require_teacher
 from eqat_mm.commands.plumbing.preflight import announce_e2e_qp
 from eqat_mm.commands.plumbing.runs import default_output, require_startable, settled
 from eqat_mm.commands.plumbing.samples import Samples, checked_samples, problems_of
-from eqat_mm.commands.plumbing.teacher import (
-    hidden_states_of,
-    in_memory,
-    kept_or_in_memory,
-    require_cacheable,
-    teacher_for,
-)
+from eqat_mm.commands.plumbing.teacher import hidden_states_of, in_memory, kept_or_in_memory, require_cacheable
 from eqat_mm.data.image_text.problems import say_late
 from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
@@ -43,6 +37,7 @@ from eqat_mm.runtime.precision import frozen_dtype, resolve
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.reporting import require_reporter
 from eqat_mm.train.e2e_qp import STAGE, E2EQPConfig, run_e2e_qp
+from eqat_mm.train.kept_teacher import KeptTeacher
 from eqat_mm.train.watch import Watch
 from llava_adapters import arch_for
 
@@ -97,8 +92,8 @@ def e2e_qp(job: E2EQPJob) -> Path:
     verify_checkpoint(base)
     inputs["data"] = samples.digest
     if job.loss == "kl":
-        keeps = kept_or_in_memory(job, base, samples, folder, device)
-        job = settled(job, Place.within(folder), {"teacher": lambda: keeps})
+        choices = {"teacher": lambda: kept_or_in_memory(job, base, samples, folder, device)}
+        job = settled(job, Place.within(folder), choices)
     room = 2 * sum(path.stat().st_size for path in base.iterdir() if path.is_file())
     given: dict[str, Any] = {"inputs": inputs, "device": device, "deepspeed": deepspeed, "room": room, "plan": plan}
     with training_run(job, Place.within(folder), STAGE, **given) as (job, arguments, run):
@@ -136,7 +131,7 @@ def _trained(
             del judge
         model = load(base, dtype=kept, device=arguments.device, verify=False)
     if cached is not None:
-        teacher = teacher_for(model, samples, cached)
+        teacher = KeptTeacher(model, samples.dataset.windows, cached)
     if "lora" in job.trained:
         add_adapters(model, job.lora.rank, job.lora.alpha, job.seed)
     projector = arch_for(read_manifest(base).arch, f"{base}: the adapter that made it").find_projector(model)
