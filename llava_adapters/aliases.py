@@ -38,6 +38,7 @@ ALIASES: dict[str, str] = {
     "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
     "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
     "gemma-3-4b-it": "google/gemma-3-4b-it",
+    "paligemma2-3b": "google/paligemma2-3b-mix-224",
     "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
     "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
     "idefics3-8b": "HuggingFaceM4/Idefics3-8B-Llama3",

@@ -1,7 +1,4 @@
-"""PaliGemma, of both generations (a Gemma or a Gemma-2 tower), by text alone.
-
-Its processor writes words of its own into a text and takes none without an image, and no chat template is published.
-"""
+"""PaliGemma, of both generations (a Gemma or a Gemma-2 tower): a prompt that sees itself whole, and an answer."""
 
 from __future__ import annotations
 
@@ -32,5 +29,5 @@ def tiny() -> Any:
     return tiny_vlm("paligemma", processor(), text=text, vision=vision, **fields)
 
 
-ARCH = replace(LLAVA, name="paligemma", model_types=("paligemma",), sums=(), norms=(), tiny=tiny, processor=None)
+ARCH = replace(LLAVA, name="paligemma", model_types=("paligemma",), sums=(), norms=(), tiny=tiny, processor=processor)
 """The declaration; see docs/adding_a_model.md."""

@@ -105,4 +105,4 @@ def _sample(processor: Any, image: str, images: Sequence[Any], words: int) -> In
     draw = torch.Generator().manual_seed(words)
     ids = torch.randint(2, VOCABULARY // 2, (words,), generator=draw)
     text = " ".join([*(f"w{number + 2} {image}" for number in range(len(images))), *(f"w{token}" for token in ids)])
-    return Renderer(processor if images else processor.tokenizer).inputs(text, images)
+    return Renderer(processor).inputs(text, images)

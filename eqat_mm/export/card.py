@@ -107,7 +107,11 @@ def _settings(config: dict[str, Any]) -> str:
     """Return settings as options, without places of this machine and what was left at null."""
     places = ("output", "quantized", "device", "source", "image_folder", "overwrite", "recipe_for", "report_to")
     flat = [(name, value) for name, value in _flat(config) if name.rpartition(".")[2] not in places]
-    return " ".join(f"--{name} {Path(value).name if name == 'model' else value}" for name, value in flat)
+    return " ".join(f"--{name} {_named(value) if name in ('model', 'paths') else value}" for name, value in flat)
+
+
+def _named(paths: str | list[str]) -> str:
+    return " ".join(Path(path).name for path in ([paths] if isinstance(paths, str) else paths))
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

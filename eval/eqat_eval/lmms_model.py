@@ -24,6 +24,7 @@ from eqat_mm.checkpoint.folders import load_for_inference
 from eqat_mm.checkpoint.speaker import load_speaker
 from eqat_mm.data.image_text.batching import Collator
 from eqat_mm.data.image_text.conversations import Turn
+from eqat_mm.data.image_text.prefix import answered, has_prefix
 from eqat_mm.data.image_text.prompt import Renderer
 from eqat_mm.data.image_text.style import AUTO, ImageShape, Style
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
@@ -156,16 +157,20 @@ class EqatVLM(lmms):  # type: ignore[misc]
         Raises:
             DataError: the tokens of an answer cannot be told from those of its prompt.
         """
-        whole = [
-            (self._complete(prompt, answer), images) for (prompt, images), answer in zip(samples, answers, strict=True)
-        ]
+        told = [self._told(*sample, answer) for sample, answer in zip(samples, answers, strict=True)]
         # padded on the right, so that positions are those of an unpadded sample whatever the model does with them
-        inputs = self._encode(whole, padding_side="right")
+        inputs = self._batch(told, padding_side="right")
         with inference(self.model):
             logits_BTV = self.model(**inputs, use_cache=False).logits
         rows = zip(logits_BTV, inputs["input_ids"], inputs["attention_mask"], samples, strict=True)
         for logits_TV, ids_T, mask_T, sample in rows:
             yield self._answer_of(logits_TV, ids_T[: int(mask_T.sum())], sample)
+
+    def _told(self, prompt: str, images: list[Any], answer: str) -> dict[str, Tensor]:
+        row = self.renderer.inputs(self._complete(prompt, answer), images)
+        if not has_prefix(self.processor):
+            return row
+        return answered(row, len(self.renderer.inputs(prompt, images)["input_ids"]))
 
     def _answer_of(self, logits_TV: Tensor, ids_T: Tensor, sample: tuple[str, list[Any]]) -> tuple[Tensor, Tensor]:
         prompt_T = self._encode([sample], "right")["input_ids"][0]
@@ -212,7 +217,9 @@ class EqatVLM(lmms):  # type: ignore[misc]
         return prompt + after.removeprefix(before).rstrip()
 
     def _encode(self, samples: Sequence[tuple[str, list[Any]]], padding_side: str) -> dict[str, Tensor]:
-        rows = [self.renderer.inputs(prompt, images) for prompt, images in samples]
+        return self._batch([self.renderer.inputs(prompt, images) for prompt, images in samples], padding_side)
+
+    def _batch(self, rows: list[dict[str, Tensor]], padding_side: str) -> dict[str, Tensor]:
         batch = Collator(self.processor.tokenizer, padding_side)(rows)
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)

@@ -1,6 +1,6 @@
-"""Compiles `cpu_library.c` and `cpu_steps.c` with the machine's own C compiler at first use, and calls it.
+"""Compiles the C sources in `c/` with the machine's own compiler at first use, and calls the library.
 
-The library is kept in `$EQAT_CACHE/kernels` (by default `~/.cache/eqat-mm/kernels`) under a hash of source, compiler,
+The library is kept in `$EQAT_CACHE/kernels` (by default `~/.cache/eqat-mm/kernels`) under a hash of sources, compiler,
 flags and processor, so a folder shared by different machines is no danger. It takes a few seconds, once. Where there
 is no compiler, `obstacle` says so and the references are used.
 """
@@ -28,8 +28,8 @@ from eqat_kernels.layout import PackedLayout
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".c")
-SOURCES = (SOURCE, SOURCE.with_name("cpu_steps.c"))
+FOLDER = Path(__file__).with_name("c")
+SOURCES = sorted(FOLDER.glob("*.[ch]"))
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     "-fno-math-errno",  # lets rintf and comparisons be vectorized; values stay those of IEEE arithmetic
@@ -146,7 +146,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         try:
             return ctypes.CDLL(str(_compiled(compiler))), None
         except subprocess.CalledProcessError as error:
-            reason = f"{compiler} could not compile {SOURCE.name}: {error.stderr.strip()[:500]}"
+            reason = f"{compiler} could not compile {FOLDER}: {error.stderr.strip()[:500]}"
         except OSError as error:
             reason = f"the library compiled by {compiler} cannot be used: {error}"
     log.warning("no compiled CPU kernels, the torch references are used: %s", reason)
@@ -158,12 +158,13 @@ def _compiled(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     identity = "\0".join((*(source.read_text("utf-8") for source in SOURCES), version, *FLAGS, _processor()))
     folder = Path(os.environ.get("EQAT_CACHE") or "~/.cache/eqat-mm").expanduser() / "kernels"
-    path = folder / f"{SOURCE.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    path = folder / f"cpu_library-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / path.name
-            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(built), "-lm"]
+            compiled = [str(source) for source in SOURCES if source.suffix == ".c"]
+            command = [compiler, *FLAGS, *compiled, "-o", str(built), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             built.replace(path)  # whole or not at all: several processes may do this at once
     return path

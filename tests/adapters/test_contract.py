@@ -61,7 +61,7 @@ REASONS = {
     "olmo2": NEITHER,
     "gemma3_text": NEITHER,
     "gemma3": NEITHER,
-    "paligemma": NEITHER | {"the adapter has no `processor` for its tiny model"},
+    "paligemma": NEITHER,
     "granite": {"no `sums`"},
 }
 """Why a check has nothing to do for an adapter, beside what its kind of model says."""

@@ -6,18 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-import eqat_mm
-from eqat_mm import adapters
 from eqat_mm.cli import main
 from eqat_mm.commands.plumbing.runs import model_fingerprint
 from eqat_mm.commands.verbs.export import ExportJob, export
 from eqat_mm.errors import CheckpointError, ConfigError, EqatError, ExportError
 from eqat_mm.export.folder import EXPORT, read_export
-from eqat_mm.export.form import FormatName
 from eqat_mm.quant.spec import QuantSpec
-from eqat_mm.verify.exported import export_checks
 from tests.export.made import packed
 
 SYMMETRIC, LOSSY = QuantSpec(4, 32, symmetric=True), QuantSpec(4, 32)
@@ -59,25 +54,6 @@ def test_card(exact: Path, tmp_path: Path) -> None:
     assert "--model tiny" in card
     assert "/somewhere" not in card
     assert "/elsewhere" not in card
-
-
-@pytest.fixture(scope="module")
-def applied(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint with a task applied whose step sizes are a quarter larger."""
-    folder, model = tmp_path_factory.mktemp("task"), eqat_mm.load(exact)
-    with torch.no_grad():
-        for parameter in eqat_mm.train_only(model):
-            parameter.mul_(1.25)
-    task = adapters.save(model, folder / "task")
-    assert main(["adapter", "apply", str(exact), str(task), "--output", str(folder / "whole")]) == 0
-    return folder / "whole"
-
-
-@pytest.mark.parametrize("form", ["gguf", "mlx", "onnx", "gptq"])
-def test_a_task_is_exported_with_its_step_sizes(form: FormatName, applied: Path, exact: Path, tmp_path: Path) -> None:
-    exported = export(ExportJob(str(applied), to=form, output=tmp_path / "out"))
-    assert [check.line for check in export_checks(exported, applied, None) if check.passed is False] == []
-    assert [check.name for check in export_checks(exported, exact, None) if check.passed is False] != []
 
 
 def test_evaluations_kept_elsewhere_are_on_the_card(exact: Path, tmp_path: Path) -> None:

@@ -192,4 +192,4 @@ def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_template_that_comes_with_the_package_answers(tokenizer: Any, name: str) -> None:
     processor = speaker(tokenizer, template_text(name))
-    assert said(processor, ("user", "a")).endswith("USER: a ASSISTANT:")
+    assert said(processor, ("user", "a")).endswith("a" if name == "paligemma" else "USER: a ASSISTANT:")

@@ -18,6 +18,7 @@ from eqat_mm.commands.plumbing.lmms import tasks_folders
 from eqat_mm.commands.verbs.quantize import RTNJob, rtn
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.files import read_json, write_json
+from llava_adapters import paligemma
 from llava_adapters.tiny import IMAGE_TOKEN, VOCABULARY
 from tests.checkpoint.files import assert_four_lines
 from tests.commands.jobs import SPEC
@@ -103,6 +104,20 @@ def test_the_image_is_seen(folder: Path) -> None:
     black, white = (Image.new("RGB", (16, 16), colour) for colour in ("black", "white"))
     losses = [model.score([(prompt, [image])], ["w7"])[0][0] for image in (black, white)]
     assert losses[0] != losses[1]
+
+
+@torch.no_grad()
+def test_an_answer_behind_a_prompt_that_sees_itself_whole_does_not_see_what_comes(tmp_path: Path) -> None:
+    paligemma.tiny()[0].save_pretrained(tmp_path)
+    paligemma.processor().save_pretrained(tmp_path)
+    model, (image, *_) = model_of(tmp_path), images()
+    tensors: Any = {"images_kwargs": {"return_tensors": "pt"}}
+    told = paligemma.processor()(text=["<image>w5 w6"], suffix=["w7 w8 w9"], images=[image], **tensors)
+    given = {name: torch.as_tensor(value) for name, value in told.items() if name != "labels"}
+    logits = model.model(**given, use_cache=False).logits[0, -5:-2]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([7, 8, 9]))
+    ((loss, _),) = model.score([(model.prompt("w5 w6", 1), [image])], ["w7 w8 w9"])
+    assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_an_answer_ends_at_a_stop_string(folder: Path) -> None:

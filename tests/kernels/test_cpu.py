@@ -125,4 +125,4 @@ def test_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("EQAT_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", "some-cc")
     monkeypatch.setattr(cpu_library.subprocess, "run", fail)
-    assert "some-cc could not compile cpu_library.c: unrecognized option" in str(cpu_library.obstacle())
+    assert f"some-cc could not compile {cpu_library.FOLDER}: unrecognized option" in str(cpu_library.obstacle())

@@ -53,9 +53,18 @@ def assert_same(run: Callable[..., Tensor], leaves: list[Tensor]) -> None:
         assert torch.equal(value, expected)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", BITS)
+INTERPRETED = ("triton", torch.bfloat16)
+"""Takes ten seconds at any width, so one is tried by default."""
+
+WAYS = [
+    pytest.param(bits, dtype, impl, marks=pytest.mark.slow if (impl, dtype) == INTERPRETED and bits != 3 else ())
+    for bits in BITS
+    for dtype in (torch.float32, torch.bfloat16)
+    for impl in ("cpu", "reference", "triton")
+]
+
+
+@pytest.mark.parametrize(("bits", "dtype", "impl"), WAYS, ids=str)
 def test_a_linear_is_one_op(bits: int, dtype: torch.dtype, impl: str) -> None:
     packed = random_packed_weight(bits, 9, 3, 32, symmetric=bits == 4)
     assert_same(linear_of(packed, impl), leaves_of(packed, dtype, 3, bias=bits != 3))

@@ -18,6 +18,7 @@ from eqat_mm.data.image_text.batching import Collator, SampleOrder
 from eqat_mm.data.image_text.held_out import divided
 from eqat_mm.data.image_text.kept import Kept
 from eqat_mm.data.image_text.mixed import Mixed, windows_beside
+from eqat_mm.data.image_text.prefix import filling_of
 from eqat_mm.data.image_text.samples import image_text_data
 from eqat_mm.data.image_text.settings import ImageTextData
 from eqat_mm.data.text.settings import TextWindows
@@ -150,8 +151,8 @@ def image_text_samples(
     order = SampleOrder(
         training.lengths, training.text_only, step, seed=config.seed, text_warmup_steps=config.text_warmup_steps
     )
-    collator, digest = Collator(processor.tokenizer), f"{digest} {style_digest(processor)}"
-    return Samples(training, collator, order, digest, held_out, data.known.save)
+    collator = Collator(processor.tokenizer, filling=filling_of(processor))
+    return Samples(training, collator, order, f"{digest} {style_digest(processor)}", held_out, data.known.save)
 
 
 def _apart(data: Any, config: ImageTextData, read: Callable[[ImageTextData], Any]) -> tuple[Any, Any, str]:

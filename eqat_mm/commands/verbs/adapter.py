@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from eqat_mm.checkpoint.step_sizes import (
     step_sizes_of,
 )
 from eqat_mm.checkpoint.write import save_like
+from eqat_mm.commands.plumbing.runs import settings
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.progress import say, size
@@ -107,7 +108,7 @@ def _apply(job: AdapterJob) -> Iterator[Path]:
     facts = task.facts
     made: Manifest = replace(origin.manifest, provenance=facts.provenance)
     vars(model)["checkpoint_origin"] = replace(origin, manifest=made)
-    record = provenance("adapter apply", {name: str(value) for name, value in asdict(job).items()}, 0)
+    record = provenance("adapter apply", settings(job), 0)
     save_like(model, output, base, facts.stage, record, facts.companions)
     say(f"checkpoint: {output}")
     yield output

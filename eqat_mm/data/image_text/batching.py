@@ -6,7 +6,7 @@ text to image and text, step t of W takes the share 1 - t/W of its samples from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -99,12 +99,18 @@ class Collator:
     Args:
         tokenizer: gives the padding token.
         padding_side: `left` or `right`; by default the tokenizer's.
+        filling: of rows other than ids, mask and labels, by name; zero by default.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, padding_side: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        padding_side: str | None = None,
+        filling: Mapping[str, int] | None = None,
+    ) -> None:
         # Where there is no padding token any will do: it is masked and not predicted.
         known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(token, int))
-        self._fill = {"input_ids": next(known, 0), "labels": IGNORED}
+        self._fill = {"input_ids": next(known, 0), "labels": IGNORED, **(filling or {})}
         self._side = padding_side or tokenizer.padding_side
         assert self._side in ("left", "right")
 
@@ -117,7 +123,7 @@ class Collator:
 
         Returns:
             Rows [samples, T, ...], `attention_mask` among them; one that a sample lacks, as windows of text lack kinds
-            of tokens, is zero there. Other tensors [images, ...], where any sample has them: those of all samples in
+            of tokens, is filled up. Other tensors [images, ...], where any sample has them: those of all samples in
             order. Axes that differ (tiles, height, width) are filled up with zeros.
         """
         samples = [{"attention_mask": torch.ones_like(sample["input_ids"])} | sample for sample in samples]

@@ -29,6 +29,7 @@ from torch import Tensor
 from eqat_mm.data.image_text.columns import OFFSETS, REPLACED
 from eqat_mm.data.image_text.conversations import IMAGE, Conversation, Turn
 from eqat_mm.data.image_text.image_tokens import ImageTokens, Size, places_of
+from eqat_mm.data.image_text.prefix import answered, has_prefix
 from eqat_mm.data.image_text.problems import BadSample
 from eqat_mm.data.image_text.processors import tokens_of_images
 from eqat_mm.data.image_text.prompt import Renderer
@@ -64,6 +65,7 @@ class Chat:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self._sees = not isinstance(processor, TextSpeaker)
+        self._has_prefix = has_prefix(processor)
         self._renderer = Renderer(processor if self._sees else self.tokenizer)
         self._ends = _turn_ends(processor)
         self._image_tokens = ImageTokens(processor, self._renderer)
@@ -89,13 +91,16 @@ class Chat:
     def answers(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         """Find the answers in a conversation's text: for each where the model begins to write and where it ends.
 
+        Of a model that reads its prompt whole it is the last one: those before are in that prompt.
+
         Raises:
             BadSample: the template does not write each answer as it is.
         """
         found = []
         starts: list[int | None] = []
+        first = len(conversation.turns) - 1 if self._has_prefix else 0
         for place, (role, said) in enumerate(conversation.turns):
-            if role == "assistant":
+            if role == "assistant" and place >= first:
                 answer = said.strip()
                 prompt = self._rendered(replace(conversation, turns=conversation.turns[:place]), answering=True)
                 begin = len(prompt) if text.startswith(prompt) else None
@@ -175,6 +180,12 @@ class Chat:
         Raises:
             BadSample: as for `text` and `answers`.
         """
+        sample = self._encoded(conversation, images)
+        if not self._has_prefix:
+            return sample
+        return answered(sample, int((sample["labels"] != IGNORED).nonzero()[0]))
+
+    def _encoded(self, conversation: Conversation, images: list[Any]) -> dict[str, Tensor]:
         text = self.text(conversation)
         if is_written(conversation) or not self._sees:
             ids, offsets = self._as_text(text)

@@ -124,12 +124,13 @@ def _tried(processor: Any, config: Any) -> tuple[int, int | None]:
     from PIL import Image
 
     try:
-        found = processor(text=[processor.image_token], images=[Image.new("RGB", _SIDES)], return_tensors="pt")
+        image, tensors = Image.new("RGB", _SIDES), {"return_tensors": "pt"}
+        found = processor(text=[processor.image_token], images=[image], images_kwargs=tensors)
     except Exception as error:  # whatever the files make of it
         said = " ".join(str(error).split())[:200]
         raise _contradiction(f"an image cannot be read: {said}", "the processor of this model") from error
     token = _image_token(config)
-    tokens = int((found["input_ids"] == (processor.image_token_id if token is None else token)).sum())
+    tokens = list(found["input_ids"][0]).count(processor.image_token_id if token is None else token)
     return tokens, _features(processor, config, found)
 
 

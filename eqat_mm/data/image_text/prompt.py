@@ -22,6 +22,7 @@ from transformers import ProcessorMixin
 
 from eqat_mm.data.image_text.columns import REPLACED, is_row, taken_apart
 from eqat_mm.data.image_text.conversations import IMAGE, Turn
+from eqat_mm.data.image_text.prefix import framed, has_prefix, unframed
 from eqat_mm.data.text.vocabulary import start_of
 from eqat_mm.errors import ConfigError, DataError
 from eqat_mm.runtime.time_limit import time_limit
@@ -48,6 +49,8 @@ class Renderer:
     def __init__(self, speaker: Any) -> None:
         self._speaker = speaker
         self._sees = isinstance(speaker, ProcessorMixin)
+        self._frames = has_prefix(speaker)
+        self._reads = unframed(speaker) if self._frames else speaker
         self.tokenizer = speaker.tokenizer if self._sees else speaker
         self.image_token: str = getattr(speaker, "image_token", None) or IMAGE
         self._start = start_of(self.tokenizer)
@@ -80,7 +83,8 @@ class Renderer:
         Raises:
             ConfigError: there is no chat template, or it refuses the conversation.
         """
-        return self._applied([self._message(turn) for turn in turns], answering)
+        text = self._applied([self._message(turn) for turn in turns], answering)
+        return framed(self._speaker, text, answering=answering) if self._frames else text
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of texts; an image token stays one token.
@@ -132,7 +136,7 @@ class Renderer:
         """Return what the processor makes: tensors of images, lists of tokens, which it is slow to make tensors of."""
         tensors = {"images_kwargs": {"return_tensors": "pt"}}
         try:
-            return self._speaker(text=[text], images=list(images) or None, **tensors, **settings)
+            return self._reads(text=[text], images=list(images) or None, **tensors, **settings)
         except ValueError as error:
             said = " ".join(str(error).split())[:200]
             raise DataError(
@@ -144,7 +148,8 @@ class Renderer:
 
     def missing_start(self, text: str) -> tuple[int, ...]:
         """Return what the tokenizer puts before a text, unless it is there already."""
-        written = bool(self._start_text) and text.lstrip().startswith(self._start_text)
+        said = text.replace(self.image_token, "") if self._frames else text
+        written = bool(self._start_text) and said.lstrip().startswith(self._start_text)
         return () if written else self._start
 
     @cached_property

@@ -2,7 +2,8 @@
 
 LLaVA-1.5 was trained with the conversation of Vicuna 1.5 (a system prompt, `</s>` between turns) and with images padded
 to squares in the mean colour. The folders on the hub have an abridged template and crop images at their centre. `auto`
-takes what the model was trained with where a folder is such a one, and what its own files say of any other.
+takes what the model was trained with where a folder is such a one, and what its own files say of any other. PaliGemma's
+folders have no template; `auto` gives them one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any, Literal
 
 import transformers
 
+from eqat_mm.data.image_text.prefix import has_prefix
 from eqat_mm.data.user_files import decode_utf8, read_bytes, shown, user_path
 from eqat_mm.errors import ConfigError
 from eqat_mm.runtime.settings import Settings
 
-VICUNA_V1, LLAVA_HF = "vicuna_v1", "llava_hf"
-TEMPLATES = (VICUNA_V1, LLAVA_HF)
+VICUNA_V1, LLAVA_HF, PALIGEMMA = "vicuna_v1", "llava_hf", "paligemma"
+TEMPLATES = (VICUNA_V1, LLAVA_HF, PALIGEMMA)
 """Templates that come with this package."""
 
 AUTO: Literal["auto"] = "auto"
@@ -113,7 +115,8 @@ def _chosen(processor: Any, style: Style) -> Style:
     if AUTO not in (style.template, style.images):
         return style
     abridged = is_abridged(processor)
-    template = VICUNA_V1 if abridged else MODEL
+    without = PALIGEMMA if has_prefix(processor) and not processor.chat_template else MODEL
+    template = VICUNA_V1 if abridged else without
     images: ImageShape = "pad" if abridged and _crops(processor.image_processor) else MODEL
     return Style(
         template if style.template == AUTO else style.template, images if style.images == AUTO else style.images

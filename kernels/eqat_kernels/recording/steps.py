@@ -1,4 +1,4 @@
-"""Ops of torch on a few rows of float32 as calls of `cpu_steps.c`. What is not here is called from Python."""
+"""Ops of torch on a few rows of float32 as calls of `c/steps.c`. What is not here is called from Python."""
 
 from __future__ import annotations
 
