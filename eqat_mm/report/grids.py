@@ -13,6 +13,7 @@ from torch import Tensor
 from eqat_kernels import unpack
 from eqat_mm.blocks.weights import WeightSource
 from eqat_mm.checkpoint.layout import PACKED_SUFFIX, SCALE_SUFFIX, SHAPE_SUFFIX
+from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.progress import progress
 
 _CODES_AT_ONCE = 2**22
@@ -89,12 +90,12 @@ def step_middles() -> Tensor:
     return middles
 
 
-def linears(folder: Path, bits: int) -> Iterator[Linear]:
+def linears(folder: Path, spec: QuantSpec) -> Iterator[Linear]:
     """Read the quantized linears of a checkpoint, one after the other.
 
     Args:
         folder: of the checkpoint.
-        bits: of its weights.
+        spec: of its quantized linears.
 
     Raises:
         CheckpointError: a shard is missing or damaged.
@@ -104,7 +105,7 @@ def linears(folder: Path, bits: int) -> Iterator[Linear]:
         (name.removesuffix(SCALE_SUFFIX) for name in source.names() if name.endswith(SCALE_SUFFIX)), key=_key
     )
     for name in progress(names, what="grids", total=len(names), unit="linear"):
-        yield Linear(name, *place_of(name), _grids(source, name, bits))
+        yield Linear(name, *place_of(name), _grids(source, name, spec.of(name).bits))
 
 
 def place_of(name: str) -> tuple[int | None, str]:

@@ -185,6 +185,8 @@ def _holds(hint: Any, value: Any) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in parts)
     if origin in (tuple, list):
         return isinstance(value, tuple | list) and all(_holds(parts[0], each) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_holds(parts[0], key) and _holds(parts[1], value[key]) for key in value)
     if hint in (int, float):
         return isinstance(value, int | hint) and not isinstance(value, bool)
     if hint in (str, Path):
@@ -203,6 +205,8 @@ def _kind(hint: Any, value: Any) -> str:
         return ", ".join(map(str, parts))
     if origin in (tuple, list):
         return f"a list of: {allowed_by(parts[0])}"
+    if origin is dict:
+        return f"a table of: {allowed_by(parts[1])}"
     if origin is Annotated:
         return _limited(parts[0], parts[1], value)
     if settings_in(hint) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from eqat_mm.plan.llm_qat import plan_llm_qat
 from eqat_mm.plan.machine import Machine, card, this_machine
 from eqat_mm.plan.options import llm_qat_options
 from eqat_mm.plan.shape import ModelShape
+from eqat_mm.plan.storage import average_bits
 from eqat_mm.plan.table import details, summary
 from eqat_mm.plan.verdict import Verdict, judge, with_ram_and_disk
 from eqat_mm.runtime.device import best_device
@@ -86,6 +87,7 @@ def plan(job: PlanJob) -> list[Verdict]:
         refuse_packed(job.model, path.parent)
     refuse_named_quantized(path, config)
     shape, machine = shape_of(config, path, job.adapter), _machine(job)
+    job = replace(job, quant=job.quant.resolved())
     verdicts = list(_verdicts(job, shape, machine))
     say(_as_json(job, machine, verdicts) if job.json else _as_text(job, shape, machine, verdicts))
     return verdicts
@@ -138,7 +140,10 @@ def _e2e_qp_settings(tuned: Mapping[str, Any]) -> E2EQPConfig:
 def _as_text(job: PlanJob, shape: ModelShape, machine: Machine, verdicts: list[Verdict]) -> str:
     memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
     where = f"{machine.gpus} x {machine.name}" if machine.gpus > 1 else machine.name
-    blocks, head = len(shape.blocks), f"{job.model}, {job.quant.name}: {billions(shape.parameters)} parameters"
+    spec = job.quant.name
+    if job.quant.table:
+        spec += f", {average_bits(shape, job.quant):.2f} bits per weight"
+    blocks, head = len(shape.blocks), f"{job.model}, {spec}: {billions(shape.parameters)} parameters"
     experts, sent = shape.largest.experts, shape.largest.sent
     routed = f" of {experts} experts, {sent} for each token" if experts else ""
     lines = [f"{head}, {blocks} blocks{routed}", f"on {where}{memory} (rates: {machine.origin})"]

@@ -66,7 +66,7 @@ class GGUF:
 
     def nearest(self, model: PackedModel) -> str:
         """Say what GGUF would hold exactly."""
-        return f"{model.spec.bits} bits on the symmetric grid (--quant.symmetric true)"
+        return f"{model.spec.widths} bits on the symmetric grid (--quant.symmetric true)"
 
     def size(self, model: PackedModel, choices: Choices) -> int:
         """Return the bytes of all tensors, and of the vocabulary about."""
