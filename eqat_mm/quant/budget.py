@@ -1,9 +1,9 @@
 """The best choice for each of several units within a budget, exactly: the multiple-choice knapsack problem.
 
-At a price per bit each unit takes the choice with the least damage and price by itself. The price at which the bits just
-fit gives two bounds: its choices cannot be far from the best, and what units do at least from any point on is known. Then
-units are added one by one. Of the sums so far those are kept that no other beats in both damage and bits, and that may
-still end below the choices known: few.
+At a price per bit each unit takes the choice with the least damage and price by itself. The price at which the bits
+just fit gives two bounds: the best is no worse than its choices, and from any unit on, damage and price are at least
+theirs. Then units are added one by one. Of the sums so far those are kept that no other beats in both damage and bits,
+and that may still end below the choices known: few.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Grids:
     """Of one linear, or of several together.
 
     Attributes:
-        codes: how often each code is there, int64 [2^bits].
+        codes: how often each code is there, int64 [2^bits]; of several widths the most, and the highest code is last.
         zero_points: how often each zero point is there, int64 [2^bits]; all 0 on the symmetric grid.
         steps: how often a step size lies in each of the ranges of `step_middles`, int64.
     """
@@ -37,7 +37,8 @@ class Grids:
     steps: Tensor
 
     def __add__(self, other: Grids) -> Grids:
-        return Grids(self.codes + other.codes, self.zero_points + other.zero_points, self.steps + other.steps)
+        zero_points = _joined(self.zero_points, other.zero_points)
+        return Grids(_joined(self.codes, other.codes), zero_points, self.steps + other.steps)
 
     @property
     def weights(self) -> int:
@@ -65,6 +66,13 @@ class Grids:
         """Return the absolute step size below which this share of all lies, to about a percent."""
         below = self.steps.cumsum(0).double() / self.steps.sum()
         return float(step_middles()[int((below >= share - 1e-12).nonzero()[0])])
+
+
+def _joined(one: Tensor, other: Tensor) -> Tensor:
+    """Return how often each code is there in both, the lowest with the lowest and the highest with the highest."""
+    longest = max(len(one), len(other))
+    first, second = (torch.cat([each[:-1], each.new_zeros(longest - len(each)), each[-1:]]) for each in (one, other))
+    return first + second
 
 
 @dataclass(frozen=True)

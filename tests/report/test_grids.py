@@ -113,3 +113,13 @@ def test_tuning_step_sizes_leaves_the_codes(root: Path) -> None:
     before, after = (together(list(linears(root / name / "model", QuantSpec(2)))) for name in ("block-ap", "e2e-qp"))
     assert before.codes.tolist() == after.codes.tolist()
     assert before.steps.tolist() != after.steps.tolist()
+
+
+def test_grids_of_several_widths_are_joined_at_their_ends() -> None:
+    two, three = (Grids(torch.tensor(codes), torch.zeros(len(codes)).long(), torch.ones(3).long()) for codes in (
+        [1, 2, 3, 4], [10, 0, 0, 0, 0, 0, 5, 20],
+    ))  # fmt: skip
+    both = two + three
+    assert both.codes.tolist() == (three + two).codes.tolist() == [11, 2, 3, 0, 0, 0, 5, 24]
+    assert both.ends == (11 / 45, 24 / 45)
+    assert both.border is None
