@@ -10,14 +10,14 @@ import torch
 
 from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.runtime.files import read_json_object
-from eqat_mm.runtime.settings import OneOf, Settings, require
+from eqat_mm.runtime.settings import Filled, OneOf, Settings, require
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256, -1)
 
 WeightBits = Annotated[int, OneOf(BITS)]
 GroupSize = Annotated[int, OneOf(GROUP_SIZES)]
-Table = dict[str, WeightBits]
+Table = Annotated[dict[str, WeightBits], Filled()]
 """Bits of every quantized linear, by its path from the list of blocks on: `layers.0.mlp.up_proj`."""
 
 
@@ -42,14 +42,14 @@ class QuantSpec(Settings, option="quant"):
     allocation: Path | Table | None = None
 
     def resolved(self) -> QuantSpec:
-        """Return the spec with the table of its allocation file in place of the file; `bits` are the fewest in it.
+        """Return the spec with the table of its allocation, where it is a file; `bits` are the fewest in it.
 
         Raises:
             ConfigError: no such file, or no allocation in it.
         """
-        if not isinstance(self.allocation, Path):
+        if self.allocation is None:
             return self
-        table = _read(self.allocation)
+        table = _read(self.allocation) if isinstance(self.allocation, Path) else self.allocation
         return replace(self, bits=min(table.values()), allocation=table)
 
     @property
@@ -136,14 +136,10 @@ def _read(path: Path) -> Table:
         ConfigError: it holds none.
     """
     try:
-        table = read_json_object(path).get("bits")
+        table: Any = read_json_object(path).get("bits")
     except CheckpointError as error:
-        raise ConfigError(f"--quant.allocation {path}", error.given, _FILE, _MAKE) from error
-    if not isinstance(table, dict) or not table:
-        raise ConfigError(f"--quant.allocation {path}", "no table `bits` in it", _FILE, _MAKE)
-    require(Table, table, f"--quant.allocation {path}")
-    return table
-
-
-_FILE = "a file that `eqat allocate` writes"
-_MAKE = "make it: eqat allocate --model MODEL --average_bits 2.5 --calibration.source TEXT"
+        allowed, do = "a file that `eqat allocate` writes", "make it: eqat allocate --model MODEL --average_bits 2.5"
+        raise ConfigError(f"--quant.allocation {path}", error.given, allowed, do) from error
+    require(Table, table, f"--quant.allocation {path}: bits")
+    found: Table = table
+    return found

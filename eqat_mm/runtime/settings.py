@@ -205,8 +205,6 @@ def _kind(hint: Any, value: Any) -> str:
         return ", ".join(map(str, parts))
     if origin in (tuple, list):
         return f"a list of: {allowed_by(parts[0])}"
-    if origin is dict:
-        return f"a table of: {allowed_by(parts[1])}"
     if origin is Annotated:
         return _limited(parts[0], parts[1], value)
     if settings_in(hint) is not None:
@@ -218,7 +216,7 @@ def _limited(base: Any, limit: Any, value: Any) -> str:
     if isinstance(limit, OneOf):
         return limit.words
     if isinstance(limit, Filled):
-        return f"{limit.words} of: {allowed_by(get_args(base)[0])}"
+        return f"{limit.words} of: {allowed_by([kind for kind in get_args(base) if kind is not ...][-1])}"
     noun = "an integer" if base is int else "a number"
     joint = " of " if limit.words.endswith("more") else ", " if limit.words[0].isdigit() else " "
     capped = _is_number(value) and value > limit.most and str(limit.most) not in limit.words

@@ -133,16 +133,17 @@ def test_both_phases_keep_the_bits(
     """Folders are named after the file; stopped in the midst, Block-AP goes on from packed blocks of several widths."""
     monkeypatch.chdir(tmp_path)
     spec, table = mixed(allocation), read_json(allocation)["bits"]
-    undisturbed = block_ap(block_ap_job(tiny, tmp_path / "undisturbed", quant=spec))
+    few = {"quant": spec, "calibration": tiny.windows(6)}
+    undisturbed = block_ap(block_ap_job(tiny, tmp_path / "undisturbed", **few))
     with monkeypatch.context() as patch:
         patch.setattr("eqat_mm.train.block_ap.BlockWalker.advance_quantized", _stop_at(1))
         with pytest.raises(KeyboardInterrupt):
-            block_ap(block_ap_job(tiny, None, quant=spec))
+            block_ap(block_ap_job(tiny, None, **few))
     assert len(read_json(Path("runs/mixed/block-ap/state.json"))["records"]) == 1
-    made = block_ap(block_ap_job(tiny, None, quant=spec))
+    made = block_ap(block_ap_job(tiny, None, **few))
     assert made == Path("runs/mixed/block-ap/model")
     assert same_weights(made, undisturbed)
-    tuned = e2e_qp(e2e_qp_job(tiny, None, None, quant=spec))
+    tuned = e2e_qp(e2e_qp_job(tiny, None, None, quant=spec, max_steps=1))
     assert tuned == Path("runs/mixed/e2e-qp/model")
     for folder in (made, tuned):
         assert widths_of(folder) == table

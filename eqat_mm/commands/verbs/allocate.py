@@ -40,7 +40,7 @@ class AllocateJob(Settings):
         average_bits: the budget, in stored bits per quantized weight, with step sizes and zero points: 2 bits in groups
             of 64 are 2.28, 3 are 3.30.
         output: JSON file. Default: runs/MODEL-wBITSgGROUP.json; runs with it are called the same.
-        widths: bits to choose from.
+        widths: bits to choose from, [2, 3, 4].
         group_size: weights that share a step size, in the runs with this allocation.
         symmetric: whether these are on the symmetric grid.
         measure: damage of a unit rounded alone: `kl` measures it, one forward for each unit and width; `gradient`
@@ -57,7 +57,7 @@ class AllocateJob(Settings):
     model: str
     average_bits: Positive = field(kw_only=True)
     output: Path | None = None
-    widths: Annotated[list[WeightBits], Filled()] = field(default_factory=lambda: [2, 3, 4])
+    widths: Annotated[tuple[WeightBits, ...], Filled()] = (2, 3, 4)
     group_size: GroupSize = 64
     symmetric: bool = False
     measure: Literal["kl", "gradient"] = "kl"
