@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from eqat_mm.data.text.settings import TextWindows
+from llava_adapters.llama import ARCH as LLAMA
 from llava_adapters.tiny import tiny_config
 from llava_adapters.tiny_processor import WORDS, word_tokenizer
 
@@ -59,6 +60,15 @@ def tiny_llama(seed: int = 0, kind: type[LlamaForCausalLM] = LlamaForCausalLM, *
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(config)  # type: ignore[arg-type]
+
+
+def mixed_bits(blocks: int = 2) -> dict[str, int]:
+    """Return an allocation for such a Llama: attention at 3 bits, every second MLP at 4, the others at 2."""
+    return {
+        f"layers.{index}.{path}": 3 if "attn" in path else 2 + 2 * (index % 2)
+        for index in range(blocks)
+        for path in LLAMA.linears
+    }
 
 
 def save_text(path: Path) -> None:

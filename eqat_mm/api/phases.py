@@ -226,10 +226,12 @@ def _of_packed(
     """Return the job of E2E-QP on a packed model, whose settings are those of the model that it was made from."""
     manifest = model.checkpoint_origin.manifest if is_packed_model(model) else read_manifest(base)
     full = str(source or manifest.source)
-    named = {f"quant.{name}": value for name, value in manifest.spec.items()} | dict(named) | {"quantized": base}
+    spec = QuantSpec(**manifest.spec)
+    alike = replace(spec, allocation=None).as_dict()  # e2e-qp is given the checkpoint itself
+    named = {f"quant.{name}": value for name, value in alike.items()} | dict(named) | {"quantized": base}
     there = full if config_of(full) is not None else str(base)  # which says as well what the model is
     job = replace(job_from("e2e-qp", E2EQPJob, named | {"model": there}, *settings), model=full)
-    stage, spec = stage_of(job), QuantSpec(**manifest.spec)
+    stage = stage_of(job)
     output = job.output or _beside(base, stage) or default_output(full, spec) / stage
     start = packed_folder(model, output / "start", overwrite=job.overwrite) if is_packed_model(model) else base
     return replace(job, quantized=start, output=output)

@@ -65,7 +65,7 @@ def insert_packed(model: nn.Module, scales: Iterable[str], manifest: Manifest, w
     """Replace the linears that have step sizes by empty packed ones.
 
     Raises:
-        CheckpointError: a name is not that of a linear, or the group size does not divide one.
+        CheckpointError: a name is not that of a linear, or one that has no bits, or the group size does not divide one.
     """
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     spec = QuantSpec(**manifest.spec)
@@ -78,7 +78,7 @@ def insert_packed(model: nn.Module, scales: Iterable[str], manifest: Manifest, w
                 allowed=f"linears of the model that config.json describes, in groups as {spec.name} has them",
                 do="copy or make the checkpoint again",
             )
-        set_submodule(model, path, empty_packed(linears[path], spec, manifest.activation_bits, path))
+        set_submodule(model, path, empty_packed(linears[path], spec.of(path), manifest.activation_bits, path))
 
 
 def empty_packed(linear: nn.Linear, spec: QuantSpec, activation_bits: int, path: str) -> PackedLinear:

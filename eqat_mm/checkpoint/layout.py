@@ -7,6 +7,7 @@ for weights and activations of 8 bits, which is what kernels for them read: whol
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ PACKED_LEAVES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_s
 """Last parts of the names of tensors that stand for the weight of a linear."""
 PACKED = "pack-quantized"
 BYTES = "int-quantized"
+_EVERY = "Linear"
+"""Target of a group for all linears. Among several groups engines would prefer it to the parts of a fused layer."""
+_BEFORE, _DOT = "re:.*", r"\."
 _SIGN = 128
 """The unsigned code of zero at 8 bits; as a mask, the bit that tells signed from unsigned codes."""
 
@@ -39,15 +43,45 @@ def quantization_config(
     """Return the `quantization_config` entry of config.json.
 
     Args:
-        spec: of every quantized linear.
+        spec: of the quantized linears, resolved.
         ignore: regular expressions (`re:...`) of linears that stay in full precision.
         widths: of activations and KV cache; None where neither is quantized.
         head_dim: channels of one head of a key, where the KV cache is quantized.
         loose: parameters that a module holds which is more than a layer, such as `image_newline`.
     """
     widths = widths or BitWidths(spec.bits)
+    targets: dict[int, list[str]] = {} if spec.table else {spec.bits: [_EVERY]}
+    for path, bits in sorted(spec.table.items(), key=lambda pair: pair[1]):
+        targets.setdefault(bits, []).append(_target(path))
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format_of(widths),
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{index}": {
+                "targets": theirs,
+                "weights": _weights(replace(spec, bits=bits)),
+                "input_activations": _dynamic(widths.activations, "token"),
+                "output_activations": None,
+            }
+            for index, (bits, theirs) in enumerate(targets.items())
+        },
+        "ignore": list(ignore),
+        # per token and head: the library's `token` would share one step size among all tokens of a head
+        "kv_cache_scheme": _dynamic(widths.kv_cache, "group", head_dim),
+        # transformers 5.23 expects unpacked zero points unless it is told to dequantize while it loads; engines ignore
+        # the key. That route rounds weights to the dtype of the scales, so the symmetric grid does without, but where a
+        # module with parameters of its own is handed outputs of others: compressed-tensors 0.19 and 0.20 turn those
+        # into plain dictionaries on the other route, and `generate` fails. That route takes the bits of the first group
+        # for those of all, without a word, so mixed bits never take it: asymmetric ones are refused aloud instead.
+        **({} if spec.table or (spec.symmetric and not loose) else {"dequantize": True}),
+    }
+
+
+def _weights(spec: QuantSpec) -> dict[str, Any]:
+    """Return the scheme of weights."""
     whole_row = spec.group_size == -1
-    weights = {
+    return {
         "num_bits": spec.bits,
         "type": "int",
         "symmetric": spec.symmetric,
@@ -57,27 +91,15 @@ def quantization_config(
         "actorder": None,
         "observer": "minmax",
     }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": format_of(widths),
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": _dynamic(widths.activations, "token"),
-                "output_activations": None,
-            }
-        },
-        "ignore": list(ignore),
-        # per token and head: the library's `token` would share one step size among all tokens of a head
-        "kv_cache_scheme": _dynamic(widths.kv_cache, "group", head_dim),
-        # transformers 5.23 expects unpacked zero points unless it is told to dequantize while it loads; engines ignore
-        # the key. That route rounds weights to the dtype of the scales, so the symmetric grid does without, but where a
-        # module with parameters of its own is handed outputs of others: compressed-tensors 0.19 and 0.20 turn those
-        # into plain dictionaries on the other route, and `generate` fails.
-        **({} if spec.symmetric and not loose else {"dequantize": True}),
-    }
+
+
+def _target(path: str) -> str:
+    """Return what stands for a linear among the targets of a group: it matches by the end of the path, as `ignore`."""
+    return f"{_BEFORE}{path.replace('.', _DOT)}$"
+
+
+def _path(target: str) -> str:
+    return target.removeprefix(_BEFORE).removesuffix("$").replace(_DOT, ".")
 
 
 def format_of(widths: BitWidths) -> str:
@@ -167,7 +189,7 @@ def described(config: dict[str, Any], scale_dtype: torch.dtype | None, where: st
         raise CheckpointError(
             where=where,
             given="no quantization_config" if entry is None else f"format {form!r:.60}, {reason:.120}",
-            allowed=f"compressed-tensors {BYTES!r} or {PACKED!r} with one group",
+            allowed=f"compressed-tensors {BYTES!r} or {PACKED!r}, with groups that differ in bits alone",
             do="give a folder written by `eqat block-ap` or `eqat e2e-qp`",
         ) from error
 
@@ -194,18 +216,28 @@ def _alike(entry: dict[str, Any]) -> dict[str, Any]:
 def _described(entry: Any, scale_dtype: torch.dtype | None) -> tuple[QuantSpec, BitWidths]:
     if entry["format"] not in (PACKED, BYTES):
         raise ValueError("which is read by others")
-    if len(entry["config_groups"]) != 1:
-        raise ValueError(f"{len(entry['config_groups'])} groups")
-    (group,) = entry["config_groups"].values()
+    groups = list(entry["config_groups"].values())
+    specs = [_spec_of(group, scale_dtype) for group in groups]
+    spec = min(specs, key=lambda each: each.bits)
+    named = [(target, each.bits) for each, group in zip(specs, groups, strict=True) for target in group["targets"]]
+    if any(target.startswith(_BEFORE) for target, _ in named):
+        spec = replace(spec, allocation={_path(target): bits for target, bits in named})
+    elif len(groups) > 1:
+        raise ValueError(f"{len(groups)} groups")
+    if any(replace(each, bits=spec.bits) != replace(spec, allocation=None) for each in specs):
+        raise ValueError("groups that differ")
+    schemes = [{"num_bits": spec.bits}, groups[0].get("input_activations"), entry.get("kv_cache_scheme")]
+    widths = BitWidths(*(UNQUANTIZED if scheme is None else scheme["num_bits"] for scheme in schemes))
+    if (entry["format"] == BYTES) != (format_of(widths) == BYTES):
+        raise ValueError(f"at {widths.name}")
+    return spec, widths
+
+
+def _spec_of(group: dict[str, Any], scale_dtype: torch.dtype | None) -> QuantSpec:
     weights = group["weights"]
-    spec = QuantSpec(
+    return QuantSpec(
         bits=weights["num_bits"],
         group_size=weights["group_size"] or -1,
         symmetric=weights["symmetric"],
         scale_dtype="float16" if scale_dtype is torch.float16 else "bfloat16",
     )
-    schemes = [weights, group.get("input_activations"), entry.get("kv_cache_scheme")]
-    widths = BitWidths(*(UNQUANTIZED if scheme is None else scheme["num_bits"] for scheme in schemes))
-    if (entry["format"] == BYTES) != (format_of(widths) == BYTES):
-        raise ValueError(f"at {widths.name}")
-    return spec, widths

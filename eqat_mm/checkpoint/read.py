@@ -115,7 +115,7 @@ def load_block(
         opened: the full-precision model.
         name: path of the block in it.
         block: the block; what it holds is not read.
-        spec: of its quantized linears.
+        spec: of its quantized linears, resolved.
         device: to load to.
 
     Raises:
@@ -123,7 +123,7 @@ def load_block(
     """
     release(block)
     for path, linear in opened.arch.named_linears(block):
-        set_submodule(block, path, empty_packed(linear, spec, UNQUANTIZED, f"{name}.{path}"))
+        set_submodule(block, path, empty_packed(linear, spec.of(f"{name}.{path}"), UNQUANTIZED, f"{name}.{path}"))
     stored = {
         called(f"{name}.{part}"): part  # a run that was begun by an older version has the names of its source
         for called in (opened.source.stored_name, opened.source.published_name)

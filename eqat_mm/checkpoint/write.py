@@ -55,7 +55,7 @@ class CheckpointWriter:
     Args:
         folder: of the checkpoint.
         opened: the full-precision model it is made from.
-        spec: of its quantized linears.
+        spec: of its quantized linears, resolved.
         widths: of activations and KV cache; None where neither is quantized.
 
     Raises:

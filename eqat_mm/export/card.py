@@ -84,8 +84,8 @@ def _what(model: PackedModel, facts: Facts) -> str:
     group = "rows" if spec.group_size == -1 else f"groups of {spec.group_size}"
     exact = facts.change or "Every quantized weight has the value that it has in the checkpoint."
     return (
-        f"{model.manifest.source} with the linear layers of its decoder blocks at {spec.bits} bits, on {grid} grids in "
-        f"{group}: {facts.bits_per_weight:.2f} bits per weight in the checkpoint. {exact}"
+        f"{model.manifest.source} with the linear layers of its decoder blocks at {spec.widths} bits, on {grid} "
+        f"grids in {group}: {facts.bits_per_weight:.2f} bits per weight in the checkpoint. {exact}"
     )
 
 

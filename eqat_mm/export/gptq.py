@@ -14,7 +14,7 @@ from torch import Tensor
 from eqat_kernels import dequantize, pack
 from eqat_mm.errors import ExportError
 from eqat_mm.export.form import Choices
-from eqat_mm.export.hf_folder import Tensors, require_known_kind, write_hf_folder
+from eqat_mm.export.hf_folder import Tensors, require_known_kind, require_same_bits, write_hf_folder
 from eqat_mm.export.opened import PackedModel, PackedWeight
 
 _WHOLE = 32
@@ -32,9 +32,10 @@ class Gptq:
         """Check shapes and architecture; GPTQ holds all bits, groups and both grids.
 
         Raises:
-            ExportError: rows or columns that do not fill whole words, or a model that no reader takes.
+            ExportError: bits that differ, rows or columns that do not fill whole words, or a model without a reader.
         """
         require_known_kind(model, self.name, _UNREAD)
+        require_same_bits(model, self.name)
         for name, weight in model.weights.items():
             if weight.in_features % _WHOLE or weight.out_features % _WHOLE:
                 raise ExportError(

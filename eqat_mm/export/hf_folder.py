@@ -103,6 +103,21 @@ def common_group(model: PackedModel, form: str, sizes: Sequence[int]) -> int:
     )
 
 
+def require_same_bits(model: PackedModel, form: str) -> None:
+    """Check that all linears have the same bits.
+
+    Raises:
+        ExportError: they have not, and the format has one number for all.
+    """
+    if model.spec.table:
+        raise ExportError(
+            where=f"--to {form}, from {model.folder}",
+            given=f"linears of {model.spec.widths} bits",
+            allowed="the same bits in all linears",
+            do="choose --to mlx or gguf, which say it of each tensor, or serve the checkpoint itself (docs/formats.md)",
+        )
+
+
 def repeated(values: Tensor, weight: PackedWeight, group: int) -> Tensor:
     """Return values of groups [O, G] for groups of a size that divides theirs, [O, I / group]."""
     return values.repeat_interleave(weight.group_size // group, 1)

@@ -6,6 +6,7 @@ Codes are those of the checkpoint, word for word. What changes is the offset: ML
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,12 @@ class Mlx(Unchanged):
     def write(self, model: PackedModel, folder: Path, choices: Choices) -> list[str]:
         """Write shards, index and config.json; return how they are used."""
         group = common_group(model, self.name, GROUPS)
-        entry = {"group_size": group, "bits": model.spec.bits, "mode": "affine"}
+        entry: dict[str, Any] = {"group_size": group, "bits": model.spec.bits, "mode": "affine"}
+        if model.spec.table:
+            entry |= {
+                model.published_name(name): {"group_size": group, "bits": weight.spec.bits}
+                for name, weight in model.weights.items()
+            }
         settings = dict.fromkeys(_KEYS, entry)
         write_hf_folder(model, folder, lambda each: affine(each, group), settings, model.published_name)
         program = "mlx_vlm generate --image picture.png" if takes_images(model) else "mlx_lm generate"

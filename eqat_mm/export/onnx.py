@@ -9,7 +9,15 @@ import torch
 from eqat_kernels import pack
 from eqat_mm.errors import ExportError
 from eqat_mm.export.form import Choices
-from eqat_mm.export.hf_folder import Tensors, Unchanged, common_group, no_reader, repeated, write_hf_folder
+from eqat_mm.export.hf_folder import (
+    Tensors,
+    Unchanged,
+    common_group,
+    no_reader,
+    repeated,
+    require_same_bits,
+    write_hf_folder,
+)
 from eqat_mm.export.opened import PackedModel, PackedWeight
 
 BITS = (2, 4, 8)
@@ -35,8 +43,10 @@ class Onnx(Unchanged):
         """Check bits, groups and architecture; both grids are held.
 
         Raises:
-            ExportError: no kernel for such bits, groups that are no multiples of 32, or a model that is not built.
+            ExportError: bits that differ or have no kernel, groups that are no multiples of 32, or a model that is
+                not built.
         """
+        require_same_bits(model, self.name)
         if model.spec.bits not in BITS:
             raise ExportError(
                 where=f"--to onnx, from {model.folder}",

@@ -91,7 +91,7 @@ class PackedModel:
         folder: of the checkpoint.
         manifest: what it says of itself.
         config: content of config.json.
-        spec: of every quantized linear.
+        spec: of its quantized linears.
         source: its tensors, by their names in the model.
         weights: the quantized linears by name, in the order of the files.
         others: names of all other tensors, biases of quantized linears among them, in the order of the files.
@@ -161,7 +161,7 @@ def open_packed(folder: Path) -> PackedModel:
     require_described(folder, config, manifest, headers[scales[0]].dtype if scales else None)
     spec = QuantSpec(**manifest.spec)
     modules = [name.removesuffix(SCALE_SUFFIX) for name in scales]
-    weights = {name: PackedWeight(name, spec, *_shape(source, name), source) for name in modules}
+    weights = {name: PackedWeight(name, spec.of(name), *_shape(source, name), source) for name in modules}
     theirs = {f"{name}.{leaf}" for name in modules for leaf in _LEAVES}
     if not weights:
         raise CheckpointError(str(folder), "no quantized linear", "a packed model", "quantize the model first")

@@ -83,7 +83,7 @@ class _E2EQP(EndToEnd):
         # the peak is where the backward begins: gradients are there if they are kept from an earlier one
         kept = sizes if self.config.accumulation > 1 or self.stage else sizes / len(self.shape.blocks)
         return self.teacher() + amount(
-            ("codes", packed, f"{self.spec.bits} bits x {billions(self.shape.weights)}, zero points"),
+            ("codes", packed, f"{self.spec.widths} bits x {billions(self.shape.weights)}, zero points"),
             ("step sizes", self.costs.step_size * sizes, f"{self.costs.step_size:g} B x {billions(sizes)}"),
             ("their gradients", self.costs.step_gradient * kept, f"{self.costs.step_gradient:g} B x {billions(kept)}"),
             ("not quantized", self.width * other, f"{self.width} B x {billions(other)}"),

@@ -23,6 +23,7 @@ class BlockShape:
 
     Attributes:
         linears: (outputs, inputs) of every quantized linear.
+        names: theirs, from the list of blocks on.
         other: numbers in everything else: norms, biases, routers.
         routed: those of the linears that belong to experts.
         experts: number of experts.
@@ -30,6 +31,7 @@ class BlockShape:
     """
 
     linears: tuple[Size, ...]
+    names: tuple[str, ...]
     other: int
     routed: tuple[Size, ...] = ()
     experts: int = 0
@@ -135,7 +137,8 @@ def shape_of(model: nn.Module, arch: Arch) -> ModelShape:
     assert isinstance(model, transformers.PreTrainedModel)
     config: Any = model.config
     text = config.get_text_config(decoder=True)
-    blocks = tuple(_block(block, arch, text) for block in arch.find_blocks(model))
+    row = arch.blocks.rpartition(".")[2]
+    blocks = tuple(_block(block, arch, text, f"{row}.{index}.") for index, block in enumerate(arch.find_blocks(model)))
     embedding, head = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
     tied = config.tie_word_embeddings or text.tie_word_embeddings
     ends = embedding.numel() + (0 if head is embedding else head.numel())
@@ -157,14 +160,15 @@ def shape_of(model: nn.Module, arch: Arch) -> ModelShape:
     )
 
 
-def _block(block: nn.Module, arch: Arch, text: Any) -> BlockShape:
+def _block(block: nn.Module, arch: Arch, text: Any, before: str) -> BlockShape:
     linears = {path: (linear.out_features, linear.in_features) for path, linear in arch.named_linears(block)}
     weights = sum(rows * columns for rows, columns in linears.values())
     rounds = [each for each in arch.rounds_of(block) if each.experts is not None]
     routed = tuple(linears[path] for each in rounds for stage in each.stages for path in stage)
     experts = len(rounds[0].stages) if rounds else 0
     sent = min(experts, getattr(text, "num_experts_per_tok", None) or experts)
-    return BlockShape(tuple(linears.values()), _total(block) - weights, routed, experts, sent)
+    names = tuple(before + path for path in linears)
+    return BlockShape(tuple(linears.values()), names, _total(block) - weights, routed, experts, sent)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -28,12 +28,12 @@ def linear_bytes(rows: int, columns: int, spec: QuantSpec) -> tuple[int, int]:
 
 def block_codes(block: BlockShape, spec: QuantSpec) -> int:
     """Bytes of codes and zero points in a block."""
-    return sum(linear_bytes(*linear, spec)[0] for linear in block.linears)
+    return sum(linear_bytes(*size, spec.of(name))[0] for name, size in zip(block.names, block.linears, strict=True))
 
 
 def block_scales(block: BlockShape, spec: QuantSpec) -> int:
     """Number of step sizes in a block; there are as many zero points."""
-    return sum(linear_bytes(*linear, spec)[1] for linear in block.linears)
+    return sum(linear_bytes(*size, spec.of(name))[1] for name, size in zip(block.names, block.linears, strict=True))
 
 
 def codes(shape: ModelShape, spec: QuantSpec) -> int:
@@ -44,6 +44,18 @@ def codes(shape: ModelShape, spec: QuantSpec) -> int:
 def scales(shape: ModelShape, spec: QuantSpec) -> int:
     """Number of step sizes in the model."""
     return sum(block_scales(block, spec) for block in shape.blocks)
+
+
+def average_bits(shape: ModelShape, spec: QuantSpec) -> float:
+    """Stored bits per quantized weight, with step sizes and zero points; words are not filled up."""
+    return (
+        sum(
+            rows * columns * spec.of(name).bits_per_weight(columns)
+            for block in shape.blocks
+            for name, (rows, columns) in zip(block.names, block.linears, strict=True)
+        )
+        / shape.weights
+    )
 
 
 def checkpoint_bytes(shape: ModelShape, spec: QuantSpec) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from eqat_kernels import unpack
 from eqat_mm.blocks.weights import WeightSource
 from eqat_mm.checkpoint.layout import PACKED_SUFFIX, SCALE_SUFFIX, SHAPE_SUFFIX
+from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.progress import progress
 
 _CODES_AT_ONCE = 2**22
@@ -26,7 +27,7 @@ class Grids:
     """Of one linear, or of several together.
 
     Attributes:
-        codes: how often each code is there, int64 [2^bits].
+        codes: how often each code is there, int64 [2^bits]; of several widths the most, and the highest code is last.
         zero_points: how often each zero point is there, int64 [2^bits]; all 0 on the symmetric grid.
         steps: how often a step size lies in each of the ranges of `step_middles`, int64.
     """
@@ -36,7 +37,8 @@ class Grids:
     steps: Tensor
 
     def __add__(self, other: Grids) -> Grids:
-        return Grids(self.codes + other.codes, self.zero_points + other.zero_points, self.steps + other.steps)
+        zero_points = _joined(self.zero_points, other.zero_points)
+        return Grids(_joined(self.codes, other.codes), zero_points, self.steps + other.steps)
 
     @property
     def weights(self) -> int:
@@ -66,6 +68,13 @@ class Grids:
         return float(step_middles()[int((below >= share - 1e-12).nonzero()[0])])
 
 
+def _joined(one: Tensor, other: Tensor) -> Tensor:
+    """Return how often each code is there in both, the lowest with the lowest and the highest with the highest."""
+    longest = max(len(one), len(other))
+    first, second = (torch.cat([each[:-1], each.new_zeros(longest - len(each)), each[-1:]]) for each in (one, other))
+    return first + second
+
+
 @dataclass(frozen=True)
 class Linear:
     """One quantized linear.
@@ -89,12 +98,12 @@ def step_middles() -> Tensor:
     return middles
 
 
-def linears(folder: Path, bits: int) -> Iterator[Linear]:
+def linears(folder: Path, spec: QuantSpec) -> Iterator[Linear]:
     """Read the quantized linears of a checkpoint, one after the other.
 
     Args:
         folder: of the checkpoint.
-        bits: of its weights.
+        spec: of its quantized linears.
 
     Raises:
         CheckpointError: a shard is missing or damaged.
@@ -104,7 +113,7 @@ def linears(folder: Path, bits: int) -> Iterator[Linear]:
         (name.removesuffix(SCALE_SUFFIX) for name in source.names() if name.endswith(SCALE_SUFFIX)), key=_key
     )
     for name in progress(names, what="grids", total=len(names), unit="linear"):
-        yield Linear(name, *place_of(name), _grids(source, name, bits))
+        yield Linear(name, *place_of(name), _grids(source, name, spec.of(name).bits))
 
 
 def place_of(name: str) -> tuple[int | None, str]:

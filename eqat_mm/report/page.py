@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.report.charts import COLOURS, DASHES, chart
 from eqat_mm.report.curves import block_panels, step_panels, totals
 from eqat_mm.report.found import Found, Stage, table
@@ -111,8 +112,8 @@ def _section(stage: Stage, key: int) -> Section:
     if stage.manifest is None:
         return Section(stage, key, [], None, [])
     layers = layers_of(stage.model)
-    bits = stage.manifest.spec["bits"]
-    return Section(stage, key, layers, bits_per_weight(stage.model, layers), list(linears(stage.model, bits)))
+    spec = QuantSpec(**stage.manifest.spec)
+    return Section(stage, key, layers, bits_per_weight(stage.model, layers), list(linears(stage.model, spec)))
 
 
 def _context(found: Found, parts: list[Section], answers: Sequence[Answers] | None) -> dict[str, Any]:

@@ -185,6 +185,8 @@ def _holds(hint: Any, value: Any) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in parts)
     if origin in (tuple, list):
         return isinstance(value, tuple | list) and all(_holds(parts[0], each) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_holds(parts[0], key) and _holds(parts[1], value[key]) for key in value)
     if hint in (int, float):
         return isinstance(value, int | hint) and not isinstance(value, bool)
     if hint in (str, Path):
@@ -214,7 +216,7 @@ def _limited(base: Any, limit: Any, value: Any) -> str:
     if isinstance(limit, OneOf):
         return limit.words
     if isinstance(limit, Filled):
-        return f"{limit.words} of: {allowed_by(get_args(base)[0])}"
+        return f"{limit.words} of: {allowed_by([kind for kind in get_args(base) if kind is not ...][-1])}"
     noun = "an integer" if base is int else "a number"
     joint = " of " if limit.words.endswith("more") else ", " if limit.words[0].isdigit() else " "
     capped = _is_number(value) and value > limit.most and str(limit.most) not in limit.words

@@ -37,6 +37,7 @@ from eqat_mm.train.fit import FitConfig, fit_block, norms_of, split_samples
 from eqat_mm.train.lanes import require_lanes, say_if_unequal
 from eqat_mm.train.modalities import Modalities, Weights
 from eqat_mm.train.report import FitReport
+from eqat_mm.train.units import check_allocation
 from eqat_mm.train.warm_start import WarmStartConfig, initial_grids
 
 STAGE = "block-ap"
@@ -182,7 +183,7 @@ def quantize_block(walker: BlockWalker, step: BlockStep, config: BlockAPConfig) 
     target_square = walker.advance_fp(step)
     require_finite_targets(walker, step, target_square)
     for path, linear in arch.named_linears(step.block):
-        set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant))
+        set_submodule(step.block, path, to_fake(linear, grids.pop(path), config.quant.of(f"{step.name}.{path}")))
     release_freed_memory()
     walker.ranks.agree_(list(step.block.parameters()))
     report = fit_block(walker, step, config.fit, seed=config.seed)
@@ -225,17 +226,20 @@ def say_what_is_kept(opened: OpenModel) -> None:
 
 
 def say_who_reads(opened: OpenModel, spec: QuantSpec) -> None:
-    """Say which checkpoint with experts is for this package alone."""
+    """Say which checkpoint others do not read."""
     if not spec.symmetric and any(isinstance(module, SplitExperts) for module in opened.model.modules()):
         say("note: transformers and vLLM read quantized experts on the symmetric grid only: --quant.symmetric true")
+    if not spec.symmetric and spec.table:
+        say("note: transformers reads bits that differ on the symmetric grid only: --quant.symmetric true")
 
 
 def check_groups(opened: OpenModel, spec: QuantSpec) -> None:
-    """Check that the group size divides every quantized linear.
+    """Check that the group size divides every quantized linear, and that an allocation is of this model.
 
     Raises:
-        ConfigError: names the first layer where it does not.
+        ConfigError: names the first layer where it does not, or is not.
     """
+    check_allocation(opened, spec)
     for index, block in enumerate(opened.blocks):
         for path, linear in opened.arch.named_linears(block):
             spec.group_of(linear.in_features, f"{opened.block_name(index)}.{path}")

@@ -37,8 +37,9 @@ def run_rtn(opened: OpenModel, spec: QuantSpec, folder: Path, *, source: str, pr
         name = opened.block_name(index)
         opened.source.materialise(block, name + ".", torch.float32, torch.device("cpu"))
         for path, linear in opened.arch.named_linears(block):
-            grid = initial_grid(linear.weight, spec, layer=f"{name}.{path}", init="minmax")
-            set_submodule(block, path, to_packed(to_fake(linear, grid, spec)))
+            own = spec.of(f"{name}.{path}")
+            grid = initial_grid(linear.weight, own, layer=f"{name}.{path}", init="minmax")
+            set_submodule(block, path, to_packed(to_fake(linear, grid, own)))
         digests[writer.shard(index)] = writer.write_block(index, block)
         block.to("meta")
         release_freed_memory()

@@ -72,7 +72,9 @@ def initial_grids(
     arch = walker.opened.arch
     if config.init == "minmax":
         return {
-            path: initial_grid(linear.weight, spec, layer=f"{step.name}.{path}", init="minmax")
+            path: initial_grid(
+                linear.weight, spec.of(f"{step.name}.{path}"), layer=f"{step.name}.{path}", init="minmax"
+            )
             for path, linear in arch.named_linears(step.block)
         }
     grids: dict[str, Grid] = {}
@@ -83,7 +85,8 @@ def initial_grids(
         for stage, seen in zip(measured.stages, statistics, strict=True):
             for path in stage:
                 try:
-                    grids[path] = _round(working.get_submodule(path), seen, spec, config, f"{step.name}.{path}")
+                    layer = f"{step.name}.{path}"
+                    grids[path] = _round(working.get_submodule(path), seen, spec.of(layer), config, layer)
                 except LinAlgError as error:
                     seen_there = f"{path}: statistics of its inputs that cannot be inverted"
                     raise broken_block(walker, step, seen_there) from error

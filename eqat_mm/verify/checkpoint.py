@@ -12,6 +12,7 @@ from eqat_mm.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from eqat_mm.checkpoint.read import load
 from eqat_mm.checkpoint.verify import require_listed
 from eqat_mm.quant.bit_widths import UNQUANTIZED
+from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.verify.checks import Check, not_looked_at, tried
 from eqat_mm.verify.files import file_checks
 from eqat_mm.verify.logits import in_model, logits_check
@@ -53,7 +54,7 @@ def checkpoint_checks(
 
 
 def _of_manifest(manifest: Manifest) -> str:
-    made = f"{manifest.stage} of {manifest.source}, {manifest.spec['bits']} bits"
+    made = f"{manifest.stage} of {manifest.source}, {QuantSpec(**manifest.spec).name}"
     return made if manifest.unnoticed is None else f"{made}; of an older version, without its own hash"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.grid import smallest_step
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json_object
@@ -29,34 +31,50 @@ class Opened:
 
     Attributes:
         folder: of it.
-        spec: what its config.json says of all its quantized linears.
+        specs: what its config.json says of quantized linears: spec by what it is said of, a class or an expression.
         slabs: tensors by the names in the files.
         linears: names of quantized linears in the files.
     """
 
     folder: Path
-    spec: QuantSpec
+    specs: dict[str, QuantSpec]
     slabs: dict[str, Slab]
     linears: list[str]
 
     def held(self, linear: str) -> Held:
         """Return what is held of a linear."""
-        return held_in(self.slabs, linear, self.spec.bits)
+        return held_in(self.slabs, linear, self.spec_of(linear).bits)
+
+    def spec_of(self, linear: str) -> QuantSpec:
+        """Return what config.json says of a linear.
+
+        Raises:
+            CheckpointError: nothing.
+        """
+        for target, spec in self.specs.items():
+            if target == "Linear" or re.fullmatch(target.removeprefix("re:"), linear):
+                return spec
+        raise CheckpointError(str(self.folder), f"no group for {linear}", "one in config.json", "copy or make it again")
 
 
 def opened(folder: Path) -> Opened:
     """Return a checkpoint, of which nothing but the headers is read."""
     entry = read_json_object(folder / "config.json")["quantization_config"]
-    (group,) = entry["config_groups"].values()
-    weights = group["weights"]
     shards = sorted(set(read_json_object(folder / "model.safetensors.index.json")["weight_map"].values()))
     slabs = {name: slab for shard in shards for name, slab in slabs_in(folder / shard).items()}
     linears = [name.removesuffix(_SCALE) for name in slabs if name.endswith(_SCALE)]
     half = bool(linears) and slabs[linears[0] + _SCALE].dtype == "F16"
-    spec = QuantSpec(
-        weights["num_bits"], weights["group_size"] or -1, weights["symmetric"], "float16" if half else "bfloat16"
-    )
-    return Opened(folder, spec, slabs, linears)
+    specs = {
+        target: _spec_of(group["weights"], half=half)
+        for group in entry["config_groups"].values()
+        for target in group["targets"]
+    }
+    return Opened(folder, specs, slabs, linears)
+
+
+def _spec_of(weights: dict[str, Any], *, half: bool) -> QuantSpec:
+    group = weights["group_size"] or -1
+    return QuantSpec(weights["num_bits"], group, weights["symmetric"], "float16" if half else "bfloat16")
 
 
 def index_check(folder: Path) -> Check:
@@ -75,11 +93,12 @@ def tensor_checks(one: Opened) -> list[Check]:
     for linear in progress(one.linears, what="unpack", total=len(one.linears), unit="linear"):
         for name, said in _wrong(one, linear):
             wrong[name].append(f"{linear}: {said}")
-    spec, readers = one.spec, "numpy" if _library() is None else "numpy and compressed-tensors"
-    within = f"within {spec.bits} bits, the same to {readers}"
+    specs, readers = list(one.specs.values()), "numpy" if _library() is None else "numpy and compressed-tensors"
+    spec, bits = specs[0], ", ".join(sorted({f"{each.bits}" for each in specs}))
+    within = f"within {bits} bits, the same to {readers}"
     right = {
-        "shapes": f"{len(one.linears)} linears as {spec.name} has them",
-        "codes": f"{spec.bits} bits each, the same to {readers}, nothing in the bits left over",
+        "shapes": f"{len(one.linears)} linears as {', '.join(sorted({each.name for each in specs}))} has them",
+        "codes": f"{bits} bits each, the same to {readers}, nothing in the bits left over",
         "zero points": "none stored, in the middle" if spec.symmetric else within,
         "step sizes": f"finite, at least {smallest_step(spec.storage_dtype):.2g} from zero"
         + ("" if spec.symmetric else ", positive"),
@@ -93,7 +112,7 @@ def _wrong(one: Opened, linear: str) -> Iterator[tuple[str, str]]:
     if misfits:
         yield from (("shapes", said) for said in misfits)
         return
-    held, spec = one.held(linear), one.spec
+    held, spec = one.held(linear), one.spec_of(linear)
     smallest = smallest_step(spec.storage_dtype)
     steps = abs(held.scale) if spec.symmetric else held.scale
     bad = {"not finite": ~np.isfinite(held.scale), "zero": held.scale == 0, "too small or negative": steps < smallest}
@@ -107,7 +126,7 @@ def _wrong(one: Opened, linear: str) -> Iterator[tuple[str, str]]:
 
 def _misfits(one: Opened, linear: str) -> Iterator[str]:
     """Yield what of the shapes of a linear does not fit bits, group and grid."""
-    spec, slabs = one.spec, one.slabs
+    spec, slabs = one.spec_of(linear), one.slabs
     stored = {leaf: slabs[f"{linear}.{leaf}"].shape for leaf in _leaves(slabs, linear)}
     whole = "weight_packed" not in stored
     rows, columns = stored.get("weight", (0, 0)) if whole else slabs[f"{linear}.weight_shape"].stored().tolist()
@@ -144,17 +163,17 @@ def _library() -> Any:
 
 def _unlike_others(one: Opened, linear: str, held: Held) -> Iterator[tuple[str, str]]:
     """Yield where the library that others read with gets something else, or packs it to other words."""
-    library, slabs, bits = _library(), one.slabs, one.spec.bits
+    library, slabs, spec = _library(), one.slabs, one.spec_of(linear)
     packed = slabs.get(f"{linear}.weight_packed")
     if library is None or packed is None:
         return
     pairs = [("codes", packed, held.codes, 1)]
-    if not one.spec.symmetric:
+    if not spec.symmetric:
         pairs.append(("zero points", slabs[f"{linear}.weight_zero_point"], held.zeros, 0))
     for name, slab, ours, axis in pairs:
         words = torch.from_numpy(np.array(slab.stored()))
-        theirs = library.unpack_from_int32(words, bits, torch.Size(ours.shape), packed_dim=axis)
-        if not np.array_equal(theirs.numpy().astype(np.int16) + (1 << bits - 1), ours):
+        theirs = library.unpack_from_int32(words, spec.bits, torch.Size(ours.shape), packed_dim=axis)
+        if not np.array_equal(theirs.numpy().astype(np.int16) + spec.middle, ours):
             yield name, "compressed-tensors unpacks others"
-        elif not torch.equal(library.pack_to_int32(theirs.contiguous(), bits, packed_dim=axis), words):
+        elif not torch.equal(library.pack_to_int32(theirs.contiguous(), spec.bits, packed_dim=axis), words):
             yield name, "something is in the bits behind the last one"

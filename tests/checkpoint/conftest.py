@@ -40,7 +40,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
 
     def packed(spec: QuantSpec | None = None, **changes: Any) -> Path:
         spec = spec or QuantSpec(bits=3, group_size=32)
-        key = (spec, *sorted(changes.items()))
+        key = (repr(spec), *sorted(changes.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp(spec.name)
             save_llama(folder / "full", **changes)

@@ -19,6 +19,7 @@ from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json
 from tests.checkpoint.conftest import Pack
 from tests.checkpoint.foreign import assert_read_alike, foreign, logits_of, logits_of_a_stranger, packed_linears
+from tests.tiny_model import mixed_bits
 from tests.tolerances import assert_close
 
 GRID = [
@@ -68,6 +69,23 @@ def test_a_process_without_this_package_reads_it(pack: Pack, tokens: Tensor, tmp
     logits = logits_of_a_stranger(folder, "AutoModelForCausalLM", inputs, tmp_path)
     assert torch.equal(logits, logits_of(foreign(folder), inputs))
     assert_close(logits_of(eqat_mm.load(folder), inputs), logits, "model", torch.bfloat16)
+
+
+def test_transformers_reads_bits_that_differ_on_the_symmetric_grid(pack: Pack, tokens: Tensor, tmp_path: Path) -> None:
+    spec = QuantSpec(2, 32, symmetric=True, allocation=mixed_bits())
+    folder, inputs = pack(spec), {"input_ids": tokens}
+    assert {linear.layout.bits for linear in packed_linears(eqat_mm.load(folder)).values()} == {2, 3, 4}
+    assert_read_alike(folder, spec, inputs)
+    logits = logits_of_a_stranger(folder, "AutoModelForCausalLM", inputs, tmp_path)
+    assert torch.equal(logits, logits_of(foreign(folder), inputs))
+
+
+def test_transformers_refuses_bits_that_differ_on_the_asymmetric_grid(pack: Pack, tokens: Tensor) -> None:
+    """Aloud: with `dequantize`, as in other asymmetric folders, it would take the bits of the first group for all."""
+    folder = pack(QuantSpec(2, 32, allocation=mixed_bits()))
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+        foreign(folder)
+    assert logits_of(eqat_mm.load(folder), {"input_ids": tokens}).isfinite().all()
 
 
 @pytest.mark.parametrize("spec", GRID, ids=by_name)

@@ -13,6 +13,7 @@ from torch import nn
 import eqat_mm
 from eqat_mm.blocks.source import INDEX, open_model
 from eqat_mm.checkpoint import CheckpointWriter, read_manifest, save_like, verify_checkpoint, write
+from eqat_mm.checkpoint.layout import described, is_as_written, quantization_config
 from eqat_mm.errors import CheckpointError
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
@@ -239,3 +240,21 @@ def test_a_failure_midway_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == (["tuned"] if there else [])
     if there:
         assert verify_checkpoint(tmp_path / "tuned") == read_manifest(base)
+
+
+def test_each_width_is_a_group_of_its_own() -> None:
+    """Read back from targets, also where one path ends another's number."""
+    table = {"layers.1.up": 3, "layers.11.up": 2, "layers.0.self_attn.q_proj": 3}
+    spec = QuantSpec(2, 64, symmetric=True, allocation=table)
+    entry = quantization_config(spec, ["re:.*lm_head.*"], loose=["model.image_newline"])
+    groups = list(entry["config_groups"].values())
+    assert [group["weights"]["num_bits"] for group in groups] == [2, 3]
+    assert groups[0]["targets"] == [r"re:.*layers\.11\.up$"]
+    assert groups[1]["targets"] == [r"re:.*layers\.1\.up$", r"re:.*layers\.0\.self_attn\.q_proj$"]
+    assert "dequantize" not in entry  # on that route transformers takes the bits of the first group for all
+    assert described({"quantization_config": entry}, torch.bfloat16, "here")[0] == spec
+    assert is_as_written(entry)
+    groups[1]["weights"]["group_size"] = 32
+    with pytest.raises(CheckpointError, match="groups that differ"):
+        described({"quantization_config": entry}, torch.bfloat16, "here")
+    assert not is_as_written(entry)

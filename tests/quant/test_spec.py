@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from eqat_mm.errors import ConfigError
+from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant import QuantSpec
 from eqat_mm.quant.spec import BITS, GROUP_SIZES
+from tests.checkpoint.files import assert_four_lines
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -95,3 +98,54 @@ def test_names(spec: QuantSpec, name: str) -> None:
 def test_storage_dtypes() -> None:
     assert QuantSpec().storage_dtype is torch.bfloat16
     assert QuantSpec(scale_dtype="float16").storage_dtype is torch.float16
+
+
+# ---- bits that differ -----------------------------------------------------------------------------
+
+TABLE = {"layers.1.up": 4, "layers.0.up": 2, "layers.10.up": 3}
+
+
+def test_each_linear_has_the_bits_of_the_allocation(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"average_bits": 3.3, "bits": TABLE}))
+    asked = QuantSpec(8, 32, symmetric=True, allocation=tmp_path / "a.json")
+    spec = asked.resolved()
+    assert (
+        spec
+        == spec.resolved()
+        == replace(spec, bits=8).resolved()
+        == QuantSpec(2, 32, symmetric=True, allocation=TABLE)
+    )
+    assert (spec.name, spec.widths) == ("w2to4g32sym", "2 to 4")
+    for name, bits in {"model.layers.0.up": 2, "layers.1.up": 4, "tower.model.layers.10.up": 3}.items():
+        assert spec.of(name) == QuantSpec(bits, 32, symmetric=True)
+    with pytest.raises(CheckpointError, match="no bits for it"):
+        spec.of("model.layers.0.down")
+    assert QuantSpec(**json.loads(json.dumps(spec.as_dict()))) == spec
+    assert QuantSpec(3).of("anything") == QuantSpec(3)
+    assert "allocation" not in QuantSpec(3).as_dict()  # an older version reads it, too
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        ("[]", "list in place of an object"),
+        ("{", "unreadable JSON"),
+        ('{"layers.0.up": 2}', "null"),
+        ('{"bits": {}}', "{}"),
+        ('{"bits": [2]}', "[2]"),
+        ('{"bits": {"layers.0.up": 5}}', "{'layers.0.up': 5}"),
+        ('{"bits": {"layers.0.up": 2.5}}', "{'layers.0.up': 2.5}"),
+        ('{"bits": {"layers.0.up": true}}', "{'layers.0.up': True}"),
+        ('{"bits": {"layers.0.up": null}}', "{'layers.0.up': None}"),
+    ],
+)
+def test_what_is_no_allocation_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
+    file = tmp_path / "a.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        QuantSpec(allocation=file).resolved()
+    assert_four_lines(raised.value)
+    assert said in raised.value.given
+    assert str(file) in raised.value.where

@@ -43,7 +43,7 @@ def test_codes_and_zero_points_are_counted(
     save_file(
         {f"model.layers.7.mlp.up_proj.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors"
     )
-    (found,) = linears(tmp_path, bits)
+    (found,) = linears(tmp_path, QuantSpec(bits))
     assert (found.block, found.kind) == (7, "mlp.up_proj")
     assert found.grids.codes.tolist() == [int((codes == code).sum()) for code in range(2**bits)]
     assert found.grids.weights == OUT * IN
@@ -55,7 +55,7 @@ def test_whole_bytes_are_counted_as_unsigned_codes(tmp_path: Path) -> None:
     state, codes, _, _ = packed(8, symmetric=True)
     stored = to_bytes({f"layers.0.up.{name}": value for name, value in state.items()})
     save_file({name: value.contiguous() for name, value in stored.items()}, tmp_path / "model.safetensors")
-    (found,) = linears(tmp_path, 8)
+    (found,) = linears(tmp_path, QuantSpec(8))
     assert found.grids.codes.tolist() == torch.bincount(codes.flatten(), minlength=256).tolist()
     assert found.grids.border is None
 
@@ -63,7 +63,7 @@ def test_whole_bytes_are_counted_as_unsigned_codes(tmp_path: Path) -> None:
 def test_step_sizes_are_found_to_a_percent(tmp_path: Path) -> None:
     state, _, scale, _ = packed(2)
     save_file({f"layers.0.up.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors")
-    (found,) = linears(tmp_path, 2)
+    (found,) = linears(tmp_path, QuantSpec(2))
     ordered = scale.flatten().sort().values
     for share in (0.05, 0.5, 0.95):
         expected = float(ordered[math.ceil(share * len(ordered)) - 1])
@@ -74,7 +74,7 @@ def test_step_sizes_of_either_sign_and_beyond_the_ranges_count(tmp_path: Path) -
     state, _, _, _ = packed(2, symmetric=True)
     state["weight_scale"] = torch.tensor([-0.25, 0.25, 0.0, 1e9]).repeat(OUT, 1)[:, : IN // GROUP].contiguous()
     save_file({f"layers.0.up.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors")
-    (found,) = linears(tmp_path, 2)
+    (found,) = linears(tmp_path, QuantSpec(2))
     assert found.grids.step(0.5) == pytest.approx(0.25, rel=0.015)
     assert int(found.grids.steps.sum()) == OUT * IN // GROUP
 
@@ -103,13 +103,23 @@ def test_block_and_kind_follow_from_the_name(name: str, place: tuple[int | None,
 
 
 def test_linears_of_a_checkpoint_come_in_the_order_of_blocks(root: Path) -> None:
-    found = list(linears(root / "e2e-qp" / "model", 2))
+    found = list(linears(root / "e2e-qp" / "model", QuantSpec(2)))
     assert [one.block for one in found] == [0] * 7 + [1] * 7
     assert by_block(found).keys() == {0, 1}
     assert together(found).weights == sum(one.grids.weights for one in found)
 
 
 def test_tuning_step_sizes_leaves_the_codes(root: Path) -> None:
-    before, after = (together(list(linears(root / name / "model", 2))) for name in ("block-ap", "e2e-qp"))
+    before, after = (together(list(linears(root / name / "model", QuantSpec(2)))) for name in ("block-ap", "e2e-qp"))
     assert before.codes.tolist() == after.codes.tolist()
     assert before.steps.tolist() != after.steps.tolist()
+
+
+def test_grids_of_several_widths_are_joined_at_their_ends() -> None:
+    two, three = (Grids(torch.tensor(codes), torch.zeros(len(codes)).long(), torch.ones(3).long()) for codes in (
+        [1, 2, 3, 4], [10, 0, 0, 0, 0, 0, 5, 20],
+    ))  # fmt: skip
+    both = two + three
+    assert both.codes.tolist() == (three + two).codes.tolist() == [11, 2, 3, 0, 0, 0, 5, 24]
+    assert both.ends == (11 / 45, 24 / 45)
+    assert both.border is None

@@ -18,6 +18,7 @@ from eqat_mm.train.rtn import run_rtn
 from llava_adapters import arch_for
 from llava_adapters.tiny_processor import word_tokenizer
 from tests.checkpoint.conftest import save_llama
+from tests.tiny_model import mixed_bits
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ def make(folder: Path, spec: QuantSpec, **changes: Any) -> Made:
     return made
 
 
-@pytest.fixture(scope="session", params=[QuantSpec(3, 32), QuantSpec(2, 64, symmetric=True)], ids=lambda one: one.name)
+SPECS = (QuantSpec(3, 32), QuantSpec(2, 64, symmetric=True), QuantSpec(2, 32, allocation=mixed_bits()))
+
+
+@pytest.fixture(scope="session", params=SPECS, ids=lambda one: one.name)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Not to be altered."""
     return make(tmp_path_factory.mktemp(request.param.name), request.param)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eqat_mm.errors import ExportError
 from eqat_mm.export.card import Facts
 from eqat_mm.export.folder import EXPORT, write_export
 from eqat_mm.export.form import Choices, format_called
@@ -20,6 +21,7 @@ from eqat_mm.verify.checks import Check
 from eqat_mm.verify.exported import export_checks
 from eqat_mm.verify.formats.part import READERS
 from tests.export.made import packed, packed_llava
+from tests.tiny_model import mixed_bits
 
 MAKERS: dict[str, Callable[..., Path]] = {"llama": packed, "llava": packed_llava}
 CASES = [
@@ -29,6 +31,8 @@ CASES = [
     ("gguf", "llava", QuantSpec(4, 32, symmetric=True)),
     ("mlx", "llama", QuantSpec(3, 32)),
     ("mlx", "llava", QuantSpec(2, 64, symmetric=True)),
+    ("gguf", "llama", QuantSpec(2, 32, symmetric=True, allocation=mixed_bits())),
+    ("mlx", "llava", QuantSpec(2, 32, allocation=mixed_bits())),
     ("onnx", "llama", QuantSpec(2, 32)),
     ("onnx", "llama", QuantSpec(4, 64, symmetric=True)),
     ("gptq", "llama", QuantSpec(3, 64)),
@@ -91,3 +95,11 @@ def test_there_is_a_reader_of_every_format() -> None:
     from eqat_mm.export.form import FormatName
 
     assert set(get_args(FormatName)) <= READERS.keys()
+
+
+@pytest.mark.parametrize("form", ["onnx", "gptq"])
+def test_a_format_with_one_width_refuses_several(tmp_path: Path, form: str) -> None:
+    model = open_packed(packed(tmp_path, QuantSpec(2, 32, allocation=mixed_bits())))
+    with pytest.raises(ExportError, match="linears of 2 to 4 bits") as raised:
+        format_called(form).refuse(model, Choices())
+    assert "--to mlx or gguf" in raised.value.do

@@ -52,3 +52,10 @@ def test_another_run_is_shown_and_not_judged() -> None:
 def test_another_shape_has_nothing_to_be_compared_with() -> None:
     stage = Stage("run", Path("run"), {"command": "block-ap", "config": {}}, [], None, None)
     assert list(published_checks(stage, LLAMA | {"hidden_size": 2048})) == []
+
+
+def test_of_bits_of_each_linear_nothing_is_published() -> None:
+    config = recipe("w2g64")
+    (check,) = checks(config | {"quant": config["quant"] | {"allocation": "mixed.json"}}).values()
+    assert check.passed is None
+    assert "nothing is published" in check.said

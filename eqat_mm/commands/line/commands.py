@@ -44,6 +44,9 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "verbs.plan:PlanJob:plan", "what a run will need: memory, disk, hours by phase", settings_of="block-ap"
     ),
+    "allocate": Command(
+        "verbs.allocate:AllocateJob:allocate", "choose the bits of each linear for the least damage within a budget"
+    ),
     "quantize": Command(
         "tables.whole:QuantizeJob:quantize", "all of it: a plan, Block-AP, E2E-QP, an evaluation and one table"
     ),

@@ -32,8 +32,8 @@ from eqat_mm.runtime.sealed import read_sealed
 
 Job = TypeVar("Job")
 
-_PLACES = ("model", "quantized", "output", "source", "image_folder")
-"""Settings that name folders: what is in them decides, not how they are called."""
+_PLACES = ("model", "quantized", "output", "source", "image_folder", "allocation")
+"""Settings that name files and folders: what is in them decides, not how they are called."""
 _HARMLESS = (
     "overwrite",
     "recipe_for",
@@ -59,8 +59,16 @@ _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 def default_output(model: str, spec: QuantSpec) -> Path:
-    """Return `runs/MODEL-SPEC`, the folder of all runs on one model and spec."""
+    """Return `runs/MODEL-SPEC`, the folder of all runs on one model and spec; with an allocation `runs/ITS-NAME`."""
+    if isinstance(spec.allocation, Path):
+        return Path("runs") / spec.allocation.stem
     return Path("runs") / f"{Path(model).name}-{spec.name}"
+
+
+def allocated(spec: QuantSpec) -> dict[str, str]:
+    """Return the input of a run that is the bits of each linear, as a hash; none where all have the same."""
+    table = sorted(spec.table.items())
+    return {"allocation": hashlib.sha256(repr(table).encode()).hexdigest()} if table else {}
 
 
 def asked(command: str, job: Any, device: torch.device, inputs: dict[str, Path | str], **decides: Any) -> Asked:
@@ -96,7 +104,7 @@ def what_decides(job: Any) -> dict[str, Any]:
     """Return the settings of a job that decide its result: neither the names of places nor what is harmless."""
     names = (*_PLACES, *_HARMLESS)
     kept = {name: value for name, value in settings(job).items() if name not in names}
-    for name in ("calibration", "data", "conversations"):
+    for name in ("calibration", "data", "conversations", "quant"):
         if isinstance(kept.get(name), dict):
             kept[name] = {key: value for key, value in kept[name].items() if key not in names}
     return kept

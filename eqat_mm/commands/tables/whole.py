@@ -52,6 +52,7 @@ class QuantizeJob(Settings):
         model: model folder, alias (`eqat assets`) or hub repository.
         bits: of a weight.
         group_size: weights that share a step size; null takes the recipe's, or 64.
+        allocation: file of `eqat allocate` that gives each linear bits of its own; `bits` then only chooses recipes.
         text: text to fit the blocks on, and to tune a language model on; a side of it is held out to judge by.
         conversations: conversations to tune the model on, in LLaVA's format; about images where it sees.
         images: folder that the image paths in conversations are relative to.
@@ -68,6 +69,7 @@ class QuantizeJob(Settings):
     model: str
     bits: WeightBits = 2
     group_size: GroupSize | None = None
+    allocation: Path | None = None
     text: str | None = None
     conversations: str | None = None
     images: Path | None = None
@@ -118,7 +120,7 @@ def quantize(job: QuantizeJob) -> list[dict[str, Any]]:
     _require_single_process(job)
     phases = _phases(job)
     verdicts = list(_verdicts(phases, job))
-    head = f"plan of {job.model}, {phases.fit.quant.name}, in {phases.root}"
+    head = f"plan of {job.model}, {phases.fit.quant.resolved().name}, in {phases.root}"
     say("\n".join([head, summary(verdicts), *advice(verdicts)]))
     if phases.tuned is None:
         say(_left_out(job))
@@ -166,7 +168,7 @@ def _tuned(job: QuantizeJob, fit: BlockAPJob, root: Path, with_images: bool) -> 
 
 
 def _block_ap_words(job: QuantizeJob) -> list[str]:
-    spec = {"quant.bits": job.bits, "quant.group_size": job.group_size}
+    spec = {"quant.bits": job.bits, "quant.group_size": job.group_size, "quant.allocation": job.allocation}
     return _words(_common(job, job.block_ap, "block-ap"), spec, {"calibration.source": job.text})
 
 
@@ -187,7 +189,8 @@ def _words(*given: dict[str, Any]) -> list[str]:
 
 def _verdicts(phases: _Phases, job: QuantizeJob) -> Iterator[Verdict]:
     """Yield what each phase needs here, before anything but the model's configuration is downloaded."""
-    fit, machine = phases.fit, this_machine(best_device(job.device), phases.root)
+    fit = replace(phases.fit, quant=phases.fit.quant.resolved())
+    machine = this_machine(best_device(job.device), phases.root)
     shape = model_shape(job.model, fit.adapter)
     yield judged_block_ap(shape, fit, planned_work(shape, fit.calibration, fit.conversations, fit.image_share), machine)
     if phases.tuned is not None:

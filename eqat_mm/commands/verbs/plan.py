@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from eqat_mm.plan.llm_qat import plan_llm_qat
 from eqat_mm.plan.machine import Machine, card, this_machine
 from eqat_mm.plan.options import llm_qat_options
 from eqat_mm.plan.shape import ModelShape
+from eqat_mm.plan.storage import average_bits
 from eqat_mm.plan.table import details, summary
 from eqat_mm.plan.verdict import Verdict, judge, with_ram_and_disk
+from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.progress import say
 from eqat_mm.runtime.settings import Count, Fraction, PositiveOrZero
@@ -86,8 +88,9 @@ def plan(job: PlanJob) -> list[Verdict]:
         refuse_packed(job.model, path.parent)
     refuse_named_quantized(path, config)
     shape, machine = shape_of(config, path, job.adapter), _machine(job)
-    verdicts = list(_verdicts(job, shape, machine))
-    say(_as_json(job, machine, verdicts) if job.json else _as_text(job, shape, machine, verdicts))
+    spec = job.quant.resolved()
+    verdicts = list(_verdicts(job, spec, shape, machine))
+    say(_as_json(job, machine, verdicts) if job.json else _as_text(job, spec, shape, machine, verdicts))
     return verdicts
 
 
@@ -99,17 +102,18 @@ def _machine(job: PlanJob) -> Machine:
     return with_ram_and_disk(machine, job.ram, job.disk)
 
 
-def _verdicts(job: PlanJob, shape: ModelShape, machine: Machine) -> Iterator[Verdict]:
+def _verdicts(job: PlanJob, spec: QuantSpec, shape: ModelShape, machine: Machine) -> Iterator[Verdict]:
     samples, length = job.calibration.count or 4096, job.calibration.length
     seen = Conversations("") if job.image_share else None
-    yield judged_block_ap(shape, job, planned_work(shape, job.calibration, seen, job.image_share), machine)
+    work = planned_work(shape, job.calibration, seen, job.image_share)
+    yield judged_block_ap(shape, replace(job, quant=spec), work, machine)
     for config, work in _end_to_end(job, shape):
-        yield judged_e2e_qp(shape, job.quant, config, work, machine)
+        yield judged_e2e_qp(shape, spec, config, work, machine)
     work = text_work(samples, length)
     phase = plan_llm_qat(shape, job.llm_qat, work, machine)
     yield judge(phase, machine, llm_qat_options(shape, job.llm_qat, work, machine))
     yield judge(plan_evaluation(shape, job.evaluation.count or 64, job.evaluation.length, 4, machine), machine)
-    yield judge(plan_checkpoint(shape, job.quant, machine), machine)
+    yield judge(plan_checkpoint(shape, spec, machine), machine)
 
 
 def _end_to_end(job: PlanJob, shape: ModelShape) -> Iterator[tuple[E2EQPConfig, Work]]:
@@ -135,10 +139,11 @@ def _e2e_qp_settings(tuned: Mapping[str, Any]) -> E2EQPConfig:
     return E2EQPConfig(**{item.name: tuned[item.name] for item in fields(E2EQPConfig) if item.name in tuned})
 
 
-def _as_text(job: PlanJob, shape: ModelShape, machine: Machine, verdicts: list[Verdict]) -> str:
+def _as_text(job: PlanJob, spec: QuantSpec, shape: ModelShape, machine: Machine, verdicts: list[Verdict]) -> str:
     memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
     where = f"{machine.gpus} x {machine.name}" if machine.gpus > 1 else machine.name
-    blocks, head = len(shape.blocks), f"{job.model}, {job.quant.name}: {billions(shape.parameters)} parameters"
+    bits = f", {average_bits(shape, spec):.2f} bits per weight" if spec.table else ""
+    blocks, head = len(shape.blocks), f"{job.model}, {spec.name}{bits}: {billions(shape.parameters)} parameters"
     experts, sent = shape.largest.experts, shape.largest.sent
     routed = f" of {experts} experts, {sent} for each token" if experts else ""
     lines = [f"{head}, {blocks} blocks{routed}", f"on {where}{memory} (rates: {machine.origin})"]

@@ -17,7 +17,7 @@ from eqat_mm.commands.line.recipes import warn_without_recipe
 from eqat_mm.commands.plumbing.calibration import ImageShare, calibration_of, modalities_of
 from eqat_mm.commands.plumbing.models import model_folder, refuse_packed, require_finite, require_model
 from eqat_mm.commands.plumbing.preflight import announce_block_ap, spool_on
-from eqat_mm.commands.plumbing.runs import asked, default_output, opened_run, settings, settled
+from eqat_mm.commands.plumbing.runs import allocated, asked, default_output, opened_run, settings, settled
 from eqat_mm.commands.plumbing.samples import problems_of
 from eqat_mm.data.image_text.problems import say_late
 from eqat_mm.data.image_text.settings import Conversations
@@ -125,19 +125,22 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
     opened = open_full_precision(job.model, job.adapter)
     if ranks.rank == 0:
         warn_without_recipe(job.model, job.recipe_for, "block-ap")
-    check_groups(opened, job.quant)
+    quant = job.quant.resolved()
+    check_groups(opened, quant)
     folder = job.output or default_output(job.model, job.quant) / "block-ap"
     place = Place.within(folder)
     found = calibration_of(opened.folder, job.calibration, job.conversations, job.image_share, folder)
     style = None if job.conversations is None else job.conversations.style
     restyled(opened.folder, style)  # what cannot be stored is found out now
-    inputs: dict[str, Path | str] = {"model": opened.folder, "data": found.digest}
-    require_same(ranks, {"data": inputs["data"]})
+    inputs: dict[str, Path | str] = {"model": opened.folder, "data": found.digest, **allocated(quant)}
+    require_same(ranks, {name: given for name, given in inputs.items() if name != "model"})
     amounts = (found.work, device, folder)
-    job = ranks.from_first(lambda: _settled(job, place, device, lambda: spool_on(opened, job, *amounts)))
+    config = replace(job, quant=quant)
+    job = ranks.from_first(lambda: _settled(job, place, device, lambda: spool_on(opened, config, *amounts)))
+    config = replace(job, quant=quant)
 
     def prepare(run: Run) -> dict[str, Any]:
-        verdict = announce_block_ap(opened, job, *amounts)
+        verdict = announce_block_ap(opened, config, *amounts)
         check_room(opened, round(found.work.samples * found.work.mean), job, folder, device, ranks, run.written)
         return {"plan": verdict.phase.totals}
 
@@ -148,7 +151,7 @@ def _block_ap(job: BlockAPJob, device: torch.device, ranks: Ranks) -> Path:
             options["style"] = style
             options["modalities"] = modalities_of(opened, found, job, folder, device, ranks)
             with reported(job.report_to, folder, settings(job)) as reporter:
-                run_block_ap(opened, found.batches, job, folder, reporter=reporter, **options)
+                run_block_ap(opened, found.batches, config, folder, reporter=reporter, **options)
             ranks.from_first(run.finish)
             say_late(problems_of(folder))
             say(f"checkpoint: {folder / 'model'}")
@@ -180,7 +183,8 @@ def rtn(job: RTNJob) -> Path:
         EqatError: any bad input, before anything is written.
     """
     opened = open_full_precision(job.model, job.adapter)
-    check_groups(opened, job.quant)
+    quant = job.quant.resolved()
+    check_groups(opened, quant)
     if files_like(opened.folder, TOKENIZER):  # it goes into the checkpoint
         load_tokenizer(opened.folder)
     folder = job.output or default_output(job.model, job.quant) / "rtn"
@@ -190,10 +194,10 @@ def rtn(job: RTNJob) -> Path:
         run.require_room(weights * 2, "checkpoint")
         return {}
 
-    wanted = asked("rtn", job, torch.device("cpu"), {"model": opened.folder})
+    wanted = asked("rtn", job, torch.device("cpu"), {"model": opened.folder, **allocated(quant)})
     with opened_run(Place.within(folder), wanted, prepare, overwrite=job.overwrite) as run:
         if not run.finished:
-            run_rtn(opened, job.quant, folder, source=job.model, provenance=run.record)
+            run_rtn(opened, quant, folder, source=job.model, provenance=run.record)
             run.finish()
             say(f"checkpoint: {folder / 'model'}")
     return folder / "model"

@@ -74,7 +74,7 @@ def e2e_qp(job: E2EQPJob) -> Path:
     job = job.with_data_decided(str(base), job.model)
     stage = stage_of(job)
     folder, device = job.output or runs / stage, best_device(job.device)
-    plan = announce_e2e_qp(base, job.model, job.quant, job, _heaviest(job), device, folder)
+    plan = announce_e2e_qp(base, job.model, job.quant.resolved(), job, _heaviest(job), device, folder)
     _require_block_ap(base, job)
     warn_without_recipe(job.model, job.recipe_for, STAGE)
     require_startable(job, Place.within(folder))

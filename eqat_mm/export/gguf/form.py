@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ class GGUF:
 
     def nearest(self, model: PackedModel) -> str:
         """Say what GGUF would hold exactly."""
-        return f"{model.spec.bits} bits on the symmetric grid (--quant.symmetric true)"
+        return f"{model.spec.widths} bits on the symmetric grid (--quant.symmetric true)"
 
     def size(self, model: PackedModel, choices: Choices) -> int:
         """Return the bytes of all tensors, and of the vocabulary about."""
@@ -76,9 +78,8 @@ class GGUF:
     def write(self, model: PackedModel, folder: Path, choices: Choices) -> list[str]:
         """Write the language model, and what sees, where there is any; return how they are used."""
         file = folder / f"{Path(model.manifest.source).name}-{model.spec.name}.gguf"
-        kind = block_type(next(iter(model.weights.values())))
-        assert kind is not None, "refused before"
-        keys = _general(model, kind) | size_keys(model.text_config, family_of(model))
+        kinds = Counter(self._type_of(weight) for weight in model.weights.values())
+        keys = _general(model, kinds.most_common(1)[0][0]) | size_keys(model.text_config, family_of(model))
         keys |= token_keys(model, model.text_config.vocab_size)
         write_file(file, family_of(model).name, keys, language_tensors(model, choices))
         words = f"-m {file.name}"
@@ -86,7 +87,7 @@ class GGUF:
             second = folder / f"mmproj-{file.name}"
             write_file(second, "clip", vision_keys(model), vision_tensors(model))
             words += f" --mmproj {second.name}"
-        return _usage(words, kind, choices)
+        return _usage(words, kinds, choices)
 
     def _type_of(self, weight: PackedWeight) -> BlockType:
         found = block_type(weight)
@@ -116,13 +117,13 @@ def _general(model: PackedModel, kind: BlockType) -> dict[str, Any]:
     }
 
 
-def _usage(words: str, kind: BlockType, choices: Choices) -> list[str]:
+def _usage(words: str, kinds: Iterable[BlockType], choices: Choices) -> list[str]:
     """Return how the files are used, and what is in them."""
     return [
         "```sh",
         f"llama-server {words}      # llama.cpp v0.5.0 or newer",
         "```",
         "",
-        f"Quantized linears are {kind.name}. Embedding and head are {choices.embedding.upper()}, rounded from the "
-        "checkpoint's numbers; all other numbers keep theirs.",
+        f"Quantized linears are {' and '.join(kind.name for kind in kinds)}. Embedding and head are "
+        f"{choices.embedding.upper()}, rounded from the checkpoint's numbers; all other numbers keep theirs.",
     ]

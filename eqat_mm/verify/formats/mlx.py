@@ -14,7 +14,7 @@ from eqat_mm.verify.held import unpacked
 def parts(folder: Path) -> Iterator[Part]:
     """Yield every tensor of the folder."""
     settings, slabs = read_json_object(folder / "config.json")["quantization"], slabs_of(folder)
-    bits, group = settings["bits"], settings["group_size"]
+    group = settings["group_size"]
     for name, slab in slabs.items():
         linear, _, leaf = name.rpartition(".")
         if f"{linear}.scales" not in slabs:
@@ -22,7 +22,7 @@ def parts(folder: Path) -> Iterator[Part]:
         elif leaf == "weight":
             scales, biases = (slabs[f"{linear}.{each}"].numbers() for each in ("scales", "biases"))
             columns = scales.shape[1] * group
-            codes = unpacked(slab.stored(), bits, columns)
+            codes = unpacked(slab.stored(), settings.get(linear, settings)["bits"], columns)
             yield Part(name, codes * by_group(scales, columns) + by_group(biases, columns))
         elif leaf == "bias":
             yield Part(name, slab.numbers())
