@@ -65,7 +65,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ConfigError: unreadable, not UTF-8, not YAML, or no settings by name.
     """
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8-sig"), RecipeLoader)  # noqa: S506  # it is a SafeLoader
+        settings = yaml.load(path.read_text(encoding="utf-8-sig"), RecipeLoader)  # it is a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             where=f"--config {path}",
@@ -86,7 +86,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def read_value(text: str) -> Any:
     """Return what YAML makes of the value of a flag; None where it is none."""
     try:
-        return yaml.load(text, RecipeLoader)  # noqa: S506  # it is a SafeLoader
+        return yaml.load(text, RecipeLoader)  # it is a SafeLoader
     except yaml.YAMLError:
         return None
 
