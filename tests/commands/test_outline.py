@@ -89,6 +89,8 @@ def test_help_fits_on_a_screen(
     assert len(lines) <= 60
     assert all(len(line) <= 100 for line in lines if "recipe" not in line)
     assert f"eqat {command} --help-all" in lines[-1]
+    rows = [line for line in lines if line.startswith("  --")]
+    assert [row for row in rows if "..." not in row and row.count("(") != row.count(")")] == []
 
 
 def test_every_basic_option_is_one() -> None:

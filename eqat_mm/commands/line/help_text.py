@@ -67,8 +67,13 @@ def _begun(words: str, room: int) -> str:
     """Return the first sentence, or as much of it as there is room for: whole clauses, if one fits, else words."""
     first = words.partition(". ")[0].rstrip(".")
     clauses = [first[: found.start()] for found in _CLAUSE.finditer(first)]
-    whole = [clause for clause in (*clauses, first) if len(clause) <= room and clause.count("`") % 2 == 0]
-    return max(whole, key=len) if whole else textwrap.shorten(first, room, placeholder=" ...")
+    whole = [clause for clause in (*clauses, first) if len(clause) <= room and _closed(clause)]
+    return max(whole, key=len) if whole else textwrap.shorten(first, room, placeholder=" ...", break_on_hyphens=False)
+
+
+def _closed(clause: str) -> bool:
+    """Whether every quotation and bracket that is opened in a clause ends in it."""
+    return clause.count("`") % 2 == 0 and clause.count("(") == clause.count(")")
 
 
 def help_of(command: str, about: str, options: Sequence[Option], settings: Mapping[str, Any], line: str) -> str:
