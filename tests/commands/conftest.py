@@ -1,7 +1,8 @@
-"""A tiny model, made once and not to be altered; memory enough, whatever else this machine does."""
+"""Tiny models, made once and not to be altered; memory enough, whatever else this machine does."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import psutil
@@ -9,12 +10,30 @@ import pytest
 from PIL import ImageFile
 
 from eqat_mm.plan import machine
+from tests.commands.image_bed import Bed, bed_of
 from tests.tiny_model import Tiny, save_tiny
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return save_tiny(tmp_path_factory.mktemp("tiny"), blocks=2)
+
+
+@pytest.fixture(scope="module")
+def beds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bed]:
+    made: dict[str, Bed] = {}
+
+    def bed(name: str) -> Bed:
+        if name not in made:
+            made[name] = bed_of(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return bed
+
+
+@pytest.fixture
+def bed(beds: Callable[[str], Bed]) -> Bed:
+    return beds("llava")
 
 
 @pytest.fixture(autouse=True)
