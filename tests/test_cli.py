@@ -31,6 +31,7 @@ MODEL = {name: ["--model", "m"] for name in NAMES if name in NEEDS_A_MODEL}
 MODEL["prepare-data"] += ["--conversations.source", "mix.json"]
 MODEL["report"] = MODEL["check-run"] = ["--run", "runs/m-w2g64"]
 MODEL["export"] = ["--model", "m", "--to", "gguf"]
+MODEL["allocate"] = ["--model", "m", "--average_bits", "3"]
 
 
 def command_of(recipe: str) -> str:

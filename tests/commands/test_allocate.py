@@ -21,7 +21,7 @@ from eqat_mm.commands.verbs.allocate import AllocateJob, allocate
 from eqat_mm.commands.verbs.evaluate import bits_per_weight
 from eqat_mm.commands.verbs.quantize import block_ap, rtn
 from eqat_mm.commands.verbs.tune import e2e_qp
-from eqat_mm.errors import ConfigError
+from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.plan.storage import average_bits
 from eqat_mm.quant.packed_linear import PackedLinear
 from eqat_mm.quant.spec import QuantSpec
@@ -105,12 +105,30 @@ def test_a_budget_below_the_fewest_bits_is_refused(tiny: Tiny, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_is_a_folder_is_refused_before_anything_is_measured(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_measured", never)
+    with pytest.raises(ConfigError, match="a folder"):
+        allocate(allocate_job(tiny, tmp_path))
+
+
+def test_damage_that_is_not_finite_is_no_choice(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_measured", lambda *_: [[1.0, float("nan"), 0.1]] * 8)
+    with pytest.raises(CheckpointError, match="not finite"):
+        allocate(allocate_job(tiny, tmp_path / "a.json"))
+    assert not (tmp_path / "a.json").exists()
+
+
 def test_a_file_that_says_something_else_is_kept(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"bits": {}}')
     job = allocate_job(tiny, tmp_path / "a.json", measure="gradient", rounding="minmax")
     with pytest.raises(ConfigError, match="says something else"):
         allocate(job)
     assert read_json(tmp_path / "a.json") == {"bits": {}}
+    (tmp_path / "a.json").write_text("no JSON")
+    with pytest.raises(ConfigError, match="says something else"):
+        allocate(job)
     allocate(replace(job, overwrite=True))
     assert allocate(job) == tmp_path / "a.json"
 

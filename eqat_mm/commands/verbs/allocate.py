@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,13 +19,14 @@ from eqat_mm.commands.plumbing.runs import model_fingerprint, noted, require_sin
 from eqat_mm.commands.verbs.quantize import open_full_precision
 from eqat_mm.data.text.settings import TextWindows
 from eqat_mm.data.text.windows import digest_of, text_windows
-from eqat_mm.errors import ConfigError
+from eqat_mm.errors import CheckpointError, ConfigError
 from eqat_mm.quant.budget import Choice, best_choices
 from eqat_mm.quant.spec import GroupSize, QuantSpec, WeightBits
 from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import read_json, write_json
 from eqat_mm.runtime.precision import autocast, frozen_dtype, resolve
 from eqat_mm.runtime.progress import quietly, say
+from eqat_mm.runtime.room import require_writable
 from eqat_mm.runtime.settings import Count, Filled, Positive, Seed, Settings
 from eqat_mm.train.block_ap import check_groups
 from eqat_mm.train.damage import Damages, Rounding, damage_by_gradient, damage_by_kl
@@ -88,7 +90,8 @@ def allocate(job: AllocateJob) -> Path:
     costs = _costs(job, opened, units)
     weights = sum(_linear(opened.blocks, unit, path).weight.numel() for unit in units for path in unit.paths)
     budget = _budget(job, costs, weights)
-    output = job.output or Path("runs") / f"{Path(job.model).name}-w{job.average_bits:g}g{job.group_size}.json"
+    output = job.output or _default_output(job)
+    _require_file(output)
     windows = text_windows(load_tokenizer(opened.folder), job.calibration)
     damages = _damages(job, opened, units, windows, output.parent)
     choices = [[Choice(*pair) for pair in zip(*both, strict=True)] for both in zip(costs, damages, strict=True)]
@@ -99,6 +102,23 @@ def allocate(job: AllocateJob) -> Path:
     _report(job, choices, picks, weights)
     say(f"allocation: {output}\nnext: eqat block-ap --model {job.model} --quant.allocation {output}")
     return output
+
+
+def _default_output(job: AllocateJob) -> Path:
+    groups = job.specs[0].name.partition("g")[2]
+    return Path("runs") / f"{Path(job.model).name}-w{job.average_bits:g}g{groups}.json"
+
+
+def _require_file(output: Path) -> None:
+    """Check that the output can be written.
+
+    Raises:
+        ConfigError: it is a folder.
+        ResourceError: there is no place for it.
+    """
+    if output.is_dir():
+        raise ConfigError(f"--output {output}", "a folder", "a file", f"name one in it: --output {output}/mixed.json")
+    require_writable(output.parent)
 
 
 def _linear(blocks: nn.ModuleList, unit: Unit, path: str) -> nn.Linear:
@@ -143,7 +163,11 @@ def _damages(job: AllocateJob, opened: OpenModel, units: Sequence[Unit], windows
     decides |= {"model": model_fingerprint(opened.folder), "data": digest_of(windows)}
 
     def make() -> dict[str, Any]:
-        return {"damage": _measured(job, opened, units, windows)}
+        damages = _measured(job, opened, units, windows)
+        if not all(math.isfinite(damage) for unit in damages for damage in unit):
+            given, allowed = "gradients that are not finite", "finite predictions of the full-precision model"
+            raise CheckpointError(str(opened.folder), given, allowed, "try --measure kl, or other text")
+        return {"damage": damages}
 
     note = folder / f"{Path(job.model).name}-damage"
     found: Damages = noted(note, "allocate", decides, make, anew=job.overwrite)["damage"]
@@ -177,7 +201,7 @@ def _write(job: AllocateJob, output: Path, content: dict[str, Any]) -> None:
     Raises:
         ConfigError: there is one already that says something else.
     """
-    if output.exists() and not job.overwrite and read_json(output) != content:
+    if output.exists() and not job.overwrite and _content(output) != content:
         raise ConfigError(
             where=f"--output {output}",
             given="a file that is there and says something else",
@@ -186,6 +210,13 @@ def _write(job: AllocateJob, output: Path, content: dict[str, Any]) -> None:
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, content)
+
+
+def _content(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _report(job: AllocateJob, choices: Sequence[Sequence[Choice]], picks: Sequence[int], weights: int) -> None:
