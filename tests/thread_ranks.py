@@ -49,6 +49,17 @@ class ThreadRanks(Ranks):
         return copy.deepcopy(self._table.exchange(self.rank, value))  # as from another process
 
 
+def one_at_a_time(work: Callable[..., T]) -> Callable[..., T]:
+    """Return `work`, a thread at a time: transformers changes its classes while it loads a model."""
+    lock = threading.Lock()
+
+    def locked(*args: Any, **options: Any) -> T:
+        with lock:
+            return work(*args, **options)
+
+    return locked
+
+
 def in_threads(world: int, work: Callable[[Ranks], T]) -> list[T]:
     """Do `work` as each of `world` ranks; return the results by rank, or raise what the first raised that failed."""
     table = _Table(world)

@@ -23,7 +23,7 @@ from eqat_mm.runtime.ranks import ALONE, Ranks
 from tests.checkpoint.files import assert_four_lines
 from tests.commands.jobs import SPEC
 from tests.eval.questions import write_questions
-from tests.thread_ranks import in_threads
+from tests.thread_ranks import in_threads, one_at_a_time
 from tests.tiny_llava import save_tiny_llava
 
 needs_lmms_eval = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval")
@@ -127,8 +127,7 @@ def test_two_processes_find_what_one_finds(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_choices(tmp_path / "piqa.jsonl")
-    models = {folder: load_model(folder, torch.device("cpu"), torch.float32) for folder in folders}
-    monkeypatch.setattr(task_files, "load_model", lambda folder, *_: models[folder])  # threads must not build at once
+    monkeypatch.setattr(task_files, "load_model", one_at_a_time(load_model))
 
     def found(ranks: Ranks) -> dict[str, Any]:
         asking = Asking(2, torch.device("cpu"), torch.float32, ranks)

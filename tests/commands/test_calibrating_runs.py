@@ -22,13 +22,16 @@ from eqat_mm.train import block_ap as trainer
 from eqat_mm.train.block_ap import BlockAPConfig, run_block_ap
 from tests.checkpoint.files import assert_four_lines, same_weights
 from tests.commands.image_bed import COUNT, CPU, FIT, SPEC, Bed
-from tests.thread_ranks import in_threads
+from tests.thread_ranks import in_threads, one_at_a_time
 from tests.train.results import assert_same_result
 from tests.train.stopping import Stopped
 
 
 @pytest.mark.parametrize("weights", ["equal", "gradient"])
-def test_several_processes_give_the_result_of_one(bed: Bed, tmp_path: Path, weights: Any) -> None:
+def test_several_processes_give_the_result_of_one(
+    bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Any
+) -> None:
+    monkeypatch.setattr(calibration, "load_for_inference", one_at_a_time(calibration.load_for_inference))
     found = bed.found()
     config = BlockAPConfig(
         SPEC, fit=replace(FIT, batch_size=4, loss="balanced"), precision="float32", token_weights=weights
