@@ -122,7 +122,7 @@ def cell(one: Seen, reasons: Sequence[str] = ()) -> str:
 
 
 def _short(value: object) -> object:
-    """Return a number to four digits; none where it is not finite."""
+    """Return a number to six digits; none where it is not finite."""
     if not isinstance(value, float):
         return value
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    return float(f"{value:.6g}") if math.isfinite(value) else None
