@@ -94,6 +94,10 @@ class Arch:
         """Paths of all quantized linears as they are declared, of blocks of all kinds."""
         return tuple(path for stage in self.stages for path in stage)
 
+    def block_name(self, index: int) -> str:
+        """Return the name of a block from the list of blocks on, `layers.0`: the same in every class of the model."""
+        return f"{self.blocks.rpartition('.')[2]}.{index}"
+
     def rounds_of(self, block: nn.Module) -> tuple[Round, ...]:
         """Return the stages of one block by what can be seen at once: of the declared linears those that it has."""
         names = {name for name, _ in block.named_modules()}

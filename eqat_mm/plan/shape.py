@@ -137,8 +137,8 @@ def shape_of(model: nn.Module, arch: Arch) -> ModelShape:
     assert isinstance(model, transformers.PreTrainedModel)
     config: Any = model.config
     text = config.get_text_config(decoder=True)
-    row = arch.blocks.rpartition(".")[2]
-    blocks = tuple(_block(block, arch, text, f"{row}.{index}.") for index, block in enumerate(arch.find_blocks(model)))
+    rows = enumerate(arch.find_blocks(model))
+    blocks = tuple(_block(block, arch, text, arch.block_name(index)) for index, block in rows)
     embedding, head = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
     tied = config.tie_word_embeddings or text.tie_word_embeddings
     ends = embedding.numel() + (0 if head is embedding else head.numel())
@@ -160,14 +160,14 @@ def shape_of(model: nn.Module, arch: Arch) -> ModelShape:
     )
 
 
-def _block(block: nn.Module, arch: Arch, text: Any, before: str) -> BlockShape:
+def _block(block: nn.Module, arch: Arch, text: Any, name: str) -> BlockShape:
     linears = {path: (linear.out_features, linear.in_features) for path, linear in arch.named_linears(block)}
     weights = sum(rows * columns for rows, columns in linears.values())
     rounds = [each for each in arch.rounds_of(block) if each.experts is not None]
     routed = tuple(linears[path] for each in rounds for stage in each.stages for path in stage)
     experts = len(rounds[0].stages) if rounds else 0
     sent = min(experts, getattr(text, "num_experts_per_tok", None) or experts)
-    names = tuple(before + path for path in linears)
+    names = tuple(f"{name}.{path}" for path in linears)
     return BlockShape(tuple(linears.values()), names, _total(block) - weights, routed, experts, sent)
 
 

@@ -37,9 +37,8 @@ def units_of(opened: OpenModel) -> list[Unit]:
             allowed="models without: readers want the same bits for all experts and all their linears",
             do="leave the allocation out",
         )
-    blocks = opened.arch.blocks.rpartition(".")[2]
     return [
-        Unit(index, stage, tuple(f"{blocks}.{index}.{path}" for path in stage))
+        Unit(index, stage, tuple(f"{opened.arch.block_name(index)}.{path}" for path in stage))
         for index, block in enumerate(opened.blocks)
         for stage in opened.arch.stages_of(block)
     ]
