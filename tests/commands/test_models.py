@@ -58,3 +58,10 @@ def test_a_llava_in_its_original_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="llava-hf has") as caught:
         load_model(tmp_path, CPU)
     assert_four_lines(caught.value)
+
+
+def test_a_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match="the folder that it lies in") as caught:
+        model_folder(str(tmp_path / "model.gguf"))
+    assert_four_lines(caught.value)

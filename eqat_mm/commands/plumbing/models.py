@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from eqat_mm.blocks.source import CheckedFolder, WeightSource, say_left_over
 from eqat_mm.checkpoint.folders import check_full_precision, is_packed, load_for_inference
 from eqat_mm.checkpoint.manifest import checkpoint_folder
+from eqat_mm.checkpoint.step_sizes import is_step_sizes
 from eqat_mm.errors import CheckpointError, ConfigError, DataError
 from eqat_mm.runtime.files import read_json_object
 from eqat_mm.runtime.plugins import MODELS, plugged, plugged_function
@@ -35,8 +36,10 @@ def model_folder(model: str, files: Sequence[str] = _FILES) -> Path:
 
     Raises:
         AdapterError: unknown name.
+        CheckpointError: a file.
         DataError: the download failed.
     """
+    _require_no_file(Path(model))
     resolved = resolve_alias(model)
     folder = Path(resolved)
     if folder.is_dir():
@@ -52,6 +55,16 @@ def model_folder(model: str, files: Sequence[str] = _FILES) -> Path:
             allowed="a repository that this machine can reach, or a local folder",
             do="check the name and the network (HF_TOKEN for gated models), or give the path of a downloaded folder",
         ) from error
+
+
+def _require_no_file(path: Path) -> None:
+    if not path.is_file():
+        return
+    given, do = "a file", "name the folder that it lies in, with config.json beside it"
+    if is_step_sizes(path):
+        given = "step sizes of a task, without the integers of its base"
+        do = "put it over its base with `eqat adapter apply`, and name the folder that this writes"
+    raise CheckpointError(where=str(path), given=given, allowed="a folder of a model, an alias or a repository", do=do)
 
 
 def load_model(

@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from eqat_mm.checkpoint.folders import load_tokenizer
-from eqat_mm.checkpoint.step_sizes import is_step_sizes
 from eqat_mm.commands.plumbing.models import model_folder, require_model
 from eqat_mm.commands.plumbing.runs import asked, model_fingerprint
 from eqat_mm.commands.verbs.evaluate import bits_per_weight
@@ -76,7 +75,6 @@ def export(job: ExportJob) -> Path:
     Raises:
         EqatError: any bad input, or a model that the format does not hold exactly, before anything is written.
     """
-    _require_no_task(Path(job.model))
     folder, form, choices = model_folder(job.model), format_called(job.to), Choices(job.embedding)
     require_model(folder)
     output = job.output or _default_output(job, folder)
@@ -98,17 +96,6 @@ def export(job: ExportJob) -> Path:
         run.finish()
         say(_line(output / _MODEL, run.seconds))
     return output / _MODEL
-
-
-def _require_no_task(path: Path) -> None:
-    """Check that this is no task without the model that it belongs to."""
-    if path.is_file() and is_step_sizes(path):
-        raise CheckpointError(
-            where=str(path),
-            given="step sizes of a task, without the integers of its base",
-            allowed="a packed checkpoint",
-            do="put it over its base with `eqat adapter apply`, and export the folder that this writes",
-        )
 
 
 def _default_output(job: ExportJob, folder: Path) -> Path:
