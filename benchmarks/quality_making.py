@@ -27,6 +27,8 @@ from eqat_mm.data.text.windows import digest_of, text_windows
 from eqat_mm.runtime.files import read_json, write_json
 from eqat_mm.runtime.sealed import read_sealed
 
+OURS = ("ours", "ours-symmetric")
+"""Methods that take the recipes of the model."""
 FIRST_PHASE = 192
 """Windows that Block-AP of our recipes takes, however many there are."""
 LONG_STEPS = {2: 600, 3: 500, 4: 400}
@@ -90,14 +92,16 @@ def make(row: Row, source: Source, folder: Path) -> dict[str, Any]:
 
 def _commands(row: Row, source: Source) -> list[list[str]]:
     """Return our commands, in order, each but for the folder that it writes and, behind the first, that it reads."""
+    symmetric = METHODS[row.method].options.get("symmetric", False)
     spec = ["--quant.bits", str(row.bits), "--quant.group_size", str(row.group_size)]
+    spec += ["--quant.symmetric", "true"] * symmetric
     if row.method == ROUNDING:
         return [["rtn", *spec]]
     seen = {"source": source.text, "length": LENGTH, "count": min(row.windows, FIRST_PHASE)}
     seed = ["--seed", str(row.seed)]
-    if row.method == "ours":
+    if row.method in OURS:
         stage = "e2e-qp" if row.windows == FIRST_PHASE else "long-e2e-qp"
-        tuned = ["--config", f"{source.model}-{row.spec}-{stage}"]
+        tuned = ["--config", f"{source.model}-{row.spec}{'sym' * symmetric}-{stage}"]
         later = {"count": min(row.windows, 4 * LONG_STEPS[row.bits]), "seed": 0}
         return [
             ["block-ap", *spec, *_options("calibration", seen), *seed],
@@ -130,7 +134,7 @@ def _by_us(row: Row, source: Source, folder: Path) -> dict[str, Any]:
 
 
 def _first_windows(row: Row) -> int:
-    return min(row.windows, FIRST_PHASE) if row.method == "ours" else row.windows
+    return min(row.windows, FIRST_PHASE) if row.method in OURS else row.windows
 
 
 def _require_same_text(run: Path, expected: str) -> None:

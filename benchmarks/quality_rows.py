@@ -24,7 +24,7 @@ class Method:
     Attributes:
         title: in the table.
         peer: environment that it runs in, and name of its script; empty for this project's own commands.
-        options: of the script.
+        options: of the script; of this project's commands whether the grid is `symmetric`.
         reads: text. Without, there is one row for all budgets.
         draws: random numbers that its result depends on. Without, there is one row for all seeds.
     """
@@ -43,6 +43,7 @@ METHODS: dict[str, Method] = {
     "gptq": Method("GPTQ", ("llm-compressor", "by_llm_compressor"), {"method": "gptq"}),
     "awq": Method("AWQ", ("llm-compressor", "by_llm_compressor"), {"method": "awq"}),
     "ours": Method("ours", draws=True),
+    "ours-symmetric": Method("ours, symmetric grid", options={"symmetric": True}, draws=True),
     "paper": Method("EfficientQAT, published settings"),
     "auto-round": Method("auto-round", ("auto-round", "by_auto_round"), {"iters": 200, "sym": True}, draws=True),
     "auto-round-best": Method(

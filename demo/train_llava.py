@@ -41,6 +41,7 @@ from eqat_demo.llava.packing import Packer
 from eqat_demo.mini_vqa.bed import MINI
 from eqat_demo.smollm2 import smollm2_folder
 from eqat_mm.runtime.files import atomic_path, write_json
+from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.progress import duration, say
 
 BEDS = {"easy-vqa": EASY, "mini-vqa": MINI}
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps through the language model")
     parser.add_argument("--vision-steps", type=int, help="steps of the vision tower")
     arguments = parser.parse_args()
+    keep_freed_memory()
     bed = BEDS[arguments.bed]
     plan = replace(bed.plan, steps=arguments.steps or bed.plan.steps)
     bed = replace(bed, plan=plan, vision_steps=arguments.vision_steps or bed.vision_steps)

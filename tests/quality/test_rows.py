@@ -51,7 +51,7 @@ def test_each_script_of_a_peer_is_there() -> None:
             assert (PEERS / f"{method.peer[1]}.py").is_file()
 
 
-@pytest.mark.parametrize("method", ["ours", "paper"])
+@pytest.mark.parametrize("method", ["ours", "ours-symmetric", "paper"])
 @pytest.mark.parametrize("spec", ["w4g64", "w4g32", "w3g64", "w2g64"])
 @pytest.mark.parametrize("windows", [192, 2400])
 def test_our_commands_are_taken_and_see_no_more_than_they_may(method: str, spec: str, windows: int) -> None:
@@ -67,6 +67,7 @@ def test_our_commands_are_taken_and_see_no_more_than_they_may(method: str, spec:
     tuned = job_of("e2e-qp", E2EQPJob, [*trained, "--model", "smollm2-135m"])
     assert fit.quant.bits == row.bits
     assert fit.quant.group_size == row.group_size
+    assert fit.quant.symmetric == tuned.quant.symmetric == (method == "ours-symmetric")
     for data in (fit.calibration, tuned.data):
         assert (data.source, data.part, data.length, data.seed) == ("demo-wikipedia", "train", 256, 0)
         assert data.count <= windows
