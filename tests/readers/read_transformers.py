@@ -2,7 +2,7 @@
 
 Inputs: `input_ids` [B, T], and `pixel_values` and the like where there are images. Outputs: `logits` float32 [B, T, V],
 `generated`, what follows the first row, and where a job has `save`, `reloaded`, the largest difference of the
-logits of the first row after save and load, -1 where it cannot save.
+logits of the first row after save and load, -1 where it cannot.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def answer(folder: str, inputs: str, outputs: str, save: bool = False) -> None:
 def reloaded(model: Any, row: dict[str, torch.Tensor], logits: torch.Tensor, folder: str) -> torch.Tensor:
     try:
         model.save_pretrained(folder)
+        again = loaded(folder)
     except Exception as error:  # noqa: BLE001 - whatever a release makes of it
         print(error, file=sys.stderr)
         return torch.tensor([-1.0])
-    difference = (loaded(folder)(**row).logits.float() - logits).abs().max().reshape(1)
-    shutil.rmtree(folder)
-    return difference
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return (again(**row).logits.float() - logits).abs().max().reshape(1)
 
 
 def loaded(folder: str) -> Any:

@@ -36,7 +36,7 @@ class Seen:
         tokens: those of the text.
         apart: nats, the largest difference of log probabilities of these tokens; of an engine that tells them.
         reloaded: largest difference of logits after it saved and loaded the model, by the largest logit; negative where
-            it could not save it.
+            it could not save it, or not load what it saved.
     """
 
     model: str
@@ -117,7 +117,7 @@ def cell(one: Seen, reasons: Sequence[str] = ()) -> str:
     if one.written != one.tokens:
         said.append(f"{one.written} of {one.tokens} tokens")
     if one.reloaded is not None and not 0 <= one.reloaded < 1e-3:
-        said.append("does not save it" if one.reloaded < 0 else "another one after saving")
+        said.append("does not save and load it" if one.reloaded < 0 else "another one after saving")
     return ", ".join(said) or "the same text"
 
 

@@ -35,7 +35,7 @@ def test_nothing_is_read_as_another_model() -> None:
         ({"perplexity": 14.4, "ours": 14.3, "written": 8, "tokens": 8, "apart": 0.1}, "perplexity +0.70%"),
         ({"written": 2, "tokens": 2, "apart": 0.012}, "within 0.01 nats"),
         ({"kl": 0.0, "written": 8, "tokens": 8, "reloaded": 0.5}, "exact, another one after saving"),
-        ({"kl": 0.0, "written": 8, "tokens": 8, "reloaded": -1.0}, "exact, does not save it"),
+        ({"kl": 0.0, "written": 8, "tokens": 8, "reloaded": -1.0}, "exact, does not save and load it"),
         ({"written": 8, "tokens": 8}, "the same text"),
     ],
 )
