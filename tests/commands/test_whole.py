@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from eqat_mm.checkpoint.manifest import read_manifest
 from eqat_mm.checkpoint.verify import verify_checkpoint
 from eqat_mm.cli import main, parse_job
 from eqat_mm.commands.tables import whole as module
@@ -200,6 +201,12 @@ def test_a_language_model_is_tuned_on_conversations_too(tiny: Tiny, share: float
     run = read_json(Path(f"runs/{tiny.folder.name}-w2g32/e2e-qp/run.json"))["config"]
     assert (run["conversations"]["source"], run["text_share"]) == ("mix.json", share)
     assert run["data"]["source"] == (None if share is None else str(tiny.text))
+
+
+def test_the_symmetric_grid_is_that_of_both_phases(tiny: Tiny) -> None:
+    assert main(words_for(tiny.folder, tiny, "--e2e_qp", "qp.yaml", "--symmetric", "true")) == 0
+    for phase in ("block-ap", "e2e-qp"):
+        assert read_manifest(Path(f"runs/{tiny.folder.name}-w2g32sym/{phase}/model")).spec["symmetric"]
 
 
 def test_a_language_model_without_text_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:

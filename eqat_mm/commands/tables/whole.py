@@ -52,6 +52,7 @@ class QuantizeJob(Settings):
         model: model folder, alias (`eqat assets`) or hub repository.
         bits: of a weight.
         group_size: weights that share a step size; null takes the recipe's, or 64.
+        symmetric: on the symmetric grid, which llama.cpp and vLLM hold exactly; null takes the recipe's.
         allocation: file of `eqat allocate` that gives each linear bits of its own; `bits` then only chooses recipes.
         text: text to fit the blocks on, and to tune a language model on; a side of it is held out to judge by.
         conversations: conversations to tune the model on, in LLaVA's format; about images where it sees.
@@ -69,6 +70,7 @@ class QuantizeJob(Settings):
     model: str
     bits: WeightBits = 2
     group_size: GroupSize | None = None
+    symmetric: bool | None = None
     allocation: Path | None = None
     text: str | None = None
     conversations: str | None = None
@@ -168,8 +170,9 @@ def _tuned(job: QuantizeJob, fit: BlockAPJob, root: Path, with_images: bool) -> 
 
 
 def _block_ap_words(job: QuantizeJob) -> list[str]:
-    spec = {"quant.bits": job.bits, "quant.group_size": job.group_size, "quant.allocation": job.allocation}
-    return _words(_common(job, job.block_ap, "block-ap"), spec, {"calibration.source": job.text})
+    spec = {"quant.bits": job.bits, "quant.group_size": job.group_size, "quant.symmetric": job.symmetric}
+    more = {"quant.allocation": job.allocation, "calibration.source": job.text}
+    return _words(_common(job, job.block_ap, "block-ap"), spec, more)
 
 
 def _common(job: QuantizeJob, config: str | None, folder: str) -> dict[str, Any]:
