@@ -3,12 +3,12 @@
     python demo/train_llava.py --bed easy-vqa --out runs/train-demo-llava
     python demo/train_llava.py --bed mini-vqa --out runs/train-mini-llava
 
-The first takes about 40 minutes on one core. Data and language model are fetched or made on first use. Each part is
-rounded to float16 and saved when its stage ends, and the next stage works on what was saved. A stopped run goes on when
-the same command is given again: behind its last finished stage, and within a stage behind what it kept, every two
-minutes, in `<out>/*.state`. At the end the parts are assembled to a Hugging Face folder, which is asked all test
-questions. To ship new parts of easy-VQA, copy `<out>/parts` over `demo/eqat_demo/llava/parts` and bring its card up to
-date.
+The first takes about 40 minutes on one core, the second about three hours. Data and language model are fetched or made
+on first use. Each part is rounded to float16 and saved when its stage ends, and the next stage works on what was saved.
+A stopped run goes on when the same command is given again: behind its last finished stage, and within a stage behind
+what it kept, every two minutes, in `<out>/*.state`. At the end the parts are assembled to a Hugging Face folder, which
+is asked all test questions. To ship new parts, copy `<out>/parts` over `demo/eqat_demo/llava/parts` or
+`demo/eqat_demo/mini_vqa/llava_parts` and bring the card there up to date.
 """
 
 from __future__ import annotations
@@ -53,11 +53,13 @@ def main() -> None:
     parser.add_argument("--bed", choices=BEDS, default="easy-vqa", help="questions that it learns to answer")
     parser.add_argument("--out", type=Path, default=Path("runs/train-demo-llava"), help="folder of the run")
     parser.add_argument("--steps", type=int, help="steps through the language model")
+    parser.add_argument("--further", type=int, help="those of a second descent behind it")
     parser.add_argument("--vision-steps", type=int, help="steps of the vision tower")
     arguments = parser.parse_args()
     keep_freed_memory()
     bed = BEDS[arguments.bed]
-    plan = replace(bed.plan, steps=arguments.steps or bed.plan.steps)
+    further = bed.plan.further if arguments.further is None else arguments.further
+    plan = replace(bed.plan, steps=arguments.steps or bed.plan.steps, further=further)
     bed = replace(bed, plan=plan, vision_steps=arguments.vision_steps or bed.vision_steps)
     run_stages(bed, arguments.out, smollm2_folder())
 

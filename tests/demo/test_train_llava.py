@@ -68,11 +68,11 @@ def test_all_stages_of_mini_vqa(script: ModuleType, small: Any, tmp_path: Path, 
 # ---- going on ---------------------------------------------------------------------------------------
 
 
-def descended(kept: Path | None, stop: int | None = None) -> list[torch.Tensor]:
-    """Return the weights after ten steps on data that follow from the step; or stop in the middle."""
+def descended(kept: Path | None, stop: int | None = None, further: int = 0) -> list[torch.Tensor]:
+    """Return the weights after ten steps and more on data that follow from the step; or stop in the middle."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(4, 1)
-    descent = Descent({"params": list(linear.parameters()), "lr": 0.1}, steps=10, warmup=2, kept=kept)
+    descent = Descent({"params": list(linear.parameters()), "lr": 0.1}, steps=10, warmup=2, further=further, kept=kept)
     for step in descent.steps("test"):
         if step == stop:
             break
@@ -81,12 +81,26 @@ def descended(kept: Path | None, stop: int | None = None) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in linear.parameters()]
 
 
-def test_a_stopped_descent_ends_where_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("further", "stop"), [(0, 6), (8, 6), (8, 13)])
+def test_a_stopped_descent_ends_where_it_would_have(
+    further: int, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(descents, "_SECONDS_BETWEEN_SAVES", 0)
-    whole = descended(None)
-    stopped = descended(tmp_path / "state", stop=6)
+    whole = descended(None, further=further)
+    stopped = descended(tmp_path / "state", stop=stop, further=further)
     assert not torch.equal(stopped[0], whole[0])
-    assert all(map(torch.equal, descended(tmp_path / "state"), whole))
+    assert all(map(torch.equal, descended(tmp_path / "state", further=further), whole))
+
+
+def test_a_second_descent_begins_from_the_same_rates() -> None:
+    descent = Descent({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.1}, steps=10, warmup=2, further=6)
+    rates = []
+    for _ in descent.steps("test"):
+        rates.append(descent.schedule.get_last_lr()[0])
+        descent.step(descent.parameters[0].sum())
+    assert rates[2] == rates[12] == 0.1
+    assert rates[9] < 0.01
+    assert len(rates) == 16
 
 
 def test_what_was_kept_of_another_length_is_not_gone_on_from(

@@ -41,6 +41,7 @@ class Plan:
 
     Attributes:
         steps: optimizer steps.
+        further: those of a second descent behind the first, from the same rates.
         images: images of one step.
         questions: questions about each of them.
         rank: rank of the LoRA.
@@ -49,6 +50,7 @@ class Plan:
     """
 
     steps: int = 500
+    further: int = 0
     images: int = 5
     questions: int = 6
     rank: int = 8
@@ -138,6 +140,7 @@ def train_reader(
         {"params": list(reader.projector.parameters()), "lr": plan.projector_lr},
         steps=plan.steps,
         warmup=plan.steps // 20,
+        further=plan.further,
         weight_decay=0.0,
         kept=kept,
     )
