@@ -7,8 +7,8 @@ The first takes about 40 minutes on one core, the second about three hours. Data
 on first use. Each part is rounded to float16 and saved when its stage ends, and the next stage works on what was saved.
 A stopped run goes on when the same command is given again: behind its last finished stage, and within a stage behind
 what it kept, every two minutes, in `<out>/*.state`. At the end the parts are assembled to a Hugging Face folder, which
-is asked all test questions. To ship new parts, copy `<out>/parts` over `demo/eqat_demo/llava/parts` or
-`demo/eqat_demo/mini_vqa/llava_parts` and bring the card there up to date.
+is asked all test questions. To ship new parts of easy-VQA, copy `<out>/parts` over `demo/eqat_demo/llava/parts` and
+bring its card up to date.
 """
 
 from __future__ import annotations

@@ -153,6 +153,17 @@ def test_another_number_of_questions_is_asked_anew(job: VLMLadderJob, ran: list[
     assert sum("eval" in words for words in ran) == 1  # the first questions are the same
 
 
+def test_another_precision_asks_again(job: VLMLadderJob, ran: list[list[str]]) -> None:
+    vlm_ladder(job)
+    ran.clear()
+    vlm_ladder(replace(job, precision="bfloat16"))
+    asked = [words for words in ran if "eval" in words]
+    assert len(asked) == 9
+    for words in asked:
+        parsed: Any = parse_job("eval", words[words.index("eval") + 1 :])
+        assert parsed.precision == "bfloat16"
+
+
 def test_models_are_compared_with_what_full_precision_answered(job: VLMLadderJob, ran: list[list[str]]) -> None:
     mini = replace(job, task="mini_vqa", conversations="demo-mini-vqa", projector=True)
     vlm_ladder(mini)

@@ -30,6 +30,7 @@ from eqat_mm.quant.spec import GroupSize, QuantSpec
 from eqat_mm.runtime.children import run_child
 from eqat_mm.runtime.files import read_json
 from eqat_mm.runtime.plugins import GUESSES, plugged, plugged_function
+from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import duration, say
 from eqat_mm.runtime.provenance import provenance
 from eqat_mm.runtime.settings import Count, Filled, Settings
@@ -60,6 +61,8 @@ class VLMLadderJob(Settings):
         questions: questions each quantized model answers, the first ones; null for all.
         questions_full_precision: the same for the full-precision model, no fewer.
         batch_size: questions per forward.
+        precision: of matrix products when questions are answered; null is that of `eqat eval`, bfloat16 is faster where
+            the processor has instructions for it.
         output: folder of all runs and of results.json.
         overwrite: discard finished rungs in the output folder.
     """
@@ -76,6 +79,7 @@ class VLMLadderJob(Settings):
     questions: Count | None = 500
     questions_full_precision: Count | None = 500
     batch_size: Count = 32
+    precision: Precision | None = None
     output: Path = Path("runs/demo-vlm")
     overwrite: bool = False
 
@@ -206,6 +210,7 @@ def _ask(made: Table, rung: Rung, job: VLMLadderJob) -> None:
         "questions": questions,
         "beside": "likelihood",
     }
+    decides |= {} if job.precision is None else {"precision": job.precision}
 
     def about(verdict: Row) -> Row:
         answered = {name: verdict[name] for name in _ANSWERED if name in verdict}
@@ -231,6 +236,7 @@ def _answered(model: Path, questions: int | None, job: VLMLadderJob, output: Pat
     limit = [] if questions is None else ["--limit", str(questions)]
     beside = [] if reference is None else ["--reference", str(reference)]
     asked = ["--model", str(model), "--tasks", job.task, "--likelihood", "true", "--batch_size", str(job.batch_size)]
+    asked += [] if job.precision is None else ["--precision", job.precision]
     run_command([*_eqat("eval"), *asked, *limit, *beside, "--output", str(output)])
     row: Row = read_json(output)["tasks"][job.task]
     return row
