@@ -1,26 +1,29 @@
 """Train a demo LLaVA: a vision tower from scratch, a projector and a LoRA on SmolLM2-135M-Instruct.
 
     python demo/train_llava.py --bed easy-vqa --out runs/train-demo-llava
-    python demo/train_llava.py --bed mini-vqa --out runs/train-mini-llava
+    python demo/train_llava.py --bed mini-vqa --out runs/train-mini-llava --compiled
 
-The first takes about 40 minutes on one core, the second about five hours. Data and language model are fetched or made
-on first use. Each part is rounded to float16 and saved when its stage ends, and the next stage works on what was saved.
-A stopped run goes on when the same command is given again: behind its last finished stage, and within a stage behind
-what it kept, every two minutes, in `<out>/*.state`. At the end the parts are assembled to a Hugging Face folder, which
-is asked all test questions. To ship new parts of easy-VQA, copy `<out>/parts` over `demo/eqat_demo/llava/parts` and
-bring its card up to date.
+The first takes about 40 minutes on one core, the second about two and a half hours on two. Data and language model are
+fetched or made on first use. Each part is rounded to float16 and saved when its stage ends, and the next stage works on
+what was saved. A stopped run goes on when the same command is given again: behind its last finished stage, and within a
+stage behind what it kept, every two minutes, in `<out>/*.state`. At the end the parts are assembled to a Hugging Face
+folder, which is asked all test questions. `--start` begins with parts instead of nothing: a tower that is kept, a
+projector and a LoRA that learn on. To ship new parts, copy `<out>/parts` over `demo/eqat_demo/llava/parts`, or
+`demo/eqat_demo/mini_vqa/llava_parts`, and bring the card there up to date.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -36,10 +39,12 @@ from eqat_demo.llava.build import (
     assemble,
     llava_config,
     llava_processor,
+    load_projector,
 )
 from eqat_demo.llava.packing import Packer
 from eqat_demo.mini_vqa.bed import MINI
 from eqat_demo.smollm2 import smollm2_folder
+from eqat_mm.runtime.device import best_device
 from eqat_mm.runtime.files import atomic_path, write_json
 from eqat_mm.runtime.memory import keep_freed_memory
 from eqat_mm.runtime.progress import duration, say
@@ -53,34 +58,41 @@ def main() -> None:
     parser.add_argument("--bed", choices=BEDS, default="easy-vqa", help="questions that it learns to answer")
     parser.add_argument("--out", type=Path, default=Path("runs/train-demo-llava"), help="folder of the run")
     parser.add_argument("--steps", type=int, help="steps through the language model")
-    parser.add_argument("--further", type=int, help="those of a second descent behind it")
+    parser.add_argument("--start", type=Path, help="folder of parts to begin with; take another --seed then")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of images and questions")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; of the language model")
+    parser.add_argument("--compiled", action="store_true", help="by torch.compile, which needs a C++ compiler")
     parser.add_argument("--vision-steps", type=int, help="steps of the vision tower")
     arguments = parser.parse_args()
+    if arguments.start and not (arguments.start / LORA).exists():
+        parser.error(f"--start {arguments.start}: no {LORA} there; take the parts of a finished run")
     keep_freed_memory()
     bed = BEDS[arguments.bed]
-    further = bed.plan.further if arguments.further is None else arguments.further
-    plan = replace(bed.plan, steps=arguments.steps or bed.plan.steps, further=further)
+    steps = arguments.steps or bed.plan.steps
+    plan = replace(bed.plan, steps=steps, seed=arguments.seed, compiled=arguments.compiled)
     bed = replace(bed, plan=plan, vision_steps=arguments.vision_steps or bed.vision_steps)
-    run_stages(bed, arguments.out, smollm2_folder())
+    run_stages(bed, arguments.out, smollm2_folder(), arguments.start, best_device(arguments.device))
 
 
-def run_stages(bed: Bed, out: Path, base: Path) -> None:
-    """Train for a bed in the folder `out`, on the language model in the folder `base`."""
+def run_stages(bed: Bed, out: Path, base: Path, start: Path | None = None, device: str | torch.device = "cpu") -> None:
+    """Train for a bed in the folder `out`, on the language model in the folder `base`, with the parts in `start`."""
     parts = out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
+    if start is not None:
+        shutil.copytree(start / VISION_TOWER, parts / VISION_TOWER, dirs_exist_ok=True)
     for name, made, make in (
         ("vision tower", parts / VISION_TOWER, lambda: make_vision_tower(bed, out, base)),
-        ("projector and LoRA", parts / LORA, lambda: make_projector_and_lora(bed, out, base)),
+        ("projector and LoRA", parts / LORA, lambda: make_projector_and_lora(bed, out, base, start, device)),
         ("model", out / "model", lambda: make_model(parts, base, out / "model")),
-        ("accuracy", out / "accuracy.json", lambda: measure_accuracy(bed, out)),
+        ("accuracy", out / "accuracy.json", lambda: measure_accuracy(bed, out, device)),
     ):
         if made.exists():
             say(f"{name}: finished before")
             continue
-        start = time.monotonic()
+        began = time.monotonic()
         torch.manual_seed(0)
         make()
-        say(f"{name}: {duration(time.monotonic() - start)}, {made}")
+        say(f"{name}: {duration(time.monotonic() - began)}, {made}")
 
 
 def make_vision_tower(bed: Bed, out: Path, base: Path) -> None:
@@ -92,7 +104,7 @@ def make_vision_tower(bed: Bed, out: Path, base: Path) -> None:
     unfinished.rename(out / "parts" / VISION_TOWER)
 
 
-def make_projector_and_lora(bed: Bed, out: Path, base: Path) -> None:
+def make_projector_and_lora(bed: Bed, out: Path, base: Path, start: Path | None, device: Any) -> None:
     """Stages 2 and 3."""
     parts, train, test = out / "parts", bed.part("train"), bed.part("test")
     tower = CLIPVisionModel.from_pretrained(parts / VISION_TOWER, dtype=torch.float32)
@@ -102,11 +114,15 @@ def make_projector_and_lora(bed: Bed, out: Path, base: Path) -> None:
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = llava_config(tower.config, model.config, processor)
-    projector = LlavaMultiModalProjector(config)
-    known, captions = train.captions(model, processor.tokenizer, features.shape[1])
-    language.start_projector(projector, features[known], captions)
     language.add_lora(model, bed.plan.rank)
-    reader = language.Reader(projector, model, config.image_token_id)
+    if start is None:
+        projector = LlavaMultiModalProjector(config)
+        known, captions = train.captions(model, processor.tokenizer, features.shape[1])
+        language.start_projector(projector, features[known], captions)
+    else:
+        projector = load_projector(start, config)
+        language.load_lora(model, load_file(start / LORA))
+    reader = language.Reader(projector.to(device), model.to(device), config.image_token_id)
     packer = Packer(processor.tokenizer, features.shape[1])
     language.train_reader(reader, packer, features, train.asked, bed.plan, out / "language.state")
     say(f"first 200 test images: {language.quick_accuracy(reader, packer, test_features[:200], test.asked[:200]):.2%}")
@@ -126,13 +142,14 @@ def save_half(tensors: dict[str, Tensor], path: Path) -> None:
         save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
-def measure_accuracy(bed: Bed, out: Path) -> None:
+def measure_accuracy(bed: Bed, out: Path, device: Any) -> None:
     """Ask the assembled folder every test question, and guess every one without looking."""
     train, test = bed.part("train"), bed.part("test")
     asked = list(chain(*test.asked))
     images = [image for image, questions in zip(test.images(), test.asked, strict=True) for _ in questions]
+    questions = [each.question for each in asked]
     answers = {
-        "accuracy": generated_answers(out / "model", images, [each.question for each in asked], bed.longest),
+        "accuracy": generated_answers(out / "model", images, questions, bed.longest, device),
         "blind": blind_answers(chain(*train.asked), asked),
     }
     result = {name: accuracy_by_type(given, asked) for name, given in answers.items()}

@@ -204,7 +204,7 @@ class BlockWalker:
     @torch.no_grad()
     def _pass(self, step: BlockStep, stream: Stream, name: str) -> float:
         """Overwrite every sample with its output; return the mean over samples of its tokens' mean square."""
-        squares: list[Tensor] = []
+        squares = torch.zeros(len(step.calls), device=self.device)  # small tensors would lie between freed large ones
         passed = stream.path
         with stream.rewritten(self._path(name, step.index + 1)), self.feed.results(stream) as write:
             order = step.batches(self.ranks.share(len(step.sorts)), self.batch_tokens)
@@ -213,10 +213,10 @@ class BlockWalker:
                 sizes = [step.calls[i].batch for i in part.mine]
                 write(part.mine, output, sizes)
                 counts = None if step.weights is None else [step.weights[i].to(output.device) for i in part.mine]
-                squares += map(_mean_square, output.split(sizes), counts or repeat(None))
+                squares[part.mine] = torch.stack([*map(_mean_square, output.split(sizes), counts or repeat(None))])
         if passed is not None and not self._keep_passed:
             passed.unlink()
-        return self.ranks.mean(torch.stack(squares))
+        return self.ranks.mean(squares)
 
     def _path(self, name: str, passed: int) -> Path | None:
         return None if self._spool is None else stream_path(self._spool, name, passed)

@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
 
-from eqat_demo.llava import build, language, vision
+from eqat_demo.llava import build, language, packing, vision
 from eqat_demo.llava.captions import captions
 from eqat_demo.llava.images import Asked
 from eqat_demo.llava.packing import IGNORED, Packer
@@ -95,7 +95,11 @@ def test_questions_about_the_absent_are_drawn_less_often() -> None:
 # ---- packing --------------------------------------------------------------------------------------
 
 
-def test_packed_questions_are_answered_as_if_asked_alone(llava: Any, reader: language.Reader, packer: Packer) -> None:
+@pytest.mark.parametrize("row", [pytest.param(1, id="rows-of-their-own"), pytest.param(10_000, id="one-row")])
+def test_packed_questions_are_answered_as_if_asked_alone(
+    row: int, llava: Any, reader: language.Reader, packer: Packer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_ROW", row)
     pixels = torch.randn(2, 3, SIZE, SIZE)
     features = vision.all_features(llava.model.vision_tower, [pixels])
     batch = packer.batch(ASKED)
@@ -114,12 +118,21 @@ def ask(packer: Packer, question: str) -> dict[str, Tensor]:
     return {"input_ids": packer.tokenizer(prompt, return_tensors="pt")["input_ids"]}
 
 
-def test_only_answers_and_their_ends_are_targets(packer: Packer) -> None:
+def test_only_answers_and_their_ends_are_targets(packer: Packer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_ROW", 1)
     batch = packer.batch(ASKED)
     targets = [row[row != IGNORED] for row in batch.targets]
     texts = [packer.tokenizer.decode(row) for row in targets]
     assert texts == [" red<|im_end|> yes<|im_end|> yes<|im_end|>", " circle<|im_end|> no<|im_end|>"]
     assert batch.first_of_answers().sum(1).tolist() == [3, 2]
+
+
+def test_short_pieces_share_a_row(packer: Packer, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [int((packer.batch([asked]).images >= 0).sum()) for asked in ASKED]
+    monkeypatch.setattr(packing, "_ROW", sum(lengths))
+    batch = packer.batch([*ASKED, ASKED[0]])
+    assert (batch.images >= 0).sum(1).tolist() == [sum(lengths), lengths[0]]
+    assert batch.images[0].unique_consecutive(return_counts=True)[1].tolist() == lengths
 
 
 # ---- vision ---------------------------------------------------------------------------------------

@@ -21,16 +21,24 @@ _BATCH = 64
 
 
 @torch.inference_mode()
-def generated_answers(folder: Path, images: Sequence[Image], questions: Sequence[str], longest: int = 4) -> list[str]:
+def generated_answers(
+    folder: Path,
+    images: Sequence[Image],
+    questions: Sequence[str],
+    longest: int = 4,
+    device: str | torch.device = "cpu",
+) -> list[str]:
     """Return the model's answer to each question about the image beside it, in float32, at most `longest` tokens."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     processor: Any = AutoProcessor.from_pretrained(folder)
     prompts = [PROMPT.format(question=question) for question in questions]
     answers: list[str] = []
     for start in progress(range(0, len(prompts), _BATCH), what="answers"):
         part = slice(start, start + _BATCH)
         inputs = processor(images[part], prompts[part], padding=True, padding_side="left", return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        tokens = model.generate(**inputs.to(device), max_new_tokens=longest, do_sample=False)[
+            :, inputs["input_ids"].shape[1] :
+        ]
         answers += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
     return answers
 

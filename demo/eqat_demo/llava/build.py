@@ -65,15 +65,20 @@ def demo_llava_folder(cache: Path | None = None) -> Path:
     Raises:
         DataError: the language model cannot be fetched.
     """
-    origin = f"{_hash_of(PARTS)} assembly:{_ASSEMBLY}"
-    folder = (cache or asset_cache()) / NAME
+    return folder_of_parts(PARTS, NAME, cache)
+
+
+def folder_of_parts(parts: Path, name: str, cache: Path | None) -> Path:
+    """Return the folder called `name` in the cache, assembled of `parts` that this package ships, as above."""
+    origin = f"{_hash_of(parts)} assembly:{_ASSEMBLY}"
+    folder = (cache or asset_cache()) / name
     if is_finished(folder, origin):
         return folder
     language = smollm2_folder(cache)
-    say("assembling the demo LLaVA (once)")
+    say(f"assembling {name} (once)")
     with building(folder, origin) as unfinished:
-        assemble(PARTS, language, unfinished)
-        shutil.copy(PARTS / CARD, unfinished / CARD)
+        assemble(parts, language, unfinished)
+        shutil.copy(parts / CARD, unfinished / CARD)
         shutil.copy(language / "LICENSE", unfinished / "LICENSE")
     return folder
 

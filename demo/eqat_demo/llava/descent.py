@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import SequentialLR
 from transformers import get_cosine_schedule_with_warmup
 
 from eqat_mm.runtime.files import atomic_path
@@ -26,7 +25,6 @@ class Descent:
         groups: parameter groups, `params` and peak `lr`.
         steps: steps of the descent.
         warmup: steps of rising learning rate at its start.
-        further: steps of a second one behind it, from the same rates again.
         weight_decay: as in AdamW.
         clip: largest norm of all gradients together.
         kept: file of what a stopped descent goes on from; None keeps nothing.
@@ -39,16 +37,12 @@ class Descent:
         warmup: int,
         weight_decay: float = 0.01,
         clip: float = 1.0,
-        further: int = 0,
         kept: Path | None = None,
     ) -> None:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(list(groups), weight_decay=weight_decay)
         self.schedule: Any = get_cosine_schedule_with_warmup(self.optimizer, warmup, steps)
-        if further:
-            second = get_cosine_schedule_with_warmup(self.optimizer, warmup, further)
-            self.schedule = SequentialLR(self.optimizer, [self.schedule, second], [steps])
-        self.total, self.clip, self.kept = steps + further, clip, kept
+        self.total, self.clip, self.kept = steps, clip, kept
 
     def steps(self, what: str) -> Iterator[int]:
         """Yield the numbers of the steps that are left, behind a bar; what a caller draws must follow from them."""
@@ -90,9 +84,9 @@ class Descent:
         return int(state["step"])
 
 
-def images_of_step(count: int, step: int, size: int) -> Tensor:
+def images_of_step(count: int, step: int, size: int, seed: int = 0) -> Tensor:
     """Return which of `count` images a step is about, `size` of them; all come once before any comes again."""
     in_epoch = -(-count // size)
     epoch, at = divmod(step, in_epoch)
-    order: Tensor = torch.randperm(count, generator=generator(0, "images", epoch))
+    order: Tensor = torch.randperm(count, generator=generator(seed, "images", epoch))
     return order[at * size : (at + 1) * size]

@@ -31,7 +31,6 @@ from eqat_mm.runtime.precision import Precision, autocast, resolve
 from eqat_mm.runtime.progress import progress, say
 from eqat_mm.runtime.seeding import generator
 
-_CPU = torch.device("cpu")
 _STEPS_PER_LINE = 25
 
 
@@ -41,21 +40,23 @@ class Plan:
 
     Attributes:
         steps: optimizer steps.
-        further: those of a second descent behind the first, from the same rates.
         images: images of one step.
         questions: questions about each of them.
         rank: rank of the LoRA.
         lora_lr: peak learning rate of the LoRA.
         projector_lr: peak learning rate of the projector.
+        seed: of the order of images and questions.
+        compiled: by torch.compile, which needs a C++ compiler: two thirds of the time.
     """
 
     steps: int = 500
-    further: int = 0
     images: int = 5
     questions: int = 6
     rank: int = 8
     lora_lr: float = 1e-3
     projector_lr: float = 5e-4
+    seed: int = 0
+    compiled: bool = False
 
 
 class Reader(nn.Module):
@@ -66,11 +67,13 @@ class Reader(nn.Module):
     ) -> None:
         super().__init__()
         self.projector, self.language, self.image_token_id = projector, language, image_token_id
-        self.precision = resolve(precision, _CPU)
+        self.device = language.get_input_embeddings().weight.device
+        self.precision = resolve(precision, self.device)
 
     def forward(self, features_NPE: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
-        """Return the logits of N sequences at the `chosen` positions, in float32: (positions, vocabulary)."""
-        with autocast(self.precision, _CPU):
+        """Return the logits of a batch about N images at `chosen` positions, in float32: (positions, vocabulary)."""
+        batch, features_NPE = batch.to(self.device), features_NPE.to(self.device)
+        with autocast(self.precision, self.device):
             words = self.language.get_input_embeddings()(batch.ids)
             is_image = (batch.ids == self.image_token_id)[..., None]
             inputs = words.masked_scatter(is_image, self.projector(features_NPE).to(words.dtype))
@@ -78,7 +81,7 @@ class Reader(nn.Module):
             hidden = decoder(
                 inputs_embeds=inputs, attention_mask=batch.mask(), position_ids=batch.positions, use_cache=False
             ).last_hidden_state
-            logits: Tensor = self.language.get_output_embeddings()(hidden[chosen])
+            logits: Tensor = self.language.get_output_embeddings()(hidden[chosen.to(self.device)])
         return logits.float()
 
 
@@ -106,14 +109,30 @@ def add_lora(language: PreTrainedModel, rank: int) -> None:
     )
 
 
+@torch.no_grad()
+def load_lora(language: PreTrainedModel, factors: dict[str, Tensor]) -> None:
+    """Put factors, as `lora_factors` returns them, into the LoRA that was added.
+
+    Raises:
+        RuntimeError: of another rank.
+        KeyError: of other linears.
+    """
+    for path, linear in _lora_layers(language):
+        linear.lora_A["default"].weight.copy_(factors[f"{path}.lora_A"])
+        linear.lora_B["default"].weight.copy_(factors[f"{path}.lora_B"].float() / linear.scaling["default"])
+
+
 def lora_factors(language: PreTrainedModel) -> dict[str, Tensor]:
     """Return `<path>.lora_A` (rank, inputs) and `<path>.lora_B` (outputs, rank) of every linear; its update is B A."""
-    linears: list[tuple[str, Any]] = [each for each in language.named_modules() if isinstance(each[1], LoraLayer)]
     factors = {}
-    for path, linear in linears:
+    for path, linear in _lora_layers(language):
         factors[f"{path}.lora_A"] = linear.lora_A["default"].weight.detach()
         factors[f"{path}.lora_B"] = linear.lora_B["default"].weight.detach() * linear.scaling["default"]
     return factors
+
+
+def _lora_layers(language: PreTrainedModel) -> list[tuple[str, Any]]:
+    return [(path, module) for path, module in language.named_modules() if isinstance(module, LoraLayer)]
 
 
 def train_reader(
@@ -140,21 +159,30 @@ def train_reader(
         {"params": list(reader.projector.parameters()), "lr": plan.projector_lr},
         steps=plan.steps,
         warmup=plan.steps // 20,
-        further=plan.further,
         weight_decay=0.0,
         kept=kept,
     )
+    if plan.compiled:
+        compile_blocks(reader.language)
     losses = []
     for step in descent.steps("language"):
-        drawn = images_of_step(len(features_NPE), step, plan.images)
-        batch = packer.batch([draw_questions(asked_N[image], plan.questions, step) for image in drawn.tolist()])
+        drawn = images_of_step(len(features_NPE), step, plan.images, plan.seed).tolist()
+        drawn.sort(key=lambda image: len(asked_N[image]))  # short pieces side by side share a row
+        batch = packer.batch([draw_questions(asked_N[image], plan.questions, plan.seed + step) for image in drawn])
         chosen = batch.targets != IGNORED
-        loss = functional.cross_entropy(reader(features_NPE[drawn], batch, chosen), batch.targets[chosen])
+        logits = reader(features_NPE[drawn], batch, chosen)
+        loss = functional.cross_entropy(logits, batch.targets[chosen].to(logits.device))
         descent.step(loss)
         losses.append(loss.item())
         if (step + 1) % _STEPS_PER_LINE == 0:
             last = losses[-_STEPS_PER_LINE:]
             say(f"language step {step + 1}: loss {sum(last) / len(last):.4f}")
+
+
+def compile_blocks(language: Any) -> None:
+    """Compile the decoder blocks, all of them by one graph for batches of any size."""
+    for block in language.get_decoder().layers:
+        block.compile(dynamic=True)
 
 
 @torch.no_grad()
@@ -167,7 +195,7 @@ def quick_accuracy(
         batch = packer.batch(asked_N[start : start + images])
         chosen = batch.first_of_answers()
         logits = reader(features_NPE[start : start + images], batch, chosen)
-        right += int((logits.argmax(-1) == batch.targets[chosen]).sum())
+        right += int((logits.argmax(-1).cpu() == batch.targets[chosen]).sum())
         total += len(logits)
     return right / total
 

@@ -1,15 +1,16 @@
-"""An image and several questions about it as one sequence: the image is read once.
+"""An image and several questions about it as one piece of a row: the image is read once.
 
-A mask lets each question see the image and itself, nothing of the other questions, and every question starts at
-the same position id, so each is answered as if it had been asked alone.
+A mask lets each question see its image and itself, nothing of the other questions and images, and every question about
+an image starts at the same position id, so each is answered as if it had been asked alone. Short pieces share a row, so
+that little of a batch is padding.
 
-Axes: B sequences of a batch, L tokens.
+Axes: B rows of a batch, L tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -21,6 +22,11 @@ from eqat_demo.llava.build import IMAGE_TOKEN, PROMPT
 
 IGNORED = -100
 _PREFIX, _PADDING = 0, -1
+_ROW = 320
+"""Tokens of a row that images share; a longer piece has a row of its own."""
+
+Piece = list[tuple[int, int, int, int]]
+"""Of each token: id, segment, position id, next token to predict."""
 
 
 class Asked(Protocol):
@@ -49,17 +55,23 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed questions, all of shape (B, L): token ids, segment numbers, position ids, next tokens to predict."""
+    """Packed questions, all of shape (B, L): numbers of images, token ids, segments, positions, next tokens."""
 
+    images: Tensor
     ids: Tensor
     segments: Tensor
     positions: Tensor
     targets: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """Return it on a device."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def mask(self) -> Tensor:
         """Which key (last axis) each query may see: (B, 1, L, L)."""
         query, key = self.segments[:, :, None], self.segments[:, None, :]
-        allowed = ((query == key) | (key == _PREFIX)).tril()
+        same_image = self.images[:, :, None] == self.images[:, None, :]
+        allowed = (same_image & ((query == key) | (key == _PREFIX))).tril()
         return allowed[:, None]
 
     def first_of_answers(self) -> Tensor:
@@ -82,13 +94,18 @@ class Packer:
         self.prefix = self._ids(self.prompt.partition("{question}")[0])
 
     def batch(self, asked: Sequence[Sequence[Asked]]) -> Batch:
-        """Pack what is asked about each image into one sequence."""
-        columns = zip(*(self._sequence(each) for each in asked), strict=True)
-        padding = (0, _PADDING, 0, IGNORED)
+        """Pack what is asked about each image; row by row, the images keep their order."""
+        rows: list[list[tuple[int, ...]]] = [[]]
+        for image, piece in enumerate(map(self._piece, asked)):
+            if rows[-1] and len(rows[-1]) + len(piece) > _ROW:
+                rows.append([])
+            rows[-1] += [(image, *token) for token in piece]
+        columns = zip(*(torch.tensor(row).unbind(1) for row in rows), strict=True)
+        padding = (_PADDING, 0, _PADDING, 0, IGNORED)
         padded = [pad_sequence(list(column), True, value) for column, value in zip(columns, padding, strict=True)]
         return Batch(*padded)
 
-    def _sequence(self, asked: Sequence[Asked]) -> tuple[Tensor, ...]:
+    def _piece(self, asked: Sequence[Asked]) -> Piece:
         start = len(self.prefix)
         rows = [(token, _PREFIX, place, IGNORED) for place, token in enumerate(self.prefix)]
         for segment, each in enumerate(asked, start=_PREFIX + 1):
@@ -98,7 +115,7 @@ class Packer:
             inputs = prompt[start:] + answer[:-1]
             targets = [IGNORED] * (len(inputs) - len(answer)) + answer
             rows += [(token, segment, start + k, targets[k]) for k, token in enumerate(inputs)]
-        return tuple(torch.tensor(column) for column in zip(*rows, strict=True))
+        return rows
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

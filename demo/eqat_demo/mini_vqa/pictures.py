@@ -36,7 +36,7 @@ class Counts:
         return self.scenes + self.charts + self.words
 
 
-PARTS: dict[Part, Counts] = {"train": Counts(8000, 1500, 1500), "test": Counts(260, 80, 150)}
+PARTS: dict[Part, Counts] = {"train": Counts(8000, 2500, 5500), "test": Counts(260, 80, 150)}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Scenes: three to six things of some shape, colour and size, no two in one row or column of the grid.
+"""Scenes: three to five things of some shape, colour and size, no two in one row or column of the grid.
 
 A picture is 96 pixels wide and high, six squares of 16 in either direction. x grows to the right, y downwards.
 """
@@ -23,7 +23,7 @@ RADIUS = {"small": 4, "large": 7}
 """Half of a thing's width, in pixels."""
 
 _SHIFT = {"small": 3, "large": 0}  # from the middle of its square: at most this far, so that it stays within
-_FEWEST, _MOST = 3, GRID
+_FEWEST, _MOST = 3, 5
 
 
 @dataclass(frozen=True)
