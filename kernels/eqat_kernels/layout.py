@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 BITS = (2, 3, 4, 8)
 """Widths of a code, the N of the formulas."""
@@ -36,17 +35,17 @@ class PackedLayout:
         if self.in_features % self.group_size:
             raise ValueError(f"groups of {self.group_size} do not divide rows of {self.in_features} weights")
 
-    @cached_property
+    @property
     def groups(self) -> int:
         """G, groups per output row."""
         return self.in_features // self.group_size
 
-    @cached_property
+    @property
     def words_shape(self) -> tuple[int, int]:
         """Shape of the packed codes, [O, ceil(I*N/32)]."""
         return self.out_features, words_for(self.in_features, self.bits)
 
-    @cached_property
+    @property
     def zeros_shape(self) -> tuple[int, int]:
         """Shape of the packed zero points, [ceil(O*N/32), G]."""
         return words_for(self.out_features, self.bits), self.groups

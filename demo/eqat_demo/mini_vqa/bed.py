@@ -54,6 +54,6 @@ MINI = Bed(
     train_vision_tower,
     vision_steps=1200,
     part=Drawn,
-    plan=Plan(steps=2000, images=8, questions=13, rank=16),
+    plan=Plan(steps=960, images=8, questions=13, rank=16),
     longest=24,
 )

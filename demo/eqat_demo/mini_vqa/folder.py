@@ -43,7 +43,7 @@ def mini_vqa_folder(cache: Path | None = None, parts: Mapping[Part, Counts] = PA
 
 
 def training_questions() -> Path:
-    """Training questions of mini-VQA about 11,000 drawn scenes, bar charts and words (Apache-2.0), 38 MB."""
+    """Training questions of mini-VQA about 16,000 drawn scenes, bar charts and words (Apache-2.0), 36 MB."""
     return mini_vqa_folder() / "train.json"
 
 
