@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -80,12 +81,13 @@ def run_stages(bed: Bed, out: Path, base: Path, start: Path | None = None, devic
     parts.mkdir(parents=True, exist_ok=True)
     if start is not None:
         shutil.copytree(start / VISION_TOWER, parts / VISION_TOWER, dirs_exist_ok=True)
-    for name, made, make in (
+    stages: tuple[tuple[str, Path, Callable[[], None]], ...] = (
         ("vision tower", parts / VISION_TOWER, lambda: make_vision_tower(bed, out, base)),
         ("projector and LoRA", parts / LORA, lambda: make_projector_and_lora(bed, out, base, start, device)),
         ("model", out / "model", lambda: make_model(parts, base, out / "model")),
         ("accuracy", out / "accuracy.json", lambda: measure_accuracy(bed, out, device)),
-    ):
+    )
+    for name, made, make in stages:
         if made.exists():
             say(f"{name}: finished before")
             continue

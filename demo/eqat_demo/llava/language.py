@@ -67,7 +67,7 @@ class Reader(nn.Module):
     ) -> None:
         super().__init__()
         self.projector, self.language, self.image_token_id = projector, language, image_token_id
-        self.device = language.get_input_embeddings().weight.device
+        self.device: torch.device = language.device
         self.precision = resolve(precision, self.device)
 
     def forward(self, features_NPE: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
