@@ -3,7 +3,7 @@
     python demo/train_llava.py --bed easy-vqa --out runs/train-demo-llava
     python demo/train_llava.py --bed mini-vqa --out runs/train-mini-llava --compiled
 
-The first takes about 40 minutes on one core, the second about two and a half hours on two. Data and language model are
+The first takes about 40 minutes on one core, the second about an hour and a quarter on two. Data and language model are
 fetched or made on first use. Each part is rounded to float16 and saved when its stage ends, and the next stage works on
 what was saved. A stopped run goes on when the same command is given again: behind its last finished stage, and within a
 stage behind what it kept, every two minutes, in `<out>/*.state`. At the end the parts are assembled to a Hugging Face

@@ -213,7 +213,9 @@ class BlockWalker:
                 sizes = [step.calls[i].batch for i in part.mine]
                 write(part.mine, output, sizes)
                 counts = None if step.weights is None else [step.weights[i].to(output.device) for i in part.mine]
-                squares[part.mine] = torch.stack([*map(_mean_square, output.split(sizes), counts or repeat(None))])
+                means = map(_mean_square, output.split(sizes), counts or repeat(None))
+                for index, mean in zip(part.mine, means, strict=True):
+                    squares[index] = mean
         if passed is not None and not self._keep_passed:
             passed.unlink()
         return self.ranks.mean(squares)

@@ -77,8 +77,7 @@ _listener: Callable[[str, tuple[Argument, ...]], None] | None = None
 
 def call(function: str, *arguments: Argument) -> None:
     """Run a function of the library on torch's number of threads; tensors are passed as pointers, None as null."""
-    numbers = [each.data_ptr() if isinstance(each, Tensor) else _number(each) for each in arguments]
-    _function(function, len(arguments))(*numbers, torch.get_num_threads())
+    _function(function, len(arguments))(*map(_number, arguments), torch.get_num_threads())
     if _listener is not None:
         _listener(function, arguments)
 

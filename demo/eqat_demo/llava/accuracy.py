@@ -36,10 +36,9 @@ def generated_answers(
     for start in progress(range(0, len(prompts), _BATCH), what="answers"):
         part = slice(start, start + _BATCH)
         inputs = processor(images[part], prompts[part], padding=True, padding_side="left", return_tensors="pt")
-        tokens = model.generate(**inputs.to(device), max_new_tokens=longest, do_sample=False)[
-            :, inputs["input_ids"].shape[1] :
-        ]
-        answers += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+        tokens = model.generate(**inputs.to(device), max_new_tokens=longest, do_sample=False)
+        given = tokens[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.batch_decode(given, skip_special_tokens=True)]
     return answers
 
 

@@ -69,7 +69,7 @@ def demo_llava_folder(cache: Path | None = None) -> Path:
 
 
 def folder_of_parts(parts: Path, name: str, cache: Path | None) -> Path:
-    """Return the folder called `name` in the cache, assembled of `parts` that this package ships, as above."""
+    """Return the folder `name` in the cache, made of shipped `parts` on the first call; see `demo_llava_folder`."""
     origin = f"{_hash_of(parts)} assembly:{_ASSEMBLY}"
     folder = (cache or asset_cache()) / name
     if is_finished(folder, origin):
