@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import transformers
 from gpu_sizes import GROUP, Sizes
+from memory_e2e import MODELS
 from torch import nn
 
 from eqat_mm.blocks.arch import set_submodule
@@ -33,15 +34,12 @@ TOKENS, BATCH = 2048, 2
 
 
 @cache
-def _folder(sizes: Sizes, blocks: int) -> Path:
-    """Save a Llama as wide as a 7B with a few blocks."""
+def _folder(sizes: Sizes, name: str, blocks: int) -> Path:
+    """Save a Llama as wide as one of `memory_e2e.MODELS`, with a few blocks."""
     folder = Path(mkdtemp())
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     config = transformers.LlamaConfig(
-        hidden_size=sizes.of(4096, 64),
-        intermediate_size=sizes.of(11008, 128),
-        num_attention_heads=sizes.of(32, 4),
-        num_key_value_heads=sizes.of(32, 4),
-        num_hidden_layers=blocks,
+        **sizes.of(MODELS[name], tiny) | {"num_hidden_layers": blocks},
         vocab_size=sizes.of(32000, 128),
         max_position_embeddings=8192,
         tie_word_embeddings=False,
@@ -56,8 +54,8 @@ def _folder(sizes: Sizes, blocks: int) -> Path:
     return folder
 
 
-def _opened(sizes: Sizes, blocks: int = 2) -> OpenModel:
-    folder = _folder(sizes, blocks)
+def _opened(sizes: Sizes, name: str = "7b", blocks: int = 2) -> OpenModel:
+    folder = _folder(sizes, name, blocks)
     return open_model(folder, arch_of_folder(folder, None))
 
 
@@ -66,14 +64,23 @@ def _samples(sizes: Sizes, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def block_ap(sizes: Sizes) -> dict[str, Any]:
-    """Two blocks from beginning to end, 2 x 2048 tokens a step, streams as they are by default on the device."""
+    """Two blocks of a 7B from beginning to end, 2 x 2048 tokens a step, streams as they are by default."""
+    return _fitted(sizes, "7b", 2, sizes.of(136, 12))
+
+
+def wide(sizes: Sizes) -> dict[str, Any]:
+    """The same for one block of a 13B and of a 70B: seconds, and peak memory."""
+    return {name: _fitted(sizes, name, 1, sizes.of(40, 12)) for name in ("13b", "70b")}
+
+
+def _fitted(sizes: Sizes, name: str, blocks: int, samples: int) -> dict[str, Any]:
     config = BlockAPConfig(quant=SPEC, fit=FitConfig(epochs=1, validation_samples=8), precision=_precision(sizes))
     sizes.empty_cache()
     with TemporaryDirectory() as folder:
         seconds = sizes.wall_s(
             lambda: run_block_ap(
-                _opened(sizes),
-                _samples(sizes, sizes.of(136, 12)),
+                _opened(sizes, name, blocks),
+                _samples(sizes, samples),
                 config,
                 Path(folder),
                 device=sizes.device,
@@ -176,6 +183,7 @@ def deepspeed_dtype(sizes: Sizes) -> dict[str, Any]:
 
 PARTS = {
     "block-ap": (45.0, block_ap),
+    "wide": (35.0, wide),
     "block-step": (12.0, block_step),
     "compiled": (40.0, compiled),
     "deepspeed": (10.0, deepspeed_dtype),

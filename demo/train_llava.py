@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps through the language model")
     parser.add_argument("--start", type=Path, help="folder of parts to begin with; take another --seed then")
     parser.add_argument("--seed", type=int, default=0, help="of the order of images and questions")
+    parser.add_argument("--images", type=int, help="images of a step")
+    parser.add_argument("--rate", type=float, default=1.0, help="what the learning rates are multiplied by")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; of the language model")
     parser.add_argument("--compiled", action="store_true", help="by torch.compile, which needs a C++ compiler")
     parser.add_argument("--vision-steps", type=int, help="steps of the vision tower")
@@ -70,7 +72,15 @@ def main() -> None:
     keep_freed_memory()
     bed = BEDS[arguments.bed]
     steps = arguments.steps or bed.plan.steps
-    plan = replace(bed.plan, steps=steps, seed=arguments.seed, compiled=arguments.compiled)
+    plan = replace(
+        bed.plan,
+        steps=steps,
+        images=arguments.images or bed.plan.images,
+        seed=arguments.seed,
+        compiled=arguments.compiled,
+        lora_lr=arguments.rate * bed.plan.lora_lr,
+        projector_lr=arguments.rate * bed.plan.projector_lr,
+    )
     bed = replace(bed, plan=plan, vision_steps=arguments.vision_steps or bed.vision_steps)
     run_stages(bed, arguments.out, smollm2_folder(), arguments.start, best_device(arguments.device))
 
@@ -109,7 +119,7 @@ def make_vision_tower(bed: Bed, out: Path, base: Path) -> None:
 def make_projector_and_lora(bed: Bed, out: Path, base: Path, start: Path | None, device: Any) -> None:
     """Stages 2 and 3."""
     parts, train, test = out / "parts", bed.part("train"), bed.part("test")
-    tower = CLIPVisionModel.from_pretrained(parts / VISION_TOWER, dtype=torch.float32)
+    tower: Any = CLIPVisionModel.from_pretrained(parts / VISION_TOWER, dtype=torch.float32).to(device)
     processor = llava_processor(base, tower.config)
     features, test_features = (
         vision.all_features(tower, part.batches(processor.image_processor)) for part in (train, test)

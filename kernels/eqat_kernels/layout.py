@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BITS = (2, 3, 4, 8)
 """Widths of a code, the N of the formulas."""
@@ -17,15 +17,23 @@ class PackedLayout:
         group_size: input channels that share a step size; it divides `in_features`.
         out_features: O.
         in_features: I.
+        groups: G, groups per output row.
+        words_shape: shape of the packed codes, [O, ceil(I*N/32)].
+        zeros_shape: shape of the packed zero points, [ceil(O*N/32), G].
+        numbers: the first four, for an op of torch, whose arguments are numbers and tensors.
     """
 
     bits: int
     group_size: int
     out_features: int
     in_features: int
+    groups: int = field(init=False, repr=False, compare=False)  # from here on computed once: every call checks them
+    words_shape: tuple[int, int] = field(init=False, repr=False, compare=False)
+    zeros_shape: tuple[int, int] = field(init=False, repr=False, compare=False)
+    numbers: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check the numbers, and compute the rest.
 
         Raises:
             ValueError: a width that is not packed, a size below 1, or a group size that does not divide I.
@@ -34,26 +42,15 @@ class PackedLayout:
             raise ValueError(f"no layout of a packed weight: {self}")
         if self.in_features % self.group_size:
             raise ValueError(f"groups of {self.group_size} do not divide rows of {self.in_features} weights")
-
-    @property
-    def groups(self) -> int:
-        """G, groups per output row."""
-        return self.in_features // self.group_size
-
-    @property
-    def words_shape(self) -> tuple[int, int]:
-        """Shape of the packed codes, [O, ceil(I*N/32)]."""
-        return self.out_features, words_for(self.in_features, self.bits)
-
-    @property
-    def zeros_shape(self) -> tuple[int, int]:
-        """Shape of the packed zero points, [ceil(O*N/32), G]."""
-        return words_for(self.out_features, self.bits), self.groups
-
-    @property
-    def numbers(self) -> tuple[int, int, int, int]:
-        """The attributes, for an op of torch, whose arguments are numbers and tensors."""
-        return self.bits, self.group_size, self.out_features, self.in_features
+        groups = self.in_features // self.group_size
+        computed = {
+            "groups": groups,
+            "words_shape": (self.out_features, words_for(self.in_features, self.bits)),
+            "zeros_shape": (words_for(self.out_features, self.bits), groups),
+            "numbers": (self.bits, self.group_size, self.out_features, self.in_features),
+        }
+        for name, value in computed.items():
+            object.__setattr__(self, name, value)
 
 
 def words_for(codes: int, bits: int) -> int:

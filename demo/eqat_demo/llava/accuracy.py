@@ -17,7 +17,7 @@ from eqat_demo.llava.images import Images
 from eqat_demo.llava.packing import Asked
 from eqat_mm.runtime.progress import progress
 
-_BATCH = 64
+_BATCH = {"cpu": 64, "cuda": 512}
 
 
 @torch.inference_mode()
@@ -33,8 +33,9 @@ def generated_answers(
     processor: Any = AutoProcessor.from_pretrained(folder)
     prompts = [PROMPT.format(question=question) for question in questions]
     answers: list[str] = []
-    for start in progress(range(0, len(prompts), _BATCH), what="answers"):
-        part = slice(start, start + _BATCH)
+    size = _BATCH[torch.device(device).type]
+    for start in progress(range(0, len(prompts), size), what="answers"):
+        part = slice(start, start + size)
         inputs = processor(images[part], prompts[part], padding=True, padding_side="left", return_tensors="pt")
         tokens = model.generate(**inputs.to(device), max_new_tokens=longest, do_sample=False)
         given = tokens[:, inputs["input_ids"].shape[1] :]

@@ -91,6 +91,7 @@ class Packer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, patches: int) -> None:
         self.tokenizer = tokenizer
         self.prompt = PROMPT.replace(IMAGE_TOKEN, IMAGE_TOKEN * patches)
+        self._known: dict[str, list[int]] = {}
         self.prefix = self._ids(self.prompt.partition("{question}")[0])
 
     def batch(self, asked: Sequence[Sequence[Asked]]) -> Batch:
@@ -118,5 +119,6 @@ class Packer:
         return rows
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        if text not in self._known:  # each question comes again in every epoch
+            self._known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._known[text]

@@ -107,8 +107,8 @@ def patch_features(tower: CLIPVisionModel, pixels_NCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_features(tower: CLIPVisionModel, batches: Iterable[Tensor]) -> Tensor:
-    """Return `patch_features` of many images, a batch [B, C, H, W] at a time."""
-    return torch.cat([patch_features(tower, batch) for batch in batches])
+    """Return `patch_features` of many images, a batch [B, C, H, W] at a time, on the CPU."""
+    return torch.cat([patch_features(tower, batch.to(tower.device)).cpu() for batch in batches])
 
 
 class ShiftedImages:

@@ -57,5 +57,5 @@ def ranks(chart: Chart, random: Random) -> Iterator[Asked]:
         yield Asked(RANK, f"{RANK}/higher", f"Is the {one.colour} bar higher than the {other.colour} bar?", answer)
 
 
-FAMILIES: dict[Callable[[Chart, Random], Iterator[Asked]], int] = {values: 2, ranks: 2}
+FAMILIES: dict[Callable[[Chart, Random], Iterator[Asked]], int] = {values: 4, ranks: 2}
 """The families, and how many questions of each a chart is asked."""

@@ -16,7 +16,7 @@ from eqat_demo.question_files import record, write_parquet
 from eqat_mm.runtime.files import write_json, write_text
 from eqat_mm.runtime.progress import progress, say
 
-_LAYOUT = 2  # raise it whenever the folder changes: old ones are then made anew
+_LAYOUT = 3  # raise it whenever the folder changes: old ones are then made anew
 _NOTE = """# mini-VQA
 
 Questions about drawn scenes, words and bar charts, made by `eqat_demo.mini_vqa` from a seed. Licence: Apache-2.0.

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
+
 from eqat_mm.commands.line.recipes import fitting_recipe
 from eqat_mm.commands.plumbing.answers import predictions_of
 from eqat_mm.commands.plumbing.launchers import free_port
@@ -55,7 +57,8 @@ class VLMLadderJob(Settings):
         images: adds Block-AP on images and text.
         lora: adds the LoRA baseline, on the samples of E2E-QP and for as many steps.
         projector: adds E2E-QP of step sizes and projector together.
-        processes: of E2E-QP, under DeepSpeed.
+        processes: of E2E-QP, under DeepSpeed; null for one on each GPU, two on a CPU.
+        steps: of E2E-QP and the baseline, on as many conversations as they take; null for those of the recipe.
         conversations: that E2E-QP and the baseline learn from, and Block-AP sees; null takes those of the recipe.
         task: of lmms-eval, whose questions every model is asked; easy_vqa, mini_vqa, or another that gives answers.
         questions: questions each quantized model answers, the first ones; null for all.
@@ -73,7 +76,8 @@ class VLMLadderJob(Settings):
     images: bool = False
     lora: bool = False
     projector: bool = False
-    processes: Count = 2
+    processes: Count | None = None
+    steps: Count | None = None
     conversations: str | None = None
     task: str = "easy_vqa"
     questions: Count | None = 500
@@ -147,6 +151,7 @@ def rungs(job: VLMLadderJob, full_precision: Path) -> Iterator[Rung]:
         start = ["--quantized", str(_root(job, bits) / "block-ap" / "model")]
         if job.conversations is not None:
             start += ["--conversations.source", job.conversations]
+        start += [] if job.steps is None else ["--max_steps", str(job.steps), *_enough(job, bits)]
         yield _rung(job, bits, "round-to-nearest", _eqat("rtn"), "rtn")
         yield _rung(job, bits, "Block-AP", _eqat("block-ap"), "block-ap")
         if job.images:
@@ -176,6 +181,13 @@ def _seen(job: VLMLadderJob, bits: Bits) -> list[str]:
     return [word for name in places if name in named for word in (f"--conversations.{name}", str(named[name]))]
 
 
+def _enough(job: VLMLadderJob, bits: Bits) -> list[str]:
+    """Return the option that lets a stage read a conversation for each sample of its steps."""
+    recipe = fitting_recipe("e2e-qp", job.model, str(bits), job.group_size)
+    batch = None if recipe is None else recipe.settings.get("global_batch")
+    return ["--conversations.count", "null" if batch is None else str((job.steps or 0) * batch)]
+
+
 def _root(job: VLMLadderJob, bits: Bits) -> Path:
     return job.output / QuantSpec(bits, job.group_size).name
 
@@ -191,8 +203,9 @@ def _eqat(command: str) -> list[str]:
     return [sys.executable, "-m", "eqat_mm.cli", command]
 
 
-def _deepspeed(processes: int) -> list[str]:
+def _deepspeed(processes: int | None) -> list[str]:
     """Return the launcher of so many processes."""
+    processes = processes or torch.cuda.device_count() or 2
     flags = ["--num_gpus", str(processes), "--master_port", str(free_port()), "--no_local_rank"]
     return [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--module", "eqat_mm.cli", "e2e-qp"]
 

@@ -21,6 +21,9 @@ from eqat_kernels.tensors import cast
 FEW = 16
 """Rows up to which unpacking once beats a dense product; the C source holds sums for as many."""
 
+_HELD = tuple(next(rows for rows in (1, 4, 8, FEW) if tokens <= rows) for tokens in range(FEW + 1))
+"""Rows that the C source has code for, by the number of them that there are."""
+
 RUN = 32
 """Columns that are unpacked together."""
 
@@ -43,7 +46,7 @@ def forward(
 def _forward_few(x: Tensor, words: Tensor, scale: Tensor, zero_words: Tensor | None, layout: PackedLayout) -> Tensor:
     words, scale, zeros = words.contiguous(), cast(scale, torch.float32).contiguous(), contiguous(zero_words)
     tokens, columns = x.shape
-    rows = next(rows for rows in (1, 4, 8, FEW) if tokens <= rows)  # what the C source has code for
+    rows = _HELD[tokens]
     x_few = cast(x, torch.float32).contiguous()
     if rows > tokens or columns % RUN:
         x_few = torch.nn.functional.pad(x_few, (0, -columns % RUN, 0, rows - tokens))

@@ -1,0 +1,118 @@
+"""The ladder of `eqat demo-vlm` on one large GPU: its own commands, several at a time.
+
+    python benchmarks/ladder_side_by_side.py --model demo-llava-mini-vqa --task mini_vqa --conversations demo-mini-vqa \
+        --bits 4 3 2 --steps 200 --output runs/mini-vlm
+
+A small model leaves most of a large GPU idle, so rungs are made and asked beside each other. What is made from
+Block-AP waits for it, and every answer is compared with those of full precision, which come first. The rows are in
+`<output>/ladder.json` as soon as they are known; a rung that fails is named, and the others go on. What commands say is
+in `<output>/logs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event, Lock, Semaphore
+from typing import Any
+
+from eqat_mm.commands.plumbing.models import model_folder
+from eqat_mm.commands.plumbing.runs import seconds_of
+from eqat_mm.commands.tables.vlm_ladder import FULL_PRECISION, Rung, VLMLadderJob, blind_accuracy, rungs, table
+from eqat_mm.commands.verbs.evaluate import bits_per_weight
+from eqat_mm.runtime.files import read_json, write_json
+from eqat_mm.runtime.progress import say
+
+_ROOT = "Block-AP"
+_SHOWN = ("accuracy", "questions", "by_type", "metrics", "nll", "kl", "flips")
+
+
+class SideBySide:
+    """Makes and asks rungs, a number of them at a time."""
+
+    def __init__(self, job: VLMLadderJob, at_a_time: int) -> None:
+        self.job, self.rungs = job, list(rungs(job, model_folder(job.model)))
+        self.free, self.lock, self.rows = Semaphore(at_a_time), Lock(), []  # type: ignore[var-annotated]
+        self.made = {(rung.bits, rung.stage): Event() for rung in self.rungs}
+        self.full = self.job.output / f"{FULL_PRECISION}.json"
+        self.answered = Event()
+
+    def climb(self) -> list[dict[str, Any]]:
+        """Make and ask all of them."""
+        with ThreadPoolExecutor(len(self.rungs)) as threads:
+            list(threads.map(self._climbed, self.rungs))
+        return sorted(self.rows, key=lambda row: self._place(row["bits"], row["stage"]))
+
+    def _climbed(self, rung: Rung) -> None:
+        try:
+            self._make(rung)
+            self._ask(rung)
+        except subprocess.CalledProcessError as error:
+            say(f"{rung.stage}, {rung.bits} bits: failed, {error}")
+        finally:
+            self.made[rung.bits, rung.stage].set()
+            if rung.stage == FULL_PRECISION:
+                self.answered.set()
+
+    def _make(self, rung: Rung) -> None:
+        if rung.command is None:
+            return
+        if "--quantized" in rung.command:
+            self.made[rung.bits, _ROOT].wait()
+        self._run(rung, rung.command, "make")
+        self.made[rung.bits, rung.stage].set()
+
+    def _ask(self, rung: Rung) -> None:
+        is_full = rung.stage == FULL_PRECISION
+        output = self.full if is_full else rung.folder.parent / "asked.json"
+        if not is_full:
+            self.answered.wait()
+        words = ["--model", str(rung.folder), "--tasks", self.job.task, "--likelihood", "true"]
+        words += ["--limit", str(self.job.questions), "--batch_size", str(self.job.batch_size)]
+        words += [] if is_full else ["--reference", str(self.full)]
+        self._run(rung, [sys.executable, "-m", "eqat_mm.cli", "eval", *words, "--output", str(output)], "ask")
+        said = read_json(output)["tasks"][self.job.task]
+        row = {"bits": rung.bits, "stage": rung.stage} | {name: said[name] for name in _SHOWN if name in said}
+        row |= {"bits_per_weight": bits_per_weight(rung.folder), "seconds": round(seconds_of(rung.folder), 1)}
+        with self.lock:
+            self.rows.append(row)
+            write_json(self.job.output / "ladder.json", {"rows": self.rows})
+
+    def _run(self, rung: Rung, words: Sequence[str], what: str) -> None:
+        log = self.job.output / "logs" / f"{rung.bits} bits, {rung.stage}, {what}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with self.free, log.open("w") as file:
+            say(f"{rung.stage}, {rung.bits} bits: {what}")
+            own = {"OMP_NUM_THREADS": "2"} | dict(os.environ)
+            subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=own, check=True)
+
+    def _place(self, bits: int, stage: str) -> int:
+        return [(rung.bits, rung.stage) for rung in self.rungs].index((bits, stage))
+
+
+def main() -> None:
+    """Climb, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo-llava-mini-vqa", help="full-precision model")
+    parser.add_argument("--task", default="mini_vqa", help="of lmms-eval")
+    parser.add_argument("--conversations", default="demo-mini-vqa", help="that E2E-QP and LoRA learn from")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="bit widths")
+    parser.add_argument("--steps", type=int, help="of E2E-QP and LoRA")
+    parser.add_argument("--questions", type=int, default=3000, help="asked of every model")
+    parser.add_argument("--batch_size", type=int, default=256, help="questions a forward")
+    parser.add_argument("--at_a_time", type=int, default=8, help="commands beside each other")
+    parser.add_argument("--output", type=Path, default=Path("runs/ladder"), help="folder of all runs")
+    given = vars(parser.parse_args())
+    at_a_time, questions = given.pop("at_a_time"), given.pop("questions")
+    given |= {"bits": tuple(given["bits"]), "questions": questions, "questions_full_precision": questions}
+    job = VLMLadderJob(**given, images=True, lora=True, projector=True, processes=1)
+    print(table(SideBySide(job, at_a_time).climb(), blind_accuracy(job.task)))
+
+
+if __name__ == "__main__":
+    main()
