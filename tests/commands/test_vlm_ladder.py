@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.cli import parse_job
@@ -108,6 +109,25 @@ def test_e2e_qp_runs_under_deepspeed(job: VLMLadderJob) -> None:
     words = {rung.stage: rung.command for rung in rungs(replace(job, processes=4), Path("full"))}["Block-AP + E2E-QP"]
     assert "deepspeed.launcher.runner --num_gpus 4 " in shlex.join(words or [])
     assert int(module._environment(words or [])["OMP_NUM_THREADS"]) >= 1
+
+
+def test_it_runs_on_every_gpu_and_in_two_processes_without_one(
+    job: VLMLadderJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gpus, processes in ((0, 2), (1, 1), (8, 8)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        words = {rung.stage: rung.command for rung in rungs(job, Path("full"))}["Block-AP + E2E-QP"]
+        assert f"--num_gpus {processes} " in shlex.join(words or [])
+
+
+def test_more_steps_take_as_many_conversations(job: VLMLadderJob) -> None:
+    long = replace(job, model="demo-llava", bits=(2,), lora=True, steps=100)
+    words = {rung.stage: shlex.join(rung.command or []) for rung in rungs(long, Path("full"))}
+    for stage in ("Block-AP + LoRA", "Block-AP + E2E-QP"):
+        assert "--max_steps 100 --conversations.count 3200" in words[stage]
+    assert "--max_steps" not in words["Block-AP"]
+    other = {rung.stage: shlex.join(rung.command or []) for rung in rungs(replace(long, model="none"), Path("full"))}
+    assert "--max_steps 100 --conversations.count null" in other["Block-AP + E2E-QP"]
 
 
 def test_the_results_have_one_row_per_rung(job: VLMLadderJob, ran: list[list[str]]) -> None:

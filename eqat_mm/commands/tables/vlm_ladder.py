@@ -151,7 +151,7 @@ def rungs(job: VLMLadderJob, full_precision: Path) -> Iterator[Rung]:
         start = ["--quantized", str(_root(job, bits) / "block-ap" / "model")]
         if job.conversations is not None:
             start += ["--conversations.source", job.conversations]
-        start += [] if job.steps is None else ["--max_steps", str(job.steps), *_enough(job, bits)]
+        start += _length(job, bits)
         yield _rung(job, bits, "round-to-nearest", _eqat("rtn"), "rtn")
         yield _rung(job, bits, "Block-AP", _eqat("block-ap"), "block-ap")
         if job.images:
@@ -181,11 +181,14 @@ def _seen(job: VLMLadderJob, bits: Bits) -> list[str]:
     return [word for name in places if name in named for word in (f"--conversations.{name}", str(named[name]))]
 
 
-def _enough(job: VLMLadderJob, bits: Bits) -> list[str]:
-    """Return the option that lets a stage read a conversation for each sample of its steps."""
+def _length(job: VLMLadderJob, bits: Bits) -> list[str]:
+    """Return the options for the ladder's own number of steps, with a conversation for each of their samples."""
+    if job.steps is None:
+        return []
     recipe = fitting_recipe("e2e-qp", job.model, str(bits), job.group_size)
     batch = None if recipe is None else recipe.settings.get("global_batch")
-    return ["--conversations.count", "null" if batch is None else str((job.steps or 0) * batch)]
+    count = "null" if batch is None else str(job.steps * batch)
+    return ["--max_steps", str(job.steps), "--conversations.count", count]
 
 
 def _root(job: VLMLadderJob, bits: Bits) -> Path:
