@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,14 +21,21 @@ from threading import Event, Lock, Semaphore
 from typing import Any
 
 from eqat_mm.commands.plumbing.models import model_folder
-from eqat_mm.commands.plumbing.runs import seconds_of
-from eqat_mm.commands.tables.vlm_ladder import FULL_PRECISION, Rung, VLMLadderJob, blind_accuracy, rungs, table
-from eqat_mm.commands.verbs.evaluate import bits_per_weight
-from eqat_mm.runtime.files import read_json, write_json
+from eqat_mm.commands.tables.vlm_ladder import (
+    FULL_PRECISION,
+    Rung,
+    VLMLadderJob,
+    asking,
+    blind_accuracy,
+    row_of,
+    rungs,
+    table,
+    verdict_in,
+)
+from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.progress import say
 
-_ROOT = "Block-AP"
-_SHOWN = ("accuracy", "questions", "by_type", "metrics", "nll", "kl", "flips")
+_BASE = "Block-AP"
 
 
 class SideBySide:
@@ -55,7 +61,6 @@ class SideBySide:
         except subprocess.CalledProcessError as error:
             say(f"{rung.stage}, {rung.bits} bits: failed, {error}")
         finally:
-            self.made[rung.bits, rung.stage].set()
             if rung.stage == FULL_PRECISION:
                 self.answered.set()
 
@@ -63,24 +68,20 @@ class SideBySide:
         if rung.command is None:
             return
         if "--quantized" in rung.command:
-            self.made[rung.bits, _ROOT].wait()
-        self._run(rung, rung.command, "make")
-        self.made[rung.bits, rung.stage].set()
+            self.made[rung.bits, _BASE].wait()
+        try:
+            self._run(rung, rung.command, "make")
+        finally:
+            self.made[rung.bits, rung.stage].set()
 
     def _ask(self, rung: Rung) -> None:
         is_full = rung.stage == FULL_PRECISION
-        output = self.full if is_full else rung.folder.parent / "asked.json"
+        output, reference = (self.full, None) if is_full else (rung.folder.parent / "asked.json", self.full)
         if not is_full:
             self.answered.wait()
-        words = ["--model", str(rung.folder), "--tasks", self.job.task, "--likelihood", "true"]
-        words += ["--limit", str(self.job.questions), "--batch_size", str(self.job.batch_size)]
-        words += [] if is_full else ["--reference", str(self.full)]
-        self._run(rung, [sys.executable, "-m", "eqat_mm.cli", "eval", *words, "--output", str(output)], "ask")
-        said = read_json(output)["tasks"][self.job.task]
-        row = {"bits": rung.bits, "stage": rung.stage} | {name: said[name] for name in _SHOWN if name in said}
-        row |= {"bits_per_weight": bits_per_weight(rung.folder), "seconds": round(seconds_of(rung.folder), 1)}
+        self._run(rung, asking(rung, self.job.questions, self.job, output, reference), "ask")
         with self.lock:
-            self.rows.append(row)
+            self.rows.append(row_of(rung, verdict_in(output, self.job)))
             write_json(self.job.output / "ladder.json", {"rows": self.rows})
 
     def _run(self, rung: Rung, words: Sequence[str], what: str) -> None:

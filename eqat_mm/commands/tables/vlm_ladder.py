@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -227,15 +228,16 @@ def _ask(made: Table, rung: Rung, job: VLMLadderJob) -> None:
         "beside": "likelihood",
     }
     decides |= {} if job.precision is None else {"precision": job.precision}
-
-    def about(verdict: Row) -> Row:
-        answered = {name: verdict[name] for name in _ANSWERED if name in verdict}
-        made_of = {"bits_per_weight": bits_per_weight(rung.folder), "seconds": round(seconds_of(rung.folder), 1)}
-        return {"bits": rung.bits, "stage": rung.stage} | answered | made_of
-
     key = _key(rung.stage, rung.bits, questions)
     lost = is_full and not predictions_of(full).is_file()
-    made.add(key, decides, lambda: _answered(rung.folder, questions, job, output, reference), about, anew=lost)
+    made.add(key, decides, lambda: _answered(rung, questions, job, output, reference), partial(row_of, rung), anew=lost)
+
+
+def row_of(rung: Rung, verdict: Row) -> Row:
+    """Return the row of the table that says what a rung is, and what `eqat eval` found of the task."""
+    answered = {name: verdict[name] for name in _ANSWERED if name in verdict}
+    made_of = {"bits_per_weight": bits_per_weight(rung.folder), "seconds": round(seconds_of(rung.folder), 1)}
+    return {"bits": rung.bits, "stage": rung.stage} | answered | made_of
 
 
 def _key(stage: str, bits: int, questions: int | None) -> str:
@@ -247,15 +249,33 @@ def _answers(root: Path, stage: str, bits: int, questions: int | None) -> Path:
     return root / "eval" / slug(_key(stage, bits, questions)) / "asked.json"
 
 
-def _answered(model: Path, questions: int | None, job: VLMLadderJob, output: Path, reference: Path | None) -> Row:
-    """Return what `eqat eval` says of a model and the task."""
+def _answered(rung: Rung, questions: int | None, job: VLMLadderJob, output: Path, reference: Path | None) -> Row:
+    run_command(asking(rung, questions, job, output, reference))
+    return verdict_in(output, job)
+
+
+def verdict_in(output: Path, job: VLMLadderJob) -> Row:
+    """Return what `eqat eval` wrote of the task."""
+    found: Row = read_json(output)["tasks"][job.task]
+    return found
+
+
+def asking(rung: Rung, questions: int | None, job: VLMLadderJob, output: Path, reference: Path | None) -> list[str]:
+    """Return the command that asks the model of a rung, and compares its answers with those in a file, if given."""
     limit = [] if questions is None else ["--limit", str(questions)]
     beside = [] if reference is None else ["--reference", str(reference)]
-    asked = ["--model", str(model), "--tasks", job.task, "--likelihood", "true", "--batch_size", str(job.batch_size)]
+    asked = [
+        "--model",
+        str(rung.folder),
+        "--tasks",
+        job.task,
+        "--likelihood",
+        "true",
+        "--batch_size",
+        str(job.batch_size),
+    ]
     asked += [] if job.precision is None else ["--precision", job.precision]
-    run_command([*_eqat("eval"), *asked, *limit, *beside, "--output", str(output)])
-    row: Row = read_json(output)["tasks"][job.task]
-    return row
+    return [*_eqat("eval"), *asked, *limit, *beside, "--output", str(output)]
 
 
 def run_command(words: list[str]) -> None:
