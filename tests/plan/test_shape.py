@@ -37,6 +37,7 @@ PARAMETERS = {
     "llava-v1.6-vicuna-13b": 13_351_499_776,
     "llava-v1.6-mistral-7b": 7_566_747_648,
     "demo-llava": 136_014_144,
+    "demo-llava-mini-vqa": 135_818_432,
 }
 
 
