@@ -79,7 +79,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W_hat.T + bias, [..., I] -> [..., O]."""
-        return quant_linear(x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.layout, self.bias)
+        # torch finds an attribute of a module in 1 us, an entry of its dictionaries in a tenth: it counts at one token.
+        held: dict[str, Any] = self._buffers
+        scale: Any = self._parameters["weight_scale"]
+        return quant_linear(x, held["weight_packed"], scale, held["weight_zero_point"], self.layout, self.bias)
 
     @property
     def weight(self) -> Tensor:
