@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from eqat_mm.errors import ConfigError
+from eqat_mm.runtime.signals import undisturbed
 
 LOCK = "run.lock"
 
@@ -30,15 +31,16 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         ConfigError: another process holds it; says which.
     """
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    file = None
     try:
-        file = _acquired(folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            _released(file, folder / LOCK)
+        with undisturbed():
+            folder.mkdir(parents=True, exist_ok=True)
+            file = _acquired(folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
     finally:
-        with suppress(OSError):
+        with undisturbed(), suppress(OSError):
+            if file is not None:
+                _released(file, folder / LOCK)
             for made in missing:
                 made.rmdir()
 

@@ -1,7 +1,8 @@
 """Being stopped: every way in which a process is asked to end is one exception.
 
 A command ends with the status of the signal whenever that comes: `quit_when_asked` before it works on something,
-`stoppable` while it does, and `keep_status` behind it, where the interpreter still takes its time to end.
+`stoppable` while it does, and `keep_status` behind it, where the interpreter still takes its time to end. What must not
+be left half done is `undisturbed`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ INTERRUPTED = "interrupted; the same command continues from what was saved last"
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SOON = 0.02  # seconds
+_undisturbed = 0  # bodies of that name under way
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -69,6 +71,17 @@ def stoppable() -> AbstractContextManager[None]:
     return _Stop() if threading.current_thread() is threading.main_thread() else nullcontext()
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put off being stopped for as long as the body takes, which is next to nothing."""
+    global _undisturbed
+    _undisturbed += 1
+    try:
+        yield
+    finally:
+        _undisturbed -= 1
+
+
 class _Stop(AbstractContextManager[None]):
     """Handler of the signals that ask to end, while it is entered."""
 
@@ -81,7 +94,7 @@ class _Stop(AbstractContextManager[None]):
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Raise `Stopped`, but not within an import: broken off it would pass for a package that cannot be had."""
         self._asked = number
-        if _imports_in(frame) > self._imports:
+        if _undisturbed or _imports_in(frame) > self._imports:
             self._again_soon(number)
             return
         _handle(signal.SIG_DFL)  # the second time it ends at once

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from eqat_mm.cli import main, parse_job
 from eqat_mm.commands.line.commands import COMMANDS
 from eqat_mm.commands.line.options import names_of
 from eqat_mm.errors import EqatError
+from eqat_mm.runtime.settings import settings_in
 from tests.checkpoint.files import assert_four_lines
 
 FUZZ = settings(
@@ -151,6 +153,43 @@ def test_a_flag_and_a_recipe_are_refused_alike(tmp_path: Path, command: str, opt
     assert str(refusal(command, *model, "--config", str(file))) == str(by_flag)
     assert by_flag.where == f"--{option}"
     assert by_flag.given == str(value)
+
+
+# ---- groups that may be null ------------------------------------------------------------------------
+
+
+def _groups(hints: dict[str, Any]) -> list[str]:
+    """Options that are settings or null."""
+    return [name for name, hint in hints.items() if settings_in(hint) is not None and type(None) in get_args(hint)]
+
+
+@pytest.mark.parametrize("command", ["demo", "plan", "block-ap", "e2e-qp", "llm-qat"])
+def test_nulls_in_a_group_that_may_be_null(command: str) -> None:
+    hints = dict(names_of(COMMANDS[command].load()[0]))
+    needed = {"model": "m"} | {f"{name}.source": "s" for name in _groups(hints) if name.endswith("conversations")}
+    for group in _groups(hints):
+        within = {name: hint for name, hint in hints.items() if name.startswith(f"{group}.")}
+        nulls = [name for name in within if type(None) in get_args(within[name]) and name not in _groups(hints)]
+        given = [f"--{name}={value}" for name, value in needed.items() if name in hints]
+        job = job_of(command, *given, *(f"--{name}=null" for name in nulls))
+        assert {name: attrgetter(name)(job) for name in nulls} == dict.fromkeys(nulls)
+        assert nulls
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("max_steps", "abc", "an integer of 1 or more, or null"),
+        ("lora.alpha", "null", "an integer of 1 or more"),
+        ("trains", "foo", "scales, projector, scales+projector, lora, lora+projector"),
+        ("conversations.source", "[1]", "text"),
+    ],
+)
+def test_a_mistake_in_a_group_that_may_be_null(option: str, value: str, allowed: str) -> None:
+    refused = refusal("demo", f"--e2e_qp_only.{option}={value}")
+    assert refused.where == f"--e2e_qp_only.{option}"
+    assert refused.given.strip("'") == value
+    assert refused.allowed == allowed
 
 
 # ---- anything ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from tests.commands.launching import run
 from tests.faults.cases import BLOCK_AP, CONVERSATIONS, E2E_QP, GENERATE_DATA, LLM_QAT, RTN, Case, Place
 from tests.faults.conftest import Bench, Tally
 from tests.faults.test_kills import KILLED, names
-from tests.faults.warm import ROOT, Ended, Fault
+from tests.faults.warm import ROOT, Ended, Fault, send
 
 BLOCKS = BLOCK_AP["ram", "recompute"]
 STREAMS = BLOCK_AP["disk", "files"]
@@ -353,19 +354,18 @@ def test_other_samples_in_another_number_of_processes_of_e2e_qp(
 
 
 def second(bench: Bench, case: Case, *more: str) -> list[str]:
-    """Start a command where the same is at work; return what went wrong."""
+    """Start a command where the same is at work, which is held up so long; return what went wrong."""
     folder = bench.new()
     words = case.words(bench.place, case.output(folder))
     lock = (folder / ".texts.jsonl.parts" if case is GENERATE_DATA else folder / "run") / "run.lock"
     with bench.warm.started(words) as (process, told):
         while not (lock.is_file() and lock.read_text()):
             assert process.is_alive()
+        send(process, signal.SIGSTOP)
         ended = bench.run(case, folder, None, *more)
-        was_at_work = process.is_alive()
+        send(process, signal.SIGCONT)
         process.join()
         first = told(0.0)
-    if not was_at_work:
-        return second(bench, case, *more)
     refused = ended.four_lines and f"process {process.pid} on" in ended.err
     wrong = [] if refused else [f"the second: {ended.status}, {ended.out} {ended.err}"]
     wrong += [] if first.status == 0 else [f"the first: {first.err}"]

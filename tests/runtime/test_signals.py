@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from eqat_mm.runtime.signals import INTERRUPTED, Stopped, stoppable
+from eqat_mm.runtime.lock import locked
+from eqat_mm.runtime.signals import INTERRUPTED, Stopped, stoppable, undisturbed
 
 ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -67,6 +70,45 @@ def test_an_import_is_not_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyP
         time.sleep(30)
 
     assert stopped_in(work).signal == number
+
+
+@pytest.mark.parametrize("number", ASKED)
+def test_what_is_undisturbed_is_done_first(number: signal.Signals) -> None:
+    done = []
+
+    def work() -> None:
+        with undisturbed(), undisturbed():
+            signal.raise_signal(number)
+            time.sleep(0.05)
+            done.append("body")
+        time.sleep(30)
+
+    assert stopped_in(work).signal == number
+    assert done == ["body"]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_lock_that_is_being_taken_or_given_back_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """The signal comes when its file is there already, or is there still."""
+    flock, calls = fcntl.flock, []
+
+    def disturbed(file: IO[str], kind: int) -> None:
+        calls.append(kind)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGHUP)
+        flock(file, kind)
+
+    def work() -> None:
+        with locked(tmp_path / "new" / "run"):
+            pass
+        time.sleep(30)
+
+    monkeypatch.setattr(fcntl, "flock", disturbed)
+    assert stopped_in(work).signal == signal.SIGHUP
+    assert len(calls) == 2
+    assert not list(tmp_path.iterdir())
 
 
 class Forgotten:

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from eqat_mm.errors import ConfigError, EqatError
 from eqat_mm.runtime.settings import (
     Settings,
+    allowed_by,
     hints_of,
     is_text,
     require,
@@ -99,13 +100,20 @@ def _refused(command: str, kind: type[Settings], error: Exception) -> EqatError:
     found = re.search(r'[Kk]ey "([\w.]+)"', message)
     values = re.findall(r'(?:(?:Given|Got) value: |load config ")(.*?)"?$', str(error), re.MULTILINE)
     if found and values and found[1] in hints:
-        return _not_a_value(found[1], hints[found[1]], values[-1])
+        name, value = _innermost(found[1], values[-1])
+        return _not_a_value(name, hints[name], value)
     return ConfigError(
         where=f"eqat {command}",
         given=shown(message).strip("'\""),
         allowed=f"the options of `eqat {command} --help`",
         do=f"correct it; `eqat {command} --print_config` shows every option with its value",
     )
+
+
+def _innermost(name: str, value: str) -> tuple[str, str]:
+    """Return the option and the value that were typed, where the parser names a group around them that may be null."""
+    inner = re.fullmatch(r"NestedArg\(key='([\w.]+)', val=(.*)\)", value)
+    return (f"{name}.{inner[1]}", inner[2].strip("'")) if inner else (name, value)
 
 
 def _not_a_value(name: str, hint: Any, value: str) -> ConfigError:
@@ -118,4 +126,4 @@ def _not_a_value(name: str, hint: Any, value: str) -> ConfigError:
         require(hint, None if value == "None" else value, f"--{name}")
     except ConfigError as refusal:
         return refusal
-    return ConfigError(f"--{name}", shown(value), str(hint), f"correct --{name}")
+    return ConfigError(f"--{name}", shown(value), allowed_by(hint), f"correct --{name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ _DEEPEST = 16
 class RecipeLoader(yaml.SafeLoader):
     """YAML as jsonargparse reads it, in Python: libyaml crashes on text that is nested deeply.
 
-    Keys that come twice, aliases, and values that cannot be read are refused.
+    Keys that come twice, aliases, and values that cannot be read are refused. `None` is null, too: jsonargparse makes
+    it of a null within a group that may itself be null.
     """
 
     yaml_implicit_resolvers = jsonargparse_loaders.get_yaml_default_loader().yaml_implicit_resolvers  # type: ignore[no-untyped-call]
@@ -55,6 +57,7 @@ class RecipeLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
 
 
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), ["N"])  # type: ignore[no-untyped-call]
 jsonargparse_loaders.yaml_default_loader = RecipeLoader  # type: ignore[assignment]  # for values of flags, too
 
 
