@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import MISSING, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,7 @@ from eqat_mm.commands.line.options import names_of
 from eqat_mm.errors import EqatError
 from eqat_mm.runtime.settings import settings_in
 from tests.checkpoint.files import assert_four_lines
+from tests.faults.cases import words_of
 
 FUZZ = settings(
     max_examples=int(os.environ.get("EQAT_FUZZ_EXAMPLES", "15")),
@@ -153,6 +155,19 @@ def test_a_flag_and_a_recipe_are_refused_alike(tmp_path: Path, command: str, opt
     assert str(refusal(command, *model, "--config", str(file))) == str(by_flag)
     assert by_flag.where == f"--{option}"
     assert by_flag.given == str(value)
+
+
+# ---- everything spelled out -------------------------------------------------------------------------
+
+NEEDED = {"average_bits": "2.5", "to": "gguf", "conversations": '{"source": "s"}'}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_may_be_spelled_out(command: str) -> None:
+    of_job = fields(COMMANDS[command].load()[0])
+    required = [each.name for each in of_job if each.default is MISSING and each.default_factory is MISSING]
+    job = job_of(command, *(f"--{name}={NEEDED.get(name, 'm')}" for name in required))
+    assert job_of(*words_of(command, job)) == job
 
 
 # ---- groups that may be null ------------------------------------------------------------------------
