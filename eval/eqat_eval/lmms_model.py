@@ -159,26 +159,24 @@ class EqatVLM(lmms):  # type: ignore[misc]
         """
         told = [self._told(*sample, answer) for sample, answer in zip(samples, answers, strict=True)]
         # padded on the right, so that positions are those of an unpadded sample whatever the model does with them
-        inputs = self._batch(told, padding_side="right")
+        inputs = self._batch([row for row, _ in told], padding_side="right")
+        first = min(start for _, start in told) - 1
+        columns_C = torch.arange(first, inputs["input_ids"].shape[1] - 1, device=self.device)
         with inference(self.model):
-            logits_BTV = self.model(**inputs, use_cache=False).logits
-        rows = zip(logits_BTV, inputs["input_ids"], inputs["attention_mask"], samples, strict=True)
-        for logits_TV, ids_T, mask_T, sample in rows:
-            yield self._answer_of(logits_TV, ids_T[: int(mask_T.sum())], sample)
+            logits_BCV = self.model(**inputs, logits_to_keep=columns_C, use_cache=False).logits
+        for logits_CV, (row, start) in zip(logits_BCV, told, strict=True):
+            answer_T = row["input_ids"][start:].to(self.device)
+            yield logits_CV[start - 1 - first :][: len(answer_T)].float(), answer_T
 
-    def _told(self, prompt: str, images: list[Any], answer: str) -> dict[str, Tensor]:
+    def _told(self, prompt: str, images: list[Any], answer: str) -> tuple[dict[str, Tensor], int]:
+        """Return what the model reads of a prompt and its answer, and where the answer's tokens begin."""
         row = self.renderer.inputs(self._complete(prompt, answer), images)
-        if not has_prefix(self.processor):
-            return row
-        return answered(row, len(self.renderer.inputs(prompt, images)["input_ids"]))
-
-    def _answer_of(self, logits_TV: Tensor, ids_T: Tensor, sample: tuple[str, list[Any]]) -> tuple[Tensor, Tensor]:
-        prompt_T = self._encode([sample], "right")["input_ids"][0]
+        ids_T, prompt_T = row["input_ids"], self.renderer.inputs(prompt, images)["input_ids"]
         start = len(prompt_T)
         if len(ids_T) <= start or not torch.equal(ids_T[:start], prompt_T):
             reason = "its first token reaches into the prompt, or it has none"
             raise _unclear(f"token ids {ids_T[start:].tolist()}", reason)
-        return logits_TV[start - 1 : len(ids_T) - 1].float(), ids_T[start:]
+        return answered(row, start) if has_prefix(self.processor) else row, start
 
     def _score_row(self, predicted_TV: Tensor, answer_T: Tensor) -> tuple[float, bool]:
         loss = float(torch.nn.functional.cross_entropy(predicted_TV, answer_T))

@@ -57,7 +57,7 @@ class RecipeLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
 
 
-RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), ["N"])  # type: ignore[no-untyped-call]
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), ["N"])
 jsonargparse_loaders.yaml_default_loader = RecipeLoader  # type: ignore[assignment]  # for values of flags, too
 
 
