@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock, Semaphore
-from typing import Any
+from typing import Any, get_args
 
 from eqat_mm.commands.plumbing.models import model_folder
 from eqat_mm.commands.tables.vlm_ladder import (
@@ -34,6 +34,7 @@ from eqat_mm.commands.tables.vlm_ladder import (
 )
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.progress import say
+from eqat_mm.train.losses import Loss
 
 _BASE = "Block-AP"
 
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--conversations", default="demo-mini-vqa", help="that E2E-QP and LoRA learn from")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="bit widths")
     parser.add_argument("--steps", type=int, help="of E2E-QP and LoRA")
+    parser.add_argument("--loss", choices=get_args(Loss), help="of both")
     parser.add_argument("--questions", type=int, default=3000, help="asked of every model")
     parser.add_argument("--batch_size", type=int, default=256, help="questions a forward")
     parser.add_argument("--at_a_time", type=int, default=8, help="commands beside each other")

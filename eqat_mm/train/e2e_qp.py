@@ -23,6 +23,7 @@ from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, ru
 from eqat_mm.train.held_out import HeldOut
 from eqat_mm.train.imageless import adding_nothing, through
 from eqat_mm.train.lora import LoRA
+from eqat_mm.train.losses import Loss
 from eqat_mm.train.order import Order
 from eqat_mm.train.recompute import recompute_where_it_pays
 from eqat_mm.train.watch import Watch
@@ -57,7 +58,7 @@ class E2EQPConfig(EndToEndConfig):
     """
 
     trains: Trained = "scales"
-    loss: Literal["cross-entropy", "kl"] = "cross-entropy"
+    loss: Loss = "cross-entropy"
     teacher: Literal["auto", "memory", "cache"] = "auto"
     lr_projector: Positive | None = None
     lora: LoRA = field(default_factory=LoRA)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -35,6 +35,7 @@ from eqat_mm.runtime.precision import resolve
 from eqat_mm.runtime.settings import Count, CountOrZero, Fraction
 from eqat_mm.train.end_to_end import EndToEndConfig, EndToEndTrainer, Sample, run_trainer, train_only
 from eqat_mm.train.held_out import HeldOut
+from eqat_mm.train.losses import Loss
 from eqat_mm.train.order import Order
 from eqat_mm.train.recompute import recompute_where_it_pays
 from eqat_mm.train.watch import Watch
@@ -60,7 +61,7 @@ class LLMQATConfig(EndToEndConfig):
 
     bits: str = "4-8-8"
     group_size: GroupSize = -1
-    loss: Literal["kl", "cross-entropy"] = "kl"
+    loss: Loss = "kl"
     smooth: Fraction | None = None
     smooth_samples: Count = 32
     max_steps: CountOrZero | None = None

@@ -22,6 +22,8 @@ several times as long as its launch, and of which a few copies are small beside 
 
 
 BlockLoss = Literal["mse", "balanced"]
+Loss = Literal["cross-entropy", "kl"]
+"""Of a whole model: of the labels, or to the full-precision model's predictions."""
 
 Joined = Callable[[Tensor], Tensor]
 """From one value for each token here to those of all tokens of a batch that is divided among processes."""

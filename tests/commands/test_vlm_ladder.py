@@ -120,6 +120,12 @@ def test_it_runs_on_every_gpu_and_in_two_processes_without_one(
         assert f"--num_gpus {processes} " in shlex.join(words or [])
 
 
+def test_a_loss_is_that_of_all_that_is_tuned(job: VLMLadderJob) -> None:
+    long = replace(job, model="demo-llava", bits=(2,), lora=True, projector=True, loss="kl")
+    tuned = {rung.stage for rung in rungs(long, Path("m")) if "--loss kl" in " ".join(rung.command or [])}
+    assert tuned == {"Block-AP + LoRA", "Block-AP + E2E-QP", "E2E-QP + projector"}
+
+
 def test_more_steps_take_as_many_conversations(job: VLMLadderJob) -> None:
     long = replace(job, model="demo-llava", bits=(2,), lora=True, steps=100)
     words = {rung.stage: shlex.join(rung.command or []) for rung in rungs(long, Path("full"))}

@@ -37,6 +37,7 @@ from eqat_mm.runtime.precision import Precision
 from eqat_mm.runtime.progress import duration, say
 from eqat_mm.runtime.provenance import provenance
 from eqat_mm.runtime.settings import Count, Filled, Settings
+from eqat_mm.train.losses import Loss
 
 FULL_PRECISION = "full precision"
 _ANSWERED = ("accuracy", "questions", "by_type", "metrics", "nll", "kl", "flips")
@@ -60,6 +61,7 @@ class VLMLadderJob(Settings):
         projector: adds E2E-QP of step sizes and projector together.
         processes: of E2E-QP, under DeepSpeed; null for one on each GPU, two on a CPU.
         steps: of E2E-QP and the baseline, on as many conversations as they take; null for those of the recipe.
+        loss: that E2E-QP and the baseline learn by, `cross-entropy` or `kl`; null for that of the recipe.
         conversations: that E2E-QP and the baseline learn from, and Block-AP sees; null takes those of the recipe.
         task: of lmms-eval, whose questions every model is asked; easy_vqa, mini_vqa, or another that gives answers.
         questions: questions each quantized model answers, the first ones; null for all.
@@ -79,6 +81,7 @@ class VLMLadderJob(Settings):
     projector: bool = False
     processes: Count | None = None
     steps: Count | None = None
+    loss: Loss | None = None
     conversations: str | None = None
     task: str = "easy_vqa"
     questions: Count | None = 500
@@ -152,7 +155,7 @@ def rungs(job: VLMLadderJob, full_precision: Path) -> Iterator[Rung]:
         start = ["--quantized", str(_root(job, bits) / "block-ap" / "model")]
         if job.conversations is not None:
             start += ["--conversations.source", job.conversations]
-        start += _length(job, bits)
+        start += _length(job, bits) + ([] if job.loss is None else ["--loss", job.loss])
         yield _rung(job, bits, "round-to-nearest", _eqat("rtn"), "rtn")
         yield _rung(job, bits, "Block-AP", _eqat("block-ap"), "block-ap")
         if job.images:
