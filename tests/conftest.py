@@ -1,4 +1,4 @@
-"""Every test runs seeded, on one thread, offline, with Triton interpreted and a cache of its own.
+"""Every test runs seeded, on one thread, offline, with Triton interpreted, signals heard and a cache of its own.
 
 The environment is set before torch is imported: thread counts and the Triton interpreter are read once.
 """
@@ -18,6 +18,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import random
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+for _number, _heard in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:  # by nohup, or a shell that started the tests in the background
+        signal.signal(_number, _heard)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
