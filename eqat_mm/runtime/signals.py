@@ -92,7 +92,10 @@ class _Stop(AbstractContextManager[None]):
         self._unraisablehook = sys.unraisablehook
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Raise `Stopped`, but not within an import: broken off it would pass for a package that cannot be had."""
+        """Raise `Stopped`; behind what is undisturbed, and behind an import.
+
+        Broken off that would pass for a package that cannot be had.
+        """
         self._asked = number
         if _undisturbed or _imports_in(frame) > self._imports:
             self._again_soon(number)
