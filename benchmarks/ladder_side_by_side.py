@@ -6,7 +6,8 @@
 A small model leaves most of a large GPU idle, so rungs are made and asked beside each other. What is made from
 Block-AP waits for it, and every answer is compared with those of full precision, which come first. The rows are in
 `<output>/ladder.json` as soon as they are known; a rung that fails is named, and the others go on. What commands say is
-in `<output>/logs`.
+in `<output>/logs`. The same command again continues what was stopped; what was asked is not asked again. On a CPU,
+`OMP_NUM_THREADS=1` and `--at_a_time` the number of cores.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class SideBySide:
         output, reference = (self.full, None) if is_full else (rung.folder.parent / "asked.json", self.full)
         if not is_full:
             self.answered.wait()
-        self._run(rung, asking(rung, self.job.questions, self.job, output, reference), "ask")
+        if not output.is_file():
+            self._run(rung, asking(rung, self.job.questions, self.job, output, reference), "ask")
         with self.lock:
             self.rows.append(row_of(rung, verdict_in(output, self.job)))
             write_json(self.job.output / "ladder.json", {"rows": self.rows})
@@ -104,7 +106,7 @@ def main() -> None:
     parser.add_argument("--task", default="mini_vqa", help="of lmms-eval")
     parser.add_argument("--conversations", default="demo-mini-vqa", help="that E2E-QP and LoRA learn from")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="bit widths")
-    parser.add_argument("--steps", type=int, help="of E2E-QP and LoRA")
+    parser.add_argument("--steps", type=int, help="of E2E-QP and LoRA; those of the recipe by default")
     parser.add_argument("--loss", choices=get_args(Loss), help="of both")
     parser.add_argument("--questions", type=int, default=3000, help="asked of every model")
     parser.add_argument("--batch_size", type=int, default=256, help="questions a forward")

@@ -37,6 +37,7 @@ CHECKS: tuple[Check, ...] = (
     training.e2e_qp,
     training.e2e_qp_on_images,
     conversation.inputs,
+    conversation.questions,
 )
 
 

@@ -1,13 +1,15 @@
-"""Conversations about images: what a model is trained on, against what its processor gives it in use."""
+"""Conversations about images: what a model is trained on and asked, against what its processor gives it in use."""
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eqat_eval.shared_images import obstacle, read_fronts
 from eqat_mm.contract.case import ANOTHER_ROUTE, Case, NotHere, difference
 from eqat_mm.contract.structure import SEES
 from eqat_mm.data.image_text.batching import Collator
@@ -25,15 +27,7 @@ _SIZES = ((40, 30), (30, 50))
 
 def inputs(case: Case) -> None:
     """Samples of training are what the processor makes of the same conversation, and give the same logits."""
-    if case.arch.auto_class != SEES:
-        raise NotHere("a language model")
-    if case.arch.processor is None:
-        raise NotHere("the adapter has no `processor` for its tiny model")
-    if find_spec("PIL") is None or find_spec("torchvision") is None:
-        raise NotHere("what reads images is not installed: pip install 'eqat-mm[vlm]'")
-    processor, model = case.arch.processor(), case.model()
-    apply_style(processor, Style())
-    fit_processor(processor, model.config)
+    processor, model = _speaking(case)
     chat, collate = Chat(processor), Collator(processor.tokenizer, filling=filling_of(processor))
     samples = [chat.encode(_conversation(count), _images(count)) for count in (0, 1, 2)]
     together = _logits(model, collate(samples))
@@ -55,6 +49,49 @@ def inputs(case: Case) -> None:
                 "what the model predicts in use",
                 f"{_DO}; the processor gives {', '.join(used)}, training {', '.join(sample)}",
             )
+
+
+@torch.no_grad()
+def questions(case: Case) -> None:
+    """Images that several questions are about may be read once for all of them."""
+    processor, model = _speaking(case)
+    if (reason := obstacle(model)) is not None:
+        raise NotHere(f"they are read for every question: {reason}")
+    renderer = Renderer(processor)
+    asked = [(renderer.asked(text, count), _images(count)) for count in (1, 2) for text in ("w5", "w6 w7 w8")]
+    rows = [renderer.inputs(renderer.text([turn], answering=True), images) for turn, images in asked]
+    fronts = read_fronts(model, rows, processor.image_token_id, partial(_together, processor))
+    if fronts.read is None:
+        raise NotHere("they are read for every question: its tokens are of several kinds")
+    rests = _together(processor, fronts.rests(rows), "right")
+    found = model(**fronts.for_forward(rests)).logits
+    for row, read, found_RV in zip(rows, fronts.lengths, found, strict=True):
+        expected_RV = _logits(model, alone(row))[0, read:]
+        error = difference(found_RV[: len(expected_RV)], expected_RV)
+        case.require(
+            error < ANOTHER_ROUTE,
+            f"logits that differ by {error:.1e} where images were read before the question",
+            "those of the whole prompt",
+            "let `obstacle` in eqat_eval.shared_images say what its tokens see or count besides those before them",
+        )
+
+
+def _speaking(case: Case) -> tuple[Any, Any]:
+    """Return the processor and the model of an adapter that sees."""
+    if case.arch.auto_class != SEES:
+        raise NotHere("a language model")
+    if case.arch.processor is None:
+        raise NotHere("the adapter has no `processor` for its tiny model")
+    if find_spec("PIL") is None or find_spec("torchvision") is None:
+        raise NotHere("what reads images is not installed: pip install 'eqat-mm[vlm]'")
+    processor, model = case.arch.processor(), case.model()
+    apply_style(processor, Style())
+    fit_processor(processor, model.config)
+    return processor, model
+
+
+def _together(processor: Any, rows: list[Any], side: str) -> dict[str, Tensor]:
+    return Collator(processor.tokenizer, side)(rows)
 
 
 _DO = "compare the sample of eqat_mm.data.image_text.chat.Chat.encode with what the processor returns"

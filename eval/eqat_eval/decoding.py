@@ -64,15 +64,21 @@ def decoding(
 
 
 def generated(
-    model: Any, inputs: Mapping[str, Tensor], settings: GenerationConfig, streamer: BaseStreamer | None = None
+    model: Any, inputs: Mapping[str, Any], settings: GenerationConfig, streamer: BaseStreamer | None = None
 ) -> Tensor:
     """Return prompts and answers [B, P + new tokens] by transformers' `generate`; call in inference mode.
+
+    Args:
+        model: that answers.
+        inputs: what its `generate` takes; with a cache (`past_key_values`), the tokens that are in it, too.
+        settings: of `decoding`.
+        streamer: is given the tokens as they come.
 
     Raises:
         CheckpointError: the model's predictions are not finite.
     """
     more: dict[str, Any] = {"logits_processor": LogitsProcessorList([RequireFinite(model)])}
-    if settings.num_beams == 1:
+    if settings.num_beams == 1 and "past_key_values" not in inputs:
         more["past_key_values"] = new_cache(model)
     with _unconfigured(model):
         tokens: Tensor = model.generate(**inputs, **more, generation_config=settings, streamer=streamer)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from eqat_eval.decoding import decoding, generated
 from eqat_eval.finite import not_finite
 from eqat_eval.inference import inference
+from eqat_eval.shared_images import Fronts, Row, batches, digest, nothing_read, obstacle, read_fronts
 from eqat_eval.windows import check_positive
 from eqat_mm.checkpoint.folders import load_for_inference
 from eqat_mm.checkpoint.speaker import load_speaker
@@ -44,14 +45,15 @@ class EqatVLM(lmms):  # type: ignore[misc]
     """A vision-language model behind lmms-eval's interface.
 
     Prompts are what the processor's chat template makes of one user message; images come where it has `<image>`, or in
-    front. Generation is greedy unless a task asks for sampling, and takes nothing from the checkpoint's
-    generation_config.json but its end tokens.
+    front. Questions about the same images are answered together, and the images are read once for all of them.
+    Generation is greedy unless a task asks for sampling, and takes nothing from the checkpoint's generation_config.json
+    but its end tokens.
 
     Args:
         pretrained: folder of a packed checkpoint of ours, or of a full-precision model.
         device: `auto` is the GPU of this process, or the CPU where there is none.
         dtype: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16 or float16, of what is not quantized.
-        batch_size: samples per forward.
+        batch_size: questions per forward.
         template: of the conversation, see `eqat_mm.data.image_text.style`.
         images: what becomes of images that are no squares, see there.
 
@@ -85,14 +87,14 @@ class EqatVLM(lmms):  # type: ignore[misc]
         self.processor = _processor(folder, Style(template, images))
         self.renderer = Renderer(self.processor)
         self.model = load_for_inference(folder, self.device, self.dtype)
+        self.shares_images = obstacle(self.model) is None
         self.asked: dict[tuple[str, int], Instance] = {}
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the answer to every request, in order."""
         answers = [""] * len(requests)
         self.asked |= {(request.args[4], request.args[3]): request for request in requests}
-        batches = list(_batches(requests, self.batch_size, lambda request: request.args[1]))
-        for indices in progress(batches, what="answers", total=len(batches), unit="batch"):
+        for indices in progress(found := self.batches(requests), what="answers", total=len(found), unit="batch"):
             batch = [requests[index] for index in indices]
             samples = [self.sample_of(request) for request in batch]
             for index, answer in zip(indices, self.generate(samples, batch[0].args[1]), strict=True):
@@ -115,8 +117,10 @@ class EqatVLM(lmms):  # type: ignore[misc]
             top_p=options.get("top_p") or 1.0,
             num_beams=options.get("num_beams") or 1,
         )
-        inputs = self._encode(samples, padding_side="left")
+        rows = [self.renderer.inputs(prompt, images) for prompt, images in samples]
         with inference(self.model):
+            fronts = self._fronts(rows) if settings.num_beams == 1 else nothing_read(rows)
+            inputs = fronts.for_generate(self._batch(fronts.rests(rows), "left"))
             tokens_BT = generated(self.model, inputs, settings)
         texts = self.processor.batch_decode(tokens_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_until(text, options.get("until") or ()) for text in texts]
@@ -128,8 +132,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
         what the chat template adds for it, an end token included.
         """
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        batches = list(_batches(requests, self.batch_size, lambda _: None))
-        for indices in progress(batches, what="likelihoods", total=len(batches), unit="batch"):
+        for indices in progress(found := self.batches(requests), what="likelihoods", total=len(found), unit="batch"):
             samples, answers = [], []
             for context, answer, *where in (requests[index].args for index in indices):
                 *_, doc_id, task, split = where
@@ -158,15 +161,17 @@ class EqatVLM(lmms):  # type: ignore[misc]
             DataError: the tokens of an answer cannot be told from those of its prompt.
         """
         told = [self._told(*sample, answer) for sample, answer in zip(samples, answers, strict=True)]
-        # padded on the right, so that positions are those of an unpadded sample whatever the model does with them
-        inputs = self._batch([row for row, _ in told], padding_side="right")
-        first = min(start for _, start in told) - 1
-        columns_C = torch.arange(first, inputs["input_ids"].shape[1] - 1, device=self.device)
+        rows, starts = [row for row, _ in told], [start for _, start in told]
         with inference(self.model):
-            logits_BCV = self.model(**inputs, logits_to_keep=columns_C, use_cache=False).logits
-        for logits_CV, (row, start) in zip(logits_BCV, told, strict=True):
+            fronts = self._fronts(rows)
+            # padded on the right, so that positions are those of an unpadded sample whatever the model does with them
+            inputs = fronts.for_forward(self._batch(fronts.rests(rows), "right"))
+            places = [start - read for start, read in zip(starts, fronts.lengths, strict=True)]
+            columns_C = torch.arange(min(places) - 1, inputs["input_ids"].shape[1] - 1, device=self.device)
+            logits_BCV = self.model(**inputs, logits_to_keep=columns_C).logits
+        for logits_CV, row, start, place in zip(logits_BCV, rows, starts, places, strict=True):
             answer_T = row["input_ids"][start:].to(self.device)
-            yield logits_CV[start - 1 - first :][: len(answer_T)].float(), answer_T
+            yield logits_CV[place - min(places) :][: len(answer_T)].float(), answer_T
 
     def _told(self, prompt: str, images: list[Any], answer: str) -> tuple[dict[str, Tensor], int]:
         """Return what the model reads of a prompt and its answer, and where the answer's tokens begin."""
@@ -198,8 +203,11 @@ class EqatVLM(lmms):  # type: ignore[misc]
         return self._sample(*request.args[:1], *request.args[2:])
 
     def _sample(self, context: str, to_images: Any, doc_id: int, task: str, split: str) -> tuple[str, list[Any]]:
-        images = list(to_images(self.task_dict[task][split][doc_id]) or ())
+        images = self._images(to_images, doc_id, task, split)
         return self.prompt(context, len(images)), images
+
+    def _images(self, to_images: Any, doc_id: int, task: str, split: str) -> list[Any]:
+        return list(to_images(self.task_dict[task][split][doc_id]) or ())
 
     def prompt(self, context: str, images: int) -> str:
         """Return the chat template's text for a question; a context that places its images itself keeps them there."""
@@ -214,10 +222,22 @@ class EqatVLM(lmms):  # type: ignore[misc]
             raise _unclear(answer, "the chat template does not write it behind the prompt")
         return prompt + after.removeprefix(before).rstrip()
 
-    def _encode(self, samples: Sequence[tuple[str, list[Any]]], padding_side: str) -> dict[str, Tensor]:
-        return self._batch([self.renderer.inputs(prompt, images) for prompt, images in samples], padding_side)
+    def batches(self, requests: Sequence[Instance]) -> list[list[int]]:
+        """Return indices of requests in batches: of the same options, and those about the same images together."""
+        lengths = [len(request.args[0]) for request in requests]
+        kinds = [_options(request.args[1]) for request in requests]
+        images: Sequence[Hashable] = range(len(requests))
+        if self.shares_images:
+            looked = progress(requests, what="compare images", total=len(requests), unit="question")
+            images = [digest(self._images(*request.args[2:])) for request in looked]
+        return list(batches(lengths, kinds, images, self.batch_size))
 
-    def _batch(self, rows: list[dict[str, Tensor]], padding_side: str) -> dict[str, Tensor]:
+    def _fronts(self, rows: list[Row]) -> Fronts:
+        if not self.shares_images:
+            return nothing_read(rows)
+        return read_fronts(self.model, rows, self.processor.image_token_id, self._batch)
+
+    def _batch(self, rows: list[Row], padding_side: str) -> Row:
         batch = Collator(self.processor.tokenizer, padding_side)(rows)
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
@@ -225,15 +245,9 @@ class EqatVLM(lmms):  # type: ignore[misc]
         }
 
 
-def _batches(requests: Sequence[Instance], size: int, options: Any) -> Iterator[list[int]]:
-    """Yield indices of requests with the same options, the longest contexts first: little padding, early failure."""
-    groups: dict[str, list[int]] = {}
-    for index, request in enumerate(requests):
-        groups.setdefault(json.dumps(options(request), sort_keys=True, default=str), []).append(index)
-    for indices in groups.values():
-        indices.sort(key=lambda index: -len(requests[index].args[0]))
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
+def _options(given: Any) -> str:
+    """Return what tells the options of a request apart; an answer to score is none."""
+    return json.dumps(given, sort_keys=True, default=str) if isinstance(given, Mapping) else ""
 
 
 def _unclear(answer: str, reason: str) -> DataError:

@@ -57,12 +57,19 @@ ALIKE = (
 """Cases that differ from another one in what one or two checks look at."""
 
 NEITHER = {"no `sums`", "no `norms`"}
+WINDOWS = {"they are read for every question: some of its layers do not see the whole text (sliding windows)"}
+COUNTS = {"they are read for every question: a position of its tokens is more than a count"}
 REASONS = {
     "olmo2": NEITHER,
     "gemma3_text": NEITHER,
-    "gemma3": NEITHER,
-    "paligemma": NEITHER,
+    "gemma3": NEITHER | WINDOWS,
+    "paligemma": NEITHER | WINDOWS,
     "granite": {"no `sums`"},
+    "llava": WINDOWS,
+    "llava_next": WINDOWS,
+    "mistral3": WINDOWS,
+    "qwen2_5_vl": COUNTS,
+    "qwen3_vl": COUNTS,
 }
 """Why a check has nothing to do for an adapter, beside what its kind of model says."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ pytestmark = [
 ]
 
 QUESTIONS = ["w5", "w6 w7 w8", "w9 w10", "w11 w12 w13 w14 w15"]
+ABOUT = (0, 1, None, 3)
+"""Which image each question is about."""
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +51,24 @@ def model_of(folder: Path, **options: Any) -> Any:
     return EqatVLM(str(folder), **({"device": "cpu"} | options))
 
 
-def requests_of(model: Any, kind: str, second: Any) -> list[Any]:
-    """One request about each question; the third has no image."""
+def requests_of(model: Any, kind: str, second: Any, about: Sequence[int | None] = ABOUT) -> list[Any]:
+    """One request about each of these images; None is none."""
     from lmms_eval.api.instance import Instance
 
-    model.task_dict = {"tiny": {"test": list(range(len(QUESTIONS)))}}
+    def to_images(index: int) -> list[Any]:
+        image = about[index]
+        return [] if image is None else [images()[image]]
+
+    model.task_dict = {"tiny": {"test": list(range(len(about)))}}
+    texts = [QUESTIONS[index % len(QUESTIONS)] for index in range(len(about))]
     return [
         Instance(
             kind,
-            (
-                text,
-                *_ordered(kind, second, lambda index: [] if index == 2 else [images()[index]]),
-                index,
-                "tiny",
-                "test",
-            ),
+            (text, *_ordered(kind, second, to_images), index, "tiny", "test"),
             0,
             {"task": "tiny", "doc_id": index, "repeats": 1},
         )
-        for index, text in enumerate(QUESTIONS)
+        for index, text in enumerate(texts)
     ]
 
 
@@ -89,13 +91,42 @@ def test_answers_do_not_depend_on_the_batch(folder: Path) -> None:
     assert answers(folder, 3) == answers(folder, 4) == one_by_one
 
 
+@pytest.mark.parametrize("about", [[0, 1, 0, 1, 0, 0], [3, 3, 3], [0, 1, None, 0, 1, None]], ids=str)
+def test_images_are_read_once_for_all_questions_about_them(folder: Path, about: list[int | None]) -> None:
+    model, options = model_of(folder, batch_size=6), {"max_new_tokens": 6}
+    seen: list[int] = []
+    model.model.model.vision_tower.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    answers, losses = {}, {}
+    for shares in (True, False):
+        model.shares_images, before = shares, sum(seen)
+        answers[shares] = model.generate_until(requests_of(model, "generate_until", options, about))
+        losses[shares] = model.loglikelihood(requests_of(model, "loglikelihood", "w7 w8", about))
+        pictures = [image for image in about if image is not None]
+        shared = shares and None not in about
+        assert sum(seen) - before == 2 * len(set(pictures) if shared else pictures)
+    assert answers[True] == answers[False]
+    assert [greedy for _, greedy in losses[True]] == [greedy for _, greedy in losses[False]]
+    assert_close(*(torch.tensor([loss for loss, _ in losses[shares]]) for shares in (True, False)), "model")
+
+
+def test_questions_about_the_same_images_are_in_one_batch() -> None:
+    from eqat_eval.shared_images import batches
+
+    lengths, images = [5, 9, 3, 4, 9, 1], ["a", "b", "b", "a", "c", "c"]
+    assert list(batches(lengths, [""] * 6, images, 2)) == [[1, 2], [4, 5], [0, 3]]
+    assert list(batches(lengths, ["x", "y", "x", "x", "y", "x"], images, 8)) == [[2, 5, 0, 3], [1, 4]]
+
+
 @pytest.mark.parametrize(
     ("asked", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
 )
 def test_the_dtype_is_that_of_model_and_pixels(folder: Path, asked: str, dtype: torch.dtype) -> None:
     model = model_of(folder, dtype=asked)
     assert model.model.lm_head.weight.dtype is dtype
-    assert model._encode([(model.prompt("w5", 1), images()[:1])], "left")["pixel_values"].dtype is dtype
+    assert (
+        model._batch([model.renderer.inputs(model.prompt("w5", 1), images()[:1])], "left")["pixel_values"].dtype
+        is dtype
+    )
 
 
 def test_the_image_is_seen(folder: Path) -> None:
@@ -154,7 +185,7 @@ def direct_loss(model: Any, index: int) -> tuple[float, bool]:
 def test_the_greedy_answer_is_known_as_such(folder: Path) -> None:
     model = model_of(folder)
     sample = (model.prompt("w5", 1), images()[:1])
-    inputs = model._encode([sample], "left")
+    inputs = model._batch([model.renderer.inputs(*sample)], "left")
     with torch.inference_mode():
         first = model.model(**inputs).logits[0, -1].argmax()
     model._complete = lambda prompt, answer: prompt + answer

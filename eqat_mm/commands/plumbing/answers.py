@@ -95,9 +95,10 @@ def measure_likelihoods(model: Any, answers: Answers, reference: Answers | None)
         ConfigError: the reference was not asked one of the questions, or reads answers as other tokens.
     """
     keyed = [(each, (each["task"], each["question"])) for each in answers.records if each["right"].strip()]
-    asked = sorted(((each, key) for each, key in keyed if key in model.asked), key=lambda pair: -len(pair[0]["asked"]))
-    batches = [asked[start : start + model.batch_size] for start in range(0, len(asked), model.batch_size)]
-    for batch in progress(batches, what="likelihoods", total=len(batches), unit="batch"):
+    asked = [(each, key) for each, key in keyed if key in model.asked]
+    batches = model.batches([model.asked[key] for _, key in asked])
+    for indices in progress(batches, what="likelihoods", total=len(batches), unit="batch"):
+        batch = [asked[index] for index in indices]
         samples = [model.sample_of(model.asked[key]) for _, key in batch]
         rows = model.predictions(samples, [record["right"] for record, _ in batch])
         for (record, key), (logits_TV, answer_T) in zip(batch, rows, strict=True):
