@@ -6,6 +6,7 @@ transformers 5 writes `rope_parameters` and `dtype`. transformers 4 and other en
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 _ROPE, _DTYPE = "rope_parameters", "dtype"
@@ -13,6 +14,7 @@ _OLDER = {
     _ROPE: ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
     _DTYPE: ("torch_dtype",),
 }
+_ORIGIN = "_name_or_path"
 _LONG = "longrope"
 _OUTSIDE = ("rope_theta", "partial_rotary_factor")
 """What readers look for beside `rope_scaling`, not in it."""
@@ -22,9 +24,13 @@ def spelled_for_all(config: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a config.json with its older spellings beside the new ones, in its parts, too.
 
     An older spelling that is there stays. The groups of a `quantization_config` name their format, which some readers
-    would guess otherwise.
+    would guess otherwise. Where on this machine a part was read from is nobody's business, and left out.
     """
-    spelled = {name: spelled_for_all(value) if _is_part(name, value) else value for name, value in config.items()}
+    spelled = {
+        name: spelled_for_all(value) if _is_part(name, value) else value
+        for name, value in config.items()
+        if not (name == _ORIGIN and _is_place(value))
+    }
     entry = spelled.get("quantization_config")
     if entry is not None:
         groups = {name: {"format": entry["format"], **group} for name, group in entry["config_groups"].items()}
@@ -40,6 +46,11 @@ def without_stale(config: dict[str, Any], changed: dict[str, Any]) -> dict[str, 
 
 def _is_part(name: str, value: Any) -> bool:
     return isinstance(value, dict) and (name.endswith("_config") and name != "quantization_config")
+
+
+def _is_place(value: Any) -> bool:
+    """Say whether a name of a model is a path of one machine; published ones are relative, such as owner/model."""
+    return isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute())
 
 
 def _older(config: dict[str, Any]) -> dict[str, Any]:

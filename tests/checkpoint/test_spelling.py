@@ -95,3 +95,10 @@ def test_a_change_takes_its_older_spellings_away() -> None:
     changed = without_stale(config, {"rope_parameters": rope})
     assert changed == {"torch_dtype": "float16", "vocab_size": 9, "rope_parameters": rope}
     assert spelled_for_all(changed)["rope_theta"] == 5e5
+
+
+def test_places_on_this_machine_are_left_out() -> None:
+    text = {"_name_or_path": "/models/vicuna", "model_type": "llama"}
+    seen = {"_name_or_path": "openai/clip-vit-large-patch14-336"}
+    config = {"_name_or_path": r"C:\models\llava", "text_config": text, "vision_config": seen}
+    assert spelled_for_all(config) == {"text_config": {"model_type": "llama"}, "vision_config": seen}
