@@ -22,17 +22,8 @@ from threading import Event, Lock, Semaphore
 from typing import Any, get_args
 
 from eqat_mm.commands.plumbing.models import model_folder
-from eqat_mm.commands.tables.vlm_ladder import (
-    FULL_PRECISION,
-    Rung,
-    VLMLadderJob,
-    asking,
-    blind_accuracy,
-    row_of,
-    rungs,
-    table,
-    verdict_in,
-)
+from eqat_mm.commands.tables.vlm_ladder import blind_accuracy, row_of, table, verdict_in
+from eqat_mm.commands.tables.vlm_rungs import FULL_PRECISION, Rung, VLMLadderJob, asking, rungs
 from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.losses import Loss

@@ -6,6 +6,7 @@ The commands themselves are not run here: `make demo-vlm` is that, and each has 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from eqat_mm.checkpoint.manifest import Manifest
 from eqat_mm.cli import parse_job
 from eqat_mm.commands.plumbing.answers import predictions_of
 from eqat_mm.commands.tables import vlm_ladder as module
-from eqat_mm.commands.tables.vlm_ladder import VLMLadderJob, rungs, table, vlm_ladder
+from eqat_mm.commands.tables.vlm_ladder import table, vlm_ladder
+from eqat_mm.commands.tables.vlm_rungs import VLMLadderJob, rungs
 from eqat_mm.errors import ConfigError, TrainingError
 from eqat_mm.quant.spec import QuantSpec
 from eqat_mm.runtime.files import read_json, write_json
@@ -224,7 +226,7 @@ def test_the_table_has_a_line_per_rung_and_one_for_guessing(job: VLMLadderJob, r
 
 def test_a_command_that_fails_ends_the_ladder(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TrainingError, match="exit status 2") as raised:
-        module.run_command([*module._eqat("rtn"), "--model", "no-such-model"])
+        module.run_command([sys.executable, "-m", "eqat_mm.cli", "rtn", "--model", "no-such-model"])
     assert_four_lines(raised.value)
     assert "no-such-model" in capfd.readouterr().err
 
