@@ -64,10 +64,12 @@ def batches(
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def digest(images: Iterable[Any]) -> bytes:
-    """Return what tells images (PIL) from others."""
+def digest(images: Iterable[Any]) -> Hashable:
+    """Return what tells images from others; what is no image of PIL's is like no other."""
     found = blake2b(digest_size=16)
     for image in images:
+        if not hasattr(image, "mode"):
+            return object()
         found.update(repr((image.size, image.mode)).encode())
         found.update(image.tobytes())
     return found.digest()

@@ -117,6 +117,16 @@ def test_questions_about_the_same_images_are_in_one_batch() -> None:
     assert list(batches(lengths, ["x", "y", "x", "x", "y", "x"], images, 8)) == [[2, 5, 0, 3], [1, 4]]
 
 
+def test_images_are_told_apart_by_what_they_show() -> None:
+    from eqat_eval.shared_images import digest
+
+    first, second = images()[:2]
+    assert digest([first]) == digest([first.copy()]) != digest([second])
+    assert digest([first, second]) != digest([second, first])
+    assert digest([]) == digest([]) != digest([first.resize((8, 32))])
+    assert digest(["a.mp4"]) != digest(["a.mp4"])
+
+
 @pytest.mark.parametrize(
     ("asked", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
 )
