@@ -3,6 +3,7 @@
     python benchmarks/quality.py                                        # all that is missing: many hours
     python benchmarks/quality.py --methods rtn gptq awq hqq --budgets 192
     python benchmarks/quality.py --show                                 # what there is, and what is not run
+    python benchmarks/quality.py --text mixed --output benchmarks/quality/mixed --work runs/quality-mixed
 
 `--output` (benchmarks/quality) gets `results.json`, `results.md` and `answers.md`, anew behind each row. A finished row
 is kept as long as what decides it is the same: the model, the windows, the settings, a peer's versions, and what is
@@ -42,6 +43,8 @@ from eqat_mm.runtime.provenance import provenance
 TEXTS = {"Wikipedia": ("demo-wikipedia", 64), "Spanish": ("demo-wikipedia-es", 16), "code": ("demo-python", 16)}
 """Columns: a name, the source of the text, and windows of its held-out side."""
 HELD_OUT_LENGTH = 512
+MIXED = [{"path": "demo-wikipedia", "weight": 2}, {"path": "demo-wikipedia-es"}, {"path": "demo-python"}]
+"""Text of all the columns' kinds, half of it Wikipedia."""
 
 
 @dataclass
@@ -130,7 +133,8 @@ def _made(row: Row, source: Source, decides: str, folder: Path) -> dict[str, Any
 def main() -> int:
     """Make the rows that are missing; return 1 where one has failed."""
     given = _parsed()
-    source = Source(given.model, model_folder(given.model), given.text)
+    text = json.dumps(MIXED) if given.text == "mixed" else given.text
+    source = Source(given.model, model_folder(given.model), text)
     columns = {name: TEXTS[name] for name in given.texts}
     store = Store(given.output, source, list(columns))
     for key in [key for key in store.rows if key.split()[0] in given.again]:
@@ -162,7 +166,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--again", nargs="+", choices=list(METHODS), default=[], help="methods to make anew")
     parser.add_argument("--show", action="store_true", help="write the tables and print them; make nothing")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", default="demo-wikipedia", help="that methods see")
+    parser.add_argument("--text", default="demo-wikipedia", help="that methods see; mixed: of the columns' kinds")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of an answer, at most")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "quality")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="models that are being made")

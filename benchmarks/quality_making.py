@@ -6,6 +6,7 @@ and nothing else: Block-AP's validation samples and the text of E2E-QP are among
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from eqat_mm.checkpoint.folders import load_tokenizer
 from eqat_mm.commands.verbs.evaluate import bits_per_weight
-from eqat_mm.data.text.settings import TextWindows
+from eqat_mm.data.text.settings import TextSource, TextWindows
 from eqat_mm.data.text.windows import digest_of, text_windows
 from eqat_mm.runtime.files import read_json, write_json
 from eqat_mm.runtime.sealed import read_sealed
@@ -52,7 +53,7 @@ class Source:
     Attributes:
         model: as it is named on a command line.
         folder: of it.
-        text: name of the text that methods see.
+        text: that methods see: its name, or several with weights, as a command line has them.
     """
 
     model: str
@@ -61,7 +62,8 @@ class Source:
 
     def windows(self, count: int) -> Tensor:
         """Return the first windows, int64 [count, T]."""
-        return text_windows(load_tokenizer(self.folder), TextWindows(self.text, length=LENGTH, count=count))
+        text = [TextSource(**each) for each in json.loads(self.text)] if self.text.startswith("[") else self.text
+        return text_windows(load_tokenizer(self.folder), TextWindows(text, length=LENGTH, count=count))
 
 
 def recipe_of(row: Row, source: Source) -> dict[str, Any]:

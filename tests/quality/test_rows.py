@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -10,6 +11,7 @@ import pytest
 from eqat_mm.commands.line.resolved import job_of
 from eqat_mm.commands.verbs.quantize import BlockAPJob
 from eqat_mm.commands.verbs.tune import E2EQPJob
+from eqat_mm.data.text.settings import TextSource
 
 
 def test_a_method_that_reads_and_draws_nothing_has_one_row_for_each_width() -> None:
@@ -53,15 +55,19 @@ def test_each_script_of_a_peer_is_there() -> None:
 
 @pytest.mark.parametrize("method", ["ours", "ours-symmetric", "paper"])
 @pytest.mark.parametrize("spec", ["w4g64", "w4g32", "w3g64", "w2g64"])
-@pytest.mark.parametrize("windows", [192, 2400])
-def test_our_commands_are_taken_and_see_no_more_than_they_may(method: str, spec: str, windows: int) -> None:
+@pytest.mark.parametrize(("windows", "mixed"), [(192, False), (192, True), (2400, False)])
+def test_our_commands_are_taken_and_see_no_more_than_they_may(
+    method: str, spec: str, windows: int, mixed: bool
+) -> None:
     from pathlib import Path
 
+    from quality import MIXED
     from quality_making import Source, recipe_of
     from quality_rows import Row
 
     row = Row(method, spec, windows)
-    source = Source("smollm2-135m", Path(), "demo-wikipedia")
+    text = [TextSource(**each) for each in MIXED] if mixed else "demo-wikipedia"
+    source = Source("smollm2-135m", Path(), json.dumps(MIXED) if mixed else "demo-wikipedia")
     (_, *fitted), (_, *trained) = recipe_of(row, source)["commands"]
     fit = job_of("block-ap", BlockAPJob, [*fitted, "--model", "smollm2-135m"])
     tuned = job_of("e2e-qp", E2EQPJob, [*trained, "--model", "smollm2-135m"])
@@ -69,7 +75,7 @@ def test_our_commands_are_taken_and_see_no_more_than_they_may(method: str, spec:
     assert fit.quant.group_size == row.group_size
     assert fit.quant.symmetric == tuned.quant.symmetric == (method == "ours-symmetric")
     for data in (fit.calibration, tuned.data):
-        assert (data.source, data.part, data.length, data.seed) == ("demo-wikipedia", "train", 256, 0)
+        assert (data.source, data.part, data.length, data.seed) == (text, "train", 256, 0)
         assert data.count <= windows
     assert fit.fit.validation_samples < fit.calibration.count
     assert (fit.start.init == "minmax") == (method == "paper")
