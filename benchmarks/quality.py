@@ -3,7 +3,7 @@
     python benchmarks/quality.py                                        # all that is missing: many hours
     python benchmarks/quality.py --methods rtn gptq awq hqq --budgets 192
     python benchmarks/quality.py --show                                 # what there is, and what is not run
-    python benchmarks/quality.py --text mixed --output benchmarks/quality/mixed --work runs/quality-mixed
+    python benchmarks/quality.py --text mixed --output runs/quality-mixed --work runs/quality-mixed/rows
 
 `--output` (benchmarks/quality) gets `results.json`, `results.md` and `answers.md`, anew behind each row. A finished row
 is kept as long as what decides it is the same: the model, the windows, the settings, a peer's versions, and what is
