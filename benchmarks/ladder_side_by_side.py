@@ -4,7 +4,7 @@
         --bits 4 3 2 --steps 200 --output runs/mini-vlm
 
 A small model leaves most of a large GPU idle, so rungs are made and asked beside each other. What is made from
-Block-AP waits for it, and every answer is compared with those of full precision, which come first. The rows are in
+another model waits for it, and every answer is compared with those of full precision, which come first. The rows are in
 `<output>/ladder.json` as soon as they are known; a rung that fails is named, and the others go on. What commands say is
 in `<output>/logs`. The same command again continues what was stopped; what was asked is not asked again. On a CPU,
 `OMP_NUM_THREADS=1` and `--at_a_time` the number of cores.
@@ -28,8 +28,6 @@ from eqat_mm.runtime.files import write_json
 from eqat_mm.runtime.progress import say
 from eqat_mm.train.losses import Loss
 
-_BASE = "Block-AP"
-
 
 class SideBySide:
     """Makes and asks rungs, a number of them at a time."""
@@ -37,7 +35,7 @@ class SideBySide:
     def __init__(self, job: VLMLadderJob, at_a_time: int) -> None:
         self.job, self.rungs = job, list(rungs(job, model_folder(job.model)))
         self.free, self.lock, self.rows = Semaphore(at_a_time), Lock(), []  # type: ignore[var-annotated]
-        self.made = {(rung.bits, rung.stage): Event() for rung in self.rungs}
+        self.made = {str(rung.folder): Event() for rung in self.rungs}
         self.full = self.job.output / f"{FULL_PRECISION}.json"
         self.answered = Event()
 
@@ -61,11 +59,11 @@ class SideBySide:
         if rung.command is None:
             return
         if "--quantized" in rung.command:
-            self.made[rung.bits, _BASE].wait()
+            self.made[rung.command[rung.command.index("--quantized") + 1]].wait()
         try:
             self._run(rung, rung.command, "make")
         finally:
-            self.made[rung.bits, rung.stage].set()
+            self.made[str(rung.folder)].set()
 
     def _ask(self, rung: Rung) -> None:
         is_full = rung.stage == FULL_PRECISION

@@ -97,8 +97,13 @@ def test_the_commands_are_ones_that_eqat_takes(job: VLMLadderJob) -> None:
 def test_block_ap_sees_what_e2e_qp_learns_from(job: VLMLadderJob) -> None:
     demo = replace(job, model="demo-llava", bits=(2,), images=True)
     for asked, source in ((demo, "demo-easy-vqa"), (replace(demo, conversations="mix.json"), "mix.json")):
-        rung = {each.stage: each for each in rungs(asked, Path("full"))}["Block-AP on images"]
+        by_stage = {each.stage: each for each in rungs(asked, Path("full"))}
+        rung, behind = by_stage["Block-AP on images"], by_stage["on images + E2E-QP"]
         assert rung.command is not None
+        assert behind.command is not None
+        tuned: Any = parse_job("e2e-qp", behind.command[behind.command.index("e2e-qp") + 1 :])
+        assert (tuned.quantized, tuned.output) == (rung.folder, behind.folder.parent)
+        assert (tuned.conversations.source, tuned.trains) == (source, "scales")
         parsed: Any = parse_job("block-ap", rung.command[rung.command.index("block-ap") + 1 :])
         assert parsed.conversations is not None
         assert (parsed.conversations.source, parsed.image_share) == (source, 0.5)

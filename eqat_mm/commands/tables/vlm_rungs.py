@@ -1,8 +1,8 @@
 """The rungs of `eqat demo-vlm`: which models it makes and asks, each with its command.
 
-For every bit width: round-to-nearest; Block-AP, on text; where asked for on images and text; Block-AP + LoRA, the
-baseline, where asked for; Block-AP + E2E-QP, on conversations about images, in several processes under DeepSpeed: of
-the step sizes, and where asked for of the projector, too.
+For every bit width: round-to-nearest; Block-AP, on text; Block-AP + LoRA, the baseline, where asked for; Block-AP +
+E2E-QP, on conversations about images, in several processes under DeepSpeed: of the step sizes, and where asked for of
+the projector, too; where asked for Block-AP on images and text, and E2E-QP of the step sizes behind that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class VLMLadderJob(Settings):
         model: full-precision model: folder, alias (`eqat assets`) or hub repository.
         bits: bit widths, one ladder each.
         group_size: weights that share a step size.
-        images: adds Block-AP on images and text.
+        images: adds Block-AP on images and text, and E2E-QP behind it.
         lora: adds the LoRA baseline, on the samples of E2E-QP and for as many steps.
         projector: adds E2E-QP of step sizes and projector together.
         processes: of E2E-QP, under DeepSpeed; null for one on each GPU, two on a CPU.
@@ -107,23 +107,30 @@ def rungs(job: VLMLadderJob, full_precision: Path) -> Iterator[Rung]:
     """Yield the rungs of all ladders, each after those it is made from."""
     yield Rung(FULL_PRECISION, 16, None, full_precision)
     for bits in job.bits:
-        start = ["--quantized", str(_root(job, bits) / "block-ap" / "model")]
-        if job.conversations is not None:
-            start += ["--conversations.source", job.conversations]
-        start += _length(job, bits) + ([] if job.loss is None else ["--loss", job.loss])
         yield _rung(job, bits, "round-to-nearest", _eqat("rtn"), "rtn")
-        yield _rung(job, bits, "Block-AP", _eqat("block-ap"), "block-ap")
-        if job.images:
-            yield _rung(job, bits, "Block-AP on images", _eqat("block-ap"), "block-ap-images", *_seen(job, bits))
+        base = _rung(job, bits, "Block-AP", _eqat("block-ap"), "block-ap")
+        yield base
         if job.lora:
-            yield _rung(job, bits, "Block-AP + LoRA", _deepspeed(job.processes), "lora", *start, "--trains", "lora")
-        yield _rung(job, bits, "Block-AP + E2E-QP", _deepspeed(job.processes), "e2e-qp", *start)
+            yield _tuned(job, base, "Block-AP + LoRA", "lora", "--trains", "lora")
+        yield _tuned(job, base, "Block-AP + E2E-QP", "e2e-qp")
         if job.projector:
-            more = [*start, "--trains", "scales+projector"]
-            yield _rung(job, bits, "E2E-QP + projector", _deepspeed(job.processes), "e2e-qp-projector", *more)
+            yield _tuned(job, base, "E2E-QP + projector", "e2e-qp-projector", "--trains", "scales+projector")
+        if job.images:
+            seen = _rung(job, bits, "Block-AP on images", _eqat("block-ap"), "block-ap-images", *_seen(job, bits))
+            yield seen
+            yield _tuned(job, seen, "on images + E2E-QP", "e2e-qp-images")
 
 
-def _seen(job: VLMLadderJob, bits: Bits) -> list[str]:
+def _tuned(job: VLMLadderJob, base: Rung, stage: str, name: str, *more: str) -> Rung:
+    """Return a rung that is trained on conversations, from the model of another."""
+    start = ["--quantized", str(base.folder)]
+    if job.conversations is not None:
+        start += ["--conversations.source", job.conversations]
+    start += _length(job, base.bits) + ([] if job.loss is None else ["--loss", job.loss])
+    return _rung(job, base.bits, stage, _deepspeed(job.processes), name, *start, *more)
+
+
+def _seen(job: VLMLadderJob, bits: int) -> list[str]:
     """Return the options that name the conversations which Block-AP sees: those that E2E-QP learns from."""
     recipe = fitting_recipe("e2e-qp", job.model, str(bits), job.group_size)
     named = {} if recipe is None else dict(recipe.settings.get("conversations", {}))
@@ -140,7 +147,7 @@ def _seen(job: VLMLadderJob, bits: Bits) -> list[str]:
     return [word for name in places if name in named for word in (f"--conversations.{name}", str(named[name]))]
 
 
-def _length(job: VLMLadderJob, bits: Bits) -> list[str]:
+def _length(job: VLMLadderJob, bits: int) -> list[str]:
     """Return the options for the ladder's own number of steps, with a conversation for each of their samples."""
     if job.steps is None:
         return []
@@ -150,11 +157,11 @@ def _length(job: VLMLadderJob, bits: Bits) -> list[str]:
     return ["--max_steps", str(job.steps), "--conversations.count", count]
 
 
-def _root(job: VLMLadderJob, bits: Bits) -> Path:
+def _root(job: VLMLadderJob, bits: int) -> Path:
     return job.output / QuantSpec(bits, job.group_size).name
 
 
-def _rung(job: VLMLadderJob, bits: Bits, stage: str, launcher: list[str], name: str, *more: str) -> Rung:
+def _rung(job: VLMLadderJob, bits: int, stage: str, launcher: list[str], name: str, *more: str) -> Rung:
     folder = _root(job, bits) / name
     flags = ["--model", job.model, "--quant.bits", str(bits), "--quant.group_size", str(job.group_size)]
     anew = ["--overwrite", "true"] if job.overwrite else []
