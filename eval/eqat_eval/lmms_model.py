@@ -89,6 +89,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
         self.model = load_for_inference(folder, self.device, self.dtype)
         self.shares_images = obstacle(self.model) is None
         self.asked: dict[tuple[str, int], Instance] = {}
+        self._digests: dict[tuple[Any, ...], Hashable] = {}
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the answer to every request, in order."""
@@ -163,7 +164,7 @@ class EqatVLM(lmms):  # type: ignore[misc]
         told = [self._told(*sample, answer) for sample, answer in zip(samples, answers, strict=True)]
         rows, starts = [row for row, _ in told], [start for _, start in told]
         with inference(self.model):
-            fronts = self._fronts(rows)
+            fronts = self._fronts(rows, starts)
             # padded on the right, so that positions are those of an unpadded sample whatever the model does with them
             inputs = fronts.for_forward(self._batch(fronts.rests(rows), "right"))
             places = [start - read for start, read in zip(starts, fronts.lengths, strict=True)]
@@ -229,13 +230,19 @@ class EqatVLM(lmms):  # type: ignore[misc]
         images: Sequence[Hashable] = range(len(requests))
         if self.shares_images:
             looked = progress(requests, what="compare images", total=len(requests), unit="question")
-            images = [digest(self._images(*request.args[2:])) for request in looked]
+            images = [self._digest(*request.args[2:]) for request in looked]
         return list(batches(lengths, kinds, images, self.batch_size))
 
-    def _fronts(self, rows: list[Row]) -> Fronts:
+    def _digest(self, to_images: Any, *where: Any) -> Hashable:
+        """Return what tells the images of a question apart; answers and their likelihoods ask for it both."""
+        if where not in self._digests:
+            self._digests[where] = digest(self._images(to_images, *where))
+        return self._digests[where]
+
+    def _fronts(self, rows: list[Row], ends: Sequence[int] | None = None) -> Fronts:
         if not self.shares_images:
             return nothing_read(rows)
-        return read_fronts(self.model, rows, self.processor.image_token_id, self._batch)
+        return read_fronts(self.model, rows, self.processor.image_token_id, self._batch, ends)
 
     def _batch(self, rows: list[Row], padding_side: str) -> Row:
         batch = Collator(self.processor.tokenizer, padding_side)(rows)

@@ -128,7 +128,11 @@ class Fronts:
 
 
 def read_fronts(
-    model: Any, rows: Sequence[Row], image_token: int, batched: Callable[[list[Row], Literal["left"]], Row]
+    model: Any,
+    rows: Sequence[Row],
+    image_token: int,
+    batched: Callable[[list[Row], Literal["left"]], Row],
+    ends: Sequence[int] | None = None,
 ) -> Fronts:
     """Read what the prompts of a batch begin with; call in inference mode, with a model that has no `obstacle`.
 
@@ -140,16 +144,18 @@ def read_fronts(
         rows: the prompts.
         image_token: id of the tokens in an image's place.
         batched: puts rows together, padded on that side, where the model is.
+        ends: tokens of each prompt, where answers stand behind them; the last one is left to read.
     """
-    lengths = [_front(row, image_token) for row in rows]
+    ends = [len(row["input_ids"]) for row in rows] if ends is None else ends
+    lengths = [_front(row, image_token, end) for row, end in zip(rows, ends, strict=True)]
     if not all(lengths) or any(rows_of(row).keys() - _ROWS for row in rows):
         return nothing_read(rows)
-    keys = [_key(row, length) for row, length in zip(rows, lengths, strict=True)]
-    first = {key: at for at, key in reversed(list(enumerate(keys)))}
-    if 2 * len(first) > len(rows):
+    cuts = [_cut(row, length) for row, length in zip(rows, lengths, strict=True)]
+    keys = [_key(cut) for cut in cuts]
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    if 2 * len(places) > len(rows):
         return nothing_read(rows)
-    fronts = batched([_cut(rows[at], lengths[at]) for at in first.values()], "left")
-    places = {key: place for place, key in enumerate(first)}
+    fronts = batched([cuts[keys.index(key)] for key in places], "left")
     of_B = torch.tensor([places[key] for key in keys], device=fronts["input_ids"].device)
     return Fronts(lengths, _repeated(fronts, _cache_of(model, fronts), of_B))
 
@@ -171,20 +177,20 @@ def _repeated(fronts: Row, cache: Cache, of_B: Tensor) -> Read:
     return Read(cache, fronts["input_ids"][of_B], fronts["attention_mask"][of_B])
 
 
-def _front(row: Row, image_token: int) -> int:
+def _front(row: Row, image_token: int, end: int) -> int:
     """Return how many tokens of a prompt go up to its last image; 0 where there is none, or nothing behind it."""
     places = (row["input_ids"] == image_token).nonzero()
     length = int(places[-1]) + 1 if len(places) else 0
-    return length if length < len(row["input_ids"]) else 0
+    return length if length < end else 0
 
 
 def _cut(row: Row, length: int) -> Row:
     return {name: value[:length] for name, value in rows_of(row).items()} | images_of(row)
 
 
-def _key(row: Row, length: int) -> bytes:
+def _key(cut: Row) -> bytes:
     found = blake2b(digest_size=16)
-    for name, value in sorted(_cut(row, length).items()):
+    for name, value in sorted(cut.items()):
         found.update(f"{name} {tuple(value.shape)}".encode())
         found.update(value.contiguous().numpy().tobytes())
     return found.digest()

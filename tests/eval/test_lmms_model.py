@@ -109,6 +109,15 @@ def test_images_are_read_once_for_all_questions_about_them(folder: Path, about: 
     assert_close(*(torch.tensor([loss for loss, _ in losses[shares]]) for shares in (True, False)), "model")
 
 
+def test_an_answer_right_behind_an_image_is_predicted_by_it(folder: Path) -> None:
+    model = model_of(folder)
+    samples = [("USER: w5 <image>", images()[:1])] * 2
+    shared = [predicted for predicted, _ in model.predictions(samples, ["w7 w8"] * 2)]
+    model.shares_images = False
+    for found, (expected, _) in zip(shared, model.predictions(samples, ["w7 w8"] * 2), strict=True):
+        assert_close(found, expected, "model")
+
+
 def test_questions_about_the_same_images_are_in_one_batch() -> None:
     from eqat_eval.shared_images import batches
 
